@@ -1,0 +1,182 @@
+"""Images trained per second: ours, the same model in plain Flax, PyTorch's best. One interleaved run on this machine.
+
+    python -m experiments.speed [--batch_size=128] [--steps=20] [--rounds=9]
+
+Every peer trains SPEC section 1's VAE by Adam on the same batches of uint8 images held in memory. Each round times
+every peer once, so that ratios hold where the machine's speed drifts; reported is the median over rounds with the
+lowest and highest. PyTorch is a peer where it is installed.
+"""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+from vae_jax.evaluate import make_batch
+from vae_jax.models import make_vae
+from vae_jax.objectives import elbo
+from vae_jax.steps import init_state, jit_train_step, make_train_step
+from vae_jax.train import make_run_chunk
+
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps a peer takes in one round.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Timed rounds.", lower_bound=1)
+IMAGE_SHAPE = (28, 28, 1)
+
+
+class PlainVAE(nn.Module):
+    """The VAE as one writes it with Flax's own layers."""
+
+    def setup(self):
+        glorot = nn.initializers.glorot_uniform()
+        conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding="SAME", kernel_init=glorot)
+        conv_transpose = functools.partial(nn.ConvTranspose, padding="SAME", kernel_init=glorot)
+        self.conv1, self.conv2 = conv(32, strides=(2, 2)), conv(64, strides=(2, 2))
+        self.fc = nn.Dense(40, kernel_init=glorot)
+        self.tconv1 = conv_transpose(64, (7, 7), (7, 7))
+        self.tconv2, self.tconv3 = conv_transpose(64, (3, 3), (2, 2)), conv_transpose(32, (3, 3), (2, 2))
+        self.tconv4 = conv_transpose(1, (3, 3), (1, 1))
+
+    def encode(self, image):
+        x = nn.relu(self.conv2(nn.relu(self.conv1(image))))
+        return jnp.split(self.fc(x.reshape(x.shape[0], -1)), 2, axis=-1)
+
+    def decode(self, z):
+        x = nn.relu(self.tconv1(z[:, None, None, :]))
+        return nn.sigmoid(self.tconv4(nn.relu(self.tconv3(nn.relu(self.tconv2(x))))))
+
+    def __call__(self, image):
+        return self.decode(self.encode(image)[0])
+
+
+def prepare(network, optimizer):
+    """Objective and initial state of a Flax VAE."""
+    encode, decode = (functools.partial(network.apply, method=method) for method in ("encode", "decode"))
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *IMAGE_SHAPE)))
+    return functools.partial(elbo, encode=encode, decode=decode), init_state(variables, optimizer, jax.random.key(1))
+
+
+def ours(images, batch_size, steps):
+    """Our model in our loop: a chunk of steps in one program."""
+    optimizer = optax.adam(1e-3)
+    objective, state = prepare(make_vae(IMAGE_SHAPE), optimizer)
+    run_chunk = make_run_chunk(make_train_step(objective, optimizer), batch_size, steps)
+    data = jax.device_put((np.arange(len(images), dtype=np.int32), images, np.zeros(len(images), np.int32)))
+
+    def run():
+        nonlocal state
+        state, _ = run_chunk(state, data[0], 0, steps, *data[1:])
+        jax.block_until_ready(state)
+
+    return run
+
+
+def plain_flax(images, batch_size, steps):
+    """The same model in Flax's layers, with a jitted step."""
+    optimizer = optax.adam(1e-3)
+    objective, state = prepare(PlainVAE(), optimizer)
+    step = jit_train_step(objective, optimizer)
+    images = jax.device_put(images)
+    batch = jax.jit(lambda images, rows: make_batch(images[rows], jnp.zeros_like(rows), jnp.ones(batch_size), rows))
+
+    def run():
+        nonlocal state
+        for i in range(steps):
+            state, _ = step(state, batch(images, jnp.arange(i * batch_size, (i + 1) * batch_size)))
+        jax.block_until_ready(state)
+
+    return run
+
+
+def pytorch(images, batch_size, steps, channels_last, compiled):
+    """The same model in PyTorch, with fused Adam."""
+    import torch
+    from torch import nn as tnn
+    from torch.nn import functional as F
+
+    class TorchVAE(tnn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = tnn.Conv2d(1, 32, 3, 2, 1), tnn.Conv2d(32, 64, 3, 2, 1)
+            self.fc, self.tconv1 = tnn.Linear(3136, 40), tnn.Linear(20, 3136)
+            self.tconv2 = tnn.ConvTranspose2d(64, 64, 3, 2, 1, 1)
+            self.tconv3 = tnn.ConvTranspose2d(64, 32, 3, 2, 1, 1)
+            self.tconv4 = tnn.ConvTranspose2d(32, 1, 3, 1, 1)
+
+        def forward(self, image):
+            x = F.relu(self.conv2(F.relu(self.conv1(image))))
+            mean, logvar = self.fc(x.flatten(1)).chunk(2, dim=1)
+            z = mean + torch.exp(logvar / 2) * torch.randn_like(mean)
+            x = F.relu(self.tconv1(z)).view(-1, 64, 7, 7)
+            out = torch.sigmoid(self.tconv4(F.relu(self.tconv3(F.relu(self.tconv2(x))))))
+            kl = -0.5 * (1 + logvar - mean**2 - torch.exp(logvar)).sum()
+            return (0.5 * ((image - out) ** 2).sum() + kl) / len(image)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    network = TorchVAE().to(memory_format=layout)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    loss = torch.compile(network) if compiled else network
+    data = torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def run():
+        for i in range(steps):
+            batch = data[i * batch_size : (i + 1) * batch_size].float() / 255
+            optimizer.zero_grad(set_to_none=True)
+            loss(batch.contiguous(memory_format=layout)).backward()
+            optimizer.step()
+
+    return run
+
+
+def make_peers(images, batch_size, steps):
+    peers = {"ours": ours(images, batch_size, steps), "plain Flax": plain_flax(images, batch_size, steps)}
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed, and is left out.")
+        return peers
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    for channels_last in (False, True):
+        for compiled in (False, True):
+            name = f"PyTorch {'compiled' if compiled else 'eager'}{', channels_last' if channels_last else ''}"
+            peers[name] = pytorch(images, batch_size, steps, channels_last, compiled)
+    return peers
+
+
+def main(argv):
+    batch_size, steps = _BATCH_SIZE.value, _STEPS.value
+    images = np.random.default_rng(0).integers(0, 256, (batch_size * steps, *IMAGE_SHAPE), np.uint8)
+    peers = make_peers(images, batch_size, steps)
+    for run in peers.values():  # compile, and warm up
+        run()
+        run()
+    rates = {name: [] for name in peers}
+    for _ in range(_ROUNDS.value):
+        for name, run in peers.items():
+            start = time.perf_counter()
+            run()
+            rates[name].append(batch_size * steps / (time.perf_counter() - start))
+
+    libraries = ("jax", "jaxlib", "flax", "optax", *(("torch",) if len(peers) > 2 else ()))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    print(f"VAE training, batch {batch_size}, {_ROUNDS.value} rounds of {steps} steps, interleaved")
+    print(f"{len(os.sched_getaffinity(0))} CPU cores, {jax.devices()[0].device_kind}, Python {platform.python_version()}, {versions}\n")
+    print(f"{'images/s':32} {'median':>7} {'lowest':>7} {'highest':>7} {'ours is':>9}")
+    ratios = {name: np.median(np.divide(rates["ours"], rates[name])) for name in peers}
+    for name, values in rates.items():
+        print(f"{name:32} {np.median(values):7.0f} {min(values):7.0f} {max(values):7.0f} {ratios[name]:8.2f}x")
+    best = min((name for name in peers if name.startswith("PyTorch")), key=ratios.get, default=None)
+    versus = f" and {ratios[best]:.2f} times PyTorch's best ({best})" if best else ""
+    print(f"\nours is {ratios['plain Flax']:.1f} times plain Flax{versus}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,90 @@
+"""convolution.py against lax: values, gradients, forward mode, second order, vmap; odd sizes too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from vae_jax import convolution
+
+
+def lax_conv(x, kernel, stride):
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def lax_conv_transpose(x, kernel, stride):
+    return lax.conv_transpose(x, kernel, (stride, stride), "SAME")
+
+
+PAIRS = [(convolution.conv, lax_conv), (convolution.conv_transpose, lax_conv_transpose)]
+# (height, width, kernel, stride): the post's layers, then odd sizes, even kernels, strides above the kernel.
+GEOMETRIES = [(28, 28, 3, 1), (14, 14, 3, 2), (7, 7, 3, 2), (5, 8, 3, 2), (6, 5, 3, 1), (6, 6, 4, 2), (5, 4, 2, 3), (4, 6, 5, 2), (3, 2, 1, 2)]
+
+
+def operands(height, width, kernel, batch=2, c_in=3, c_out=4):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, height, width, c_in), np.float32)
+    return jnp.asarray(x), jnp.asarray(rng.standard_normal((kernel, kernel, c_in, c_out), np.float32))
+
+
+def assert_close(a, b):
+    def check(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+    jax.tree.map(check, a, b)
+
+
+@pytest.mark.parametrize("ours,theirs", PAIRS, ids=["conv", "conv_transpose"])
+@pytest.mark.parametrize("height,width,kernel,stride", GEOMETRIES)
+def test_values_and_gradients_equal_lax(ours, theirs, height, width, kernel, stride):
+    x, w = operands(height, width, kernel)
+    out, pullback = jax.vjp(lambda x, w: ours(x, w, stride), x, w)
+    expected, expected_pullback = jax.vjp(lambda x, w: theirs(x, w, stride), x, w)
+    assert_close(out, expected)
+    cotangent = jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape)
+    assert_close(pullback(cotangent), expected_pullback(cotangent))
+
+
+@pytest.mark.parametrize("ours,theirs", PAIRS, ids=["conv", "conv_transpose"])
+def test_forward_mode_and_second_order_equal_lax(ours, theirs):
+    x, w = operands(5, 6, 3)
+    tangents = jnp.sin(x), jnp.cos(w)
+    assert_close(*(jax.jvp(lambda x, w: f(x, w, 2), (x, w), tangents) for f in (ours, theirs)))
+
+    def curvature(f):
+        gradient = jax.grad(lambda x, w: jnp.mean(f(x, w, 2) ** 3), (0, 1))
+        return jax.jvp(gradient, (x, w), tangents)[1]
+
+    assert_close(curvature(ours), curvature(theirs))
+
+
+@pytest.mark.parametrize("ours,theirs", PAIRS, ids=["conv", "conv_transpose"])
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_vmap_equals_lax(ours, theirs, axes):
+    x, w = operands(4, 6, 3)
+    x = jnp.stack([x, 2 * x]) if axes[0] == 0 else x
+    w = jnp.stack([w, 3 * w, 1 - w][:2]) if axes[1] == 0 else w
+
+    def per_seed(f):
+        return jax.vmap(jax.value_and_grad(lambda x, w: jnp.mean(f(x, w, 2) ** 2), (0, 1)), axes)(x, w)
+
+    assert_close(per_seed(ours), per_seed(theirs))
+
+
+@pytest.mark.parametrize("function", [convolution.conv, convolution.conv_transpose])
+def test_lowers_to_products_on_the_cpu_and_to_convolutions_elsewhere(function):
+    x, w = operands(4, 4, 3)
+    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(function(x, w, 2) ** 2), (0, 1)))
+    lowered = {p: gradient.trace(x, w).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
+    assert "stablehlo.convolution" not in lowered["cpu"]
+    assert "stablehlo.convolution" in lowered["cuda"] and "stablehlo.convolution" in lowered["tpu"]
+
+
+def test_lax_forms_equal_the_products():
+    x, w = operands(5, 8, 3)
+    geometry = convolution.Geometry(size=(3, 3), stride=2, low=(1, 0), small=(3, 4), large=(5, 8))
+    g = convolution._correlate(x, w, geometry)
+    assert_close(g, convolution._lax_correlate(x, w, geometry))
+    assert_close(convolution._spread(g, w, geometry), convolution._lax_spread(g, w, geometry))
+    assert_close(convolution._kernel_gradient(x, g, geometry), convolution._lax_kernel_gradient(x, g, geometry))

@@ -1,0 +1,155 @@
+"""A config's sections -> the objects they name. Names and types are checked here, since Linen checks none."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vae_jax import figures, generate
+from vae_jax.data import Dataset, load
+from vae_jax.evaluate import covariance_eigenvalues, linear_vae_loss
+from vae_jax.models import MODELS
+from vae_jax.objectives import OBJECTIVES
+from vae_jax.steps import OPTIMIZERS, fixed_key
+from vae_jax.train import Job, RunOptions
+
+LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
+
+
+def build(config: Mapping[str, Any]) -> Job:
+    """The job that a config describes.
+
+    Each section is passed by keyword to one function: `data.load`, the model, objective and optimizer that its `name`
+    selects, `train.RunOptions`. Raises ValueError or OSError, in one line that names the field, for whatever is wrong.
+    """
+    return bind("", make_job, config)()
+
+
+def make_job(
+    *, seed: int, epochs: int, batch_size: int, data: Mapping, model: Mapping, objective: Mapping, optimizer: Mapping, run: Mapping
+) -> Job:
+    """`build`, the config's fields being the arguments."""
+    for name, value, least in [("seed", seed, 0), ("epochs", epochs, 1), ("batch_size", batch_size, 1)]:
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}")
+    # Every section is checked before the first one acts: a slip in the last is told before data are read.
+    load_data = bind("data", load, data)
+    make_model = choose("model", MODELS, model)
+    loss = choose("objective", OBJECTIVES, objective)
+    make_optimizer = choose("optimizer", OPTIMIZERS, optimizer)
+    options = bind("run", RunOptions, run)()
+
+    dataset = load_data()
+    size = len(dataset.splits["train"].label)
+    if batch_size > size:
+        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
+    network = make_model(dataset.image_shape)
+    title = f"{model['name'].upper()} on {Path(data['name']).name}"
+    loss, report = PARTS[model["name"]](network, loss, dataset, jax.random.key(seed), title)
+    return Job(
+        title=title,
+        seed=seed,
+        epochs=epochs,
+        batch_size=batch_size,
+        dataset=dataset,
+        init=lambda key: network.init(fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))),
+        objective=loss,
+        optimizer=make_optimizer(epochs * (size // batch_size)),
+        report=report,
+        run=options,
+    )
+
+
+def fields(function: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of `function` that a config sets: the keyword-only ones of a type that a config can hold."""
+    parameters = inspect.signature(function).parameters
+    configurable = (int, float, bool, str, tuple, Mapping)
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind == parameter.KEYWORD_ONLY and (get_origin(parameter.annotation) or parameter.annotation) in configurable
+    }
+
+
+def bind(section: str, function: Callable, values: Mapping) -> functools.partial:
+    """`function` with a section's values as keywords; raises ValueError for an unknown, missing or mistyped one."""
+    expected, prefix = fields(function), section and f"{section}."
+    for name, value in values.items():
+        if name not in expected:
+            raise ValueError(f"unknown config field {prefix}{name}: {nearest(name, expected)}")
+        if not is_a(value, expected[name].annotation):
+            wanted = getattr(expected[name].annotation, "__name__", None)
+            wanted = str(expected[name].annotation) if get_args(expected[name].annotation) else wanted
+            raise ValueError(f"config field {prefix}{name} is {value!r}, but must be of type {wanted}")
+    for name, parameter in expected.items():
+        if name not in values and parameter.default is parameter.empty:
+            raise ValueError(f"config field {prefix}{name} is missing")
+    return functools.partial(function, **values)
+
+
+def choose(section: str, choices: Mapping[str, Callable], values: Mapping) -> functools.partial:
+    """`bind` for the function that the section's `name` selects from `choices`."""
+    values = dict(values)
+    name = values.pop("name", None)
+    if name not in choices:
+        raise ValueError(f"unknown {section}.name {name!r}: {nearest(str(name), choices)}")
+    return bind(section, choices[name], values)
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str:
+    """What to say to someone who wrote `name`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+
+
+def is_a(value: Any, annotation: Any) -> bool:
+    """Whether a config's value is of the annotated type; whole numbers are floats too, but booleans are no numbers."""
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple | list) and all(is_a(item, get_args(annotation)[0]) for item in value)
+    if annotation in (int, float):
+        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def vae_parts(network, loss: Callable, dataset: Dataset, root, title: str) -> tuple[Callable, Callable]:
+    """The objective and the report of a VAE: the training curve, reconstructions and prior samples (Figures 3-5)."""
+    encode = functools.partial(network.apply, method="encode")
+    decode = functools.partial(network.apply, method="decode")
+    test = dataset.splits["test"]
+    first_of_each = [int(np.argmax(test.label == label)) for label in np.unique(test.label)] if dataset.num_classes else range(10)
+    shown = list(first_of_each)[: min(10, len(test.label))]
+    image, label = test.image[shown] / np.float32(255), test.label[shown]
+    reconstruct = jax.jit(functools.partial(generate.reconstruct, encode, decode))
+    sample = jax.jit(lambda variables: generate.sample_prior(decode, variables, fixed_key(root, "samples"), 100, network.latent_dim))
+
+    @functools.cache
+    def yardsticks():
+        if np.prod(dataset.image_shape) > LARGEST_COVARIANCE:
+            return {}
+        eigenvalues = covariance_eigenvalues(dataset.splits["train"].image)
+        beta = loss.keywords["beta"]
+        return {
+            "collapsed model": linear_vae_loss(eigenvalues, 0, beta),
+            "best linear VAE": linear_vae_loss(eigenvalues, network.latent_dim, beta),
+        }
+
+    def report(variables, arrays, history):
+        drawn = {
+            "training": figures.training_curve(history, yardsticks(), f"Training progress: {title}"),
+            "reconstructions": figures.reconstructions(
+                image, np.asarray(reconstruct(variables, image)), label, f"Test images and their reconstructions: {title}"
+            ),
+            "samples": figures.image_grid(np.asarray(sample(variables)), f"Images decoded from z ~ N(0, 1): {title}"),
+        }
+        return drawn, yardsticks()
+
+    return functools.partial(loss, encode=encode, decode=decode), report
+
+
+PARTS = {"vae": vae_parts}

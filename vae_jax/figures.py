@@ -1,0 +1,87 @@
+"""Arrays -> matplotlib Figures; nothing here shows or saves one."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+
+TRAIN, TEST, YARDSTICK = "#8fb3d9", "#1b4f8a", "#a04000"
+
+
+def training_curve(history: Sequence[dict], yardsticks: dict[str, float], title: str) -> Figure:
+    """Loss of training and test over the epochs beside its two parts (the post's Figure 3).
+
+    Args:
+        history: rows as in metrics.jsonl: `epoch`, and `train/loss`, `test/loss`, ... where known.
+        yardsticks: losses drawn as dashed lines under their names.
+    """
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplot_mosaic([["loss", "loss", "reconstruction", "kl"]])
+    for name, ax in axes.items():
+        curves = {}
+        for split in ("train", "test"):
+            rows = [row for row in history if f"{split}/{name}" in row]
+            curves[split] = np.array([[row["epoch"], row[f"{split}/{name}"]] for row in rows]).reshape(-1, 2)
+        ax.plot(*curves["train"].T, color=TRAIN, label="training, as it ran")
+        ax.plot(*curves["test"].T, color=TEST, label="test", marker="o" if len(curves["test"]) < 20 else None)
+        ax.set_xlabel("epoch")
+        ax.set_xlim(left=0)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        # The first steps tower above everything else: show what comes after them.
+        values = np.concatenate([curves["test"][:, 1], curves["train"][len(curves["train"]) // 20 :, 1]])
+        if name == "loss":
+            values = np.concatenate([values, list(yardsticks.values())])
+        low, high = values.min(), values.max()
+        ax.set_ylim(low - 0.06 * (high - low + 1e-3), high + 0.06 * (high - low + 1e-3))
+    for label, value in yardsticks.items():
+        axes["loss"].axhline(value, color=YARDSTICK, linestyle="--", linewidth=1)
+        place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-4, 3), "textcoords": "offset points"}
+        axes["loss"].annotate(f"{label}: {value:.2f}", **place, ha="right", color=YARDSTICK, fontsize=9)
+    axes["loss"].set_title("loss = reconstruction + KL")
+    axes["loss"].set_ylabel("nats an image")
+    axes["loss"].legend(frameon=False)
+    axes["reconstruction"].set_title("half squared error")
+    axes["kl"].set_title("KL from the prior")
+    figure.suptitle(title)
+    return figure
+
+
+def reconstructions(
+    image: Float[np.ndarray, "n height width channel"],
+    reconstruction: Float[np.ndarray, "n height width channel"],
+    label: Int[np.ndarray, "n"],
+    title: str,
+) -> Figure:
+    """Each image above its reconstruction (the post's Figure 4)."""
+    figure = Figure(figsize=(1.1 * len(image) + 0.9, 2.9), layout="constrained")
+    axes = figure.subplots(2, len(image), squeeze=False)
+    for column in range(len(image)):
+        _show(axes[0, column], image[column])
+        _show(axes[1, column], reconstruction[column])
+        if label[column] >= 0:
+            axes[0, column].set_title(str(label[column]))
+    axes[0, 0].set_ylabel("input")
+    axes[1, 0].set_ylabel("reconstruction")
+    figure.suptitle(title)
+    return figure
+
+
+def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> Figure:
+    """Images side by side in a square (the post's Figure 5)."""
+    columns = int(np.ceil(np.sqrt(len(image))))
+    rows = -(-len(image) // columns)
+    height, width, channels = image.shape[1:]
+    pad = ((0, rows * columns - len(image)), (1, 1), (1, 1), (0, 0))
+    tiles = np.pad(image, pad, constant_values=0.5).reshape(rows, columns, height + 2, width + 2, channels)
+    figure = Figure(figsize=(7, 7 * rows / columns + 0.5), layout="constrained")
+    _show(figure.subplots(), tiles.swapaxes(1, 2).reshape(rows * (height + 2), columns * (width + 2), channels))
+    figure.suptitle(title)
+    return figure
+
+
+def _show(ax, image):
+    ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)

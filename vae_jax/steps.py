@@ -1,0 +1,133 @@
+"""One step of training and of evaluation: pure functions, neither jitted nor mapped, for any objective."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Int, Key
+
+from vae_jax.objectives import Batch, example_keys
+
+# What takes the place of the step in keys that must not depend on it; no training reaches these numbers.
+PURPOSES = {"evaluation": 2**32 - 1, "init": 2**32 - 2, "samples": 2**32 - 3}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a training step reads and writes; data only."""
+
+    step: Int[Array, ""]
+    params: Any
+    model_state: Any  # BatchNorm's running statistics; empty for the VAE
+    opt_state: Any
+    key: Key[Array, ""]  # the root of all noise; never changes
+
+    @property
+    def variables(self) -> dict:
+        return {"params": self.params, **self.model_state}
+
+
+def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
+    """The key for one of `PURPOSES`, derived from a run's root key."""
+    return jax.random.fold_in(key, PURPOSES[purpose])
+
+
+def init_state(variables: dict, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+    """The state before the first step, from a module's `init` variables."""
+    model_state = {name: value for name, value in variables.items() if name != "params"}
+    params = variables["params"]
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), key)
+
+
+def make_train_step(
+    objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
+
+    Metrics are the weighted means of the objective's, and `grad_norm`. Under `pmap`, `vmap` or `shard_map` give
+    `axis_name`: sums and gradients are then added over that axis before they are divided by the summed weight.
+    """
+
+    def train_step(state, batch):
+        keys = example_keys(state.key, state.step, batch.index)
+
+        def summed_loss(params):
+            variables = {"params": params, **state.model_state}
+            metrics, model_state = objective(variables, batch, keys, train=True, axis_name=axis_name)
+            return jnp.sum(batch.weight * metrics["loss"]), (metrics, model_state)
+
+        grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(state.params)
+        metrics = {name: jnp.sum(batch.weight * value) for name, value in metrics.items()}
+        weight = jnp.sum(batch.weight)
+        if axis_name is not None:
+            grads, metrics, weight = lax.psum((grads, metrics, weight), axis_name)
+        grads, metrics = jax.tree.map(lambda total: total / weight, (grads, metrics))
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state), metrics
+
+    return train_step
+
+
+def jit_train_step(objective: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """`make_train_step`, jitted for one device. The state given is donated: use only the one returned."""
+    return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
+
+
+def make_eval_step(objective: Callable) -> Callable[[dict, Batch, Key[Array, ""]], dict]:
+    """`eval_step(variables, batch, key) -> metrics`, one value an example; the same key gives the same numbers."""
+
+    def eval_step(variables, batch, key):
+        keys = example_keys(key, PURPOSES["evaluation"], batch.index)
+        metrics, _ = objective(variables, batch, keys, train=False)
+        return metrics
+
+    return eval_step
+
+
+def make_adam(
+    steps: int,
+    *,
+    learning_rate: float = 0.001,
+    schedule: str = "constant",
+    warmup: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015); `beta1` is the post's gradient decay factor (SPEC section 1).
+
+    Args:
+        steps: length of the training.
+        learning_rate: the highest rate.
+        schedule: "constant", or "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017).
+        warmup: share of the steps, in [0, 1), in which the rate rises linearly from zero.
+
+    Raises ValueError for a value out of range.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"optimizer.learning_rate is {learning_rate}, but must be above 0")
+    for name, value in [("warmup", warmup), ("beta1", beta1), ("beta2", beta2)]:
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{name} is {value}, but must lie in [0, 1)")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
+    rising = round(warmup * steps)
+    rate = SCHEDULES[schedule](learning_rate, steps - rising)
+    if rising:
+        rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, rising), rate], [rising])
+    return optax.adam(rate, beta1, beta2, eps)
+
+
+SCHEDULES = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+}
+
+OPTIMIZERS = {"adam": make_adam}
