@@ -53,7 +53,7 @@ def load(*, name: str = "mnist", manual_dir: str = "", validation: int = 0, shuf
     own = Path(name).expanduser()
     if name in DATASETS:
         load_splits = DATASETS[name]
-    elif own.suffix == ".npz" or own.is_dir() or os.sep in name:
+    elif own.suffix == ".npz" or own.is_dir() or name.startswith((".", "~", os.sep)) or name.endswith(os.sep):
         load_splits = _npz if own.suffix == ".npz" else _folder
     else:
         load_splits = _tfds
@@ -107,14 +107,14 @@ def _check_size(name, count, shape):
 
 
 def _digits(name, manual_dir):
-    """scikit-learn's 1,797 digits of 8x8 in 0..16, brought to MNIST's form: a box of 20x20 centred in 28x28."""
+    """scikit-learn's 1,797 digits of 8x8 in 0..16, enlarged to 24x24 and centred in 28x28."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    large = [Image.fromarray(image).resize((20, 20), Image.Resampling.BICUBIC) for image in small]
-    image = np.pad(np.stack([np.asarray(image) for image in large]), ((0, 0), (4, 4), (4, 4)))
+    large = [Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC) for image in small]
+    image = np.pad(np.stack([np.asarray(image) for image in large]), ((0, 0), (2, 2), (2, 2)))
     return _split_off_test(image[..., None], digits.target.astype(np.int32))
 
 
@@ -176,12 +176,12 @@ def _tfds(name, manual_dir):
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder_cls(name)(file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
+        builder = tfds.builder(name, file_format="array_record")
+    except ValueError:  # not found, or no name at all
         near = difflib.get_close_matches(name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, an .npz file or a folder"
+            f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or of a folder"
         ) from None
     keys, splits = builder.info.supervised_keys, builder.info.splits
     if not builder.is_prepared():

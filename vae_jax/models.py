@@ -40,6 +40,22 @@ class Conv(nn.Module):
         return apply(x, kernel, self.stride) + bias.reshape(1, 1, 1, -1)
 
 
+class Spread(nn.Module):
+    """The transposed convolution of a 1x1 map onto one of the kernel's size: a dense layer, and computed as one.
+
+    Its parameters are those of `nn.ConvTranspose`, whose kernel lies flipped.
+    """
+
+    size: tuple[int, int]
+    features: int
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "batch c_in"]) -> Float[Array, "batch h w c_out"]:
+        kernel = self.param("kernel", kernel_init, (*self.size, z.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1]) + bias.reshape(1, 1, 1, -1)
+
+
 class Encoder(nn.Module):
     """Image -> mean and log-variance of q(z | x): 3x3 convolutions of stride 2, then one dense layer (SPEC Table 1)."""
 
@@ -59,11 +75,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z -> mean of p(x | z), in [0, 1] (SPEC Table 2).
-
-    The first transposed convolution spreads a 1x1 map over the smallest one, so it is a dense layer; its kernel keeps
-    the shape that `nn.ConvTranspose` gives it.
-    """
+    """z -> mean of p(x | z), in [0, 1]: transposed convolutions (SPEC Table 2)."""
 
     image_shape: tuple[int, int, int]
     features: tuple[int, ...]
@@ -72,11 +84,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch height width channel"]:
         height, width, channels = self.image_shape
         scale = 2 ** len(self.features)
-        shape = (height // scale, width // scale, z.shape[-1], self.features[0])
-        kernel = self.param("tconv1_kernel", kernel_init, shape)
-        bias = self.param("tconv1_bias", nn.initializers.zeros, self.features[:1])
-        x = jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1])
-        x = relu(x + bias.reshape(1, 1, 1, -1))
+        x = relu(Spread((height // scale, width // scale), self.features[0], name="tconv1")(z))
         for i, features in enumerate(self.features):
             x = relu(Conv(features, stride=2, transpose=True, name=f"tconv{i + 2}")(x))
         x = Conv(channels, stride=1, transpose=True, name=f"tconv{len(self.features) + 2}")(x)

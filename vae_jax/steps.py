@@ -18,13 +18,13 @@ PURPOSES = {"evaluation": 2**32 - 1, "init": 2**32 - 2, "samples": 2**32 - 3}
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step reads and writes; data only."""
+    """All that a training step reads and writes; data only. Under `vmap` each leaf has the mapped axes in front."""
 
-    step: Int[Array, ""]
+    step: Int[Array, "..."]
     params: Any
     model_state: Any  # BatchNorm's running statistics; empty for the VAE
     opt_state: Any
-    key: Key[Array, ""]  # the root of all noise; never changes
+    key: Key[Array, "..."]  # the root of all noise; never changes
 
     @property
     def variables(self) -> dict:
@@ -69,7 +69,7 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state), metrics
 
     return train_step

@@ -1,0 +1,26 @@
+"""JAX made strict while testing: 8 CPU devices, no silent rank promotion, no key used twice, full precision."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Shapes and types of every annotated function are checked at each call.
+install_import_hook("vae_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def mnist_dir():
+    """The folder of the four MNIST files, which machines without a network are told by this variable."""
+    folder = os.environ.get("VAE_JAX_MANUAL_DIR")
+    if not folder:
+        pytest.skip("VAE_JAX_MANUAL_DIR does not name a folder with the four MNIST files")
+    return folder

@@ -1,0 +1,106 @@
+"""Configs: every variant builds, names just the fields there are; slips are told with the nearest name."""
+
+import copy
+import functools
+import inspect
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import vae
+from vae_jax import build, data, models, objectives, steps, train
+
+
+@pytest.fixture
+def config():
+    return vae.get_config("smoke").to_dict()
+
+
+SIGNATURES = {
+    "data": data.load,
+    "model": models.MODELS["vae"],
+    "objective": objectives.OBJECTIVES["elbo"],
+    "optimizer": steps.OPTIMIZERS["adam"],
+    "run": train.RunOptions,
+}
+
+
+@pytest.mark.parametrize("section", SIGNATURES)
+def test_the_file_and_the_signature_name_the_same_fields_and_defaults(section):
+    parameters = build.fields(SIGNATURES[section])
+    fields = dict(vae.get_config()[section])
+    if section != "data":
+        fields.pop("name", None)
+    assert fields == {name: parameter.default for name, parameter in parameters.items()}
+
+
+def test_the_file_names_the_top_level_fields():
+    assert set(vae.get_config()) == set(inspect.signature(build.make_job).parameters)
+
+
+@pytest.mark.parametrize("variant", vae.VARIANTS)
+def test_every_variant_builds(variant, request, monkeypatch):
+    """On the bundled digits instead of MNIST, whose images have the same shape."""
+    config = vae.get_config(variant).to_dict()
+    config["data"]["name"] = "digits"
+    job = build.build(config)
+    assert job.dataset.image_shape == (28, 28, 1) and job.batch_size == config["batch_size"]
+
+
+def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch):
+    monkeypatch.setattr(build, "load", functools.wraps(data.load)(lambda **_: pytest.fail("data were read")))
+    config["optimizer"]["learning_rat"] = 1.0
+    with pytest.raises(ValueError, match="unknown config field optimizer.learning_rat: did you mean learning_rate"):
+        build.build(config)
+
+
+@pytest.mark.parametrize(
+    "field,value,message",
+    [
+        ("epoch", 3, "unknown config field epoch: did you mean epochs"),
+        ("model.latent_dims", 3, "unknown config field model.latent_dims: did you mean latent_dim"),
+        ("optimizer.zzz", 3, "unknown config field optimizer.zzz: there are learning_rate, "),
+        ("model.name", "vea", "unknown model.name 'vea': did you mean vae"),
+        ("objective.name", 7, "unknown objective.name 7: there are elbo"),
+        ("model.latent_dim", "twenty", "config field model.latent_dim is 'twenty', but must be of type int"),
+        ("model.latent_dim", True, "model.latent_dim is True, but must be of type int"),
+        ("model.encoder_features", (32, 4.5), r"is \(32, 4.5\), but must be of type tuple\[int, ...\]"),
+        ("objective.beta", "1", "objective.beta is '1', but must be of type float"),
+        ("data.shuffle", 1, "data.shuffle is 1, but must be of type bool"),
+        ("data", 3, "config field data is 3, but must be of type Mapping"),
+        ("epochs", 0, "epochs is 0, but must be at least 1"),
+        ("batch_size", 0, "batch_size is 0, but must be at least 1"),
+        ("batch_size", 1438, "batch_size is 1438, but there are 1437 training images: give at most 1437"),
+        ("seed", -1, "seed is -1, but must be at least 0"),
+        ("run.chunk", 0, "run.chunk is 0, but must be at least 1"),
+        ("model.latent_dim", 0, "model.latent_dim is 0, but must be at least 1"),
+    ],
+)
+def test_bad_fields(config, field, value, message):
+    *section, name = field.split(".")
+    (config[section[0]] if section else config)[name] = value
+    with pytest.raises(ValueError, match=message) as error:
+        build.build(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_field(config):
+    del config["epochs"]
+    with pytest.raises(ValueError, match="config field epochs is missing"):
+        build.build(config)
+
+
+def test_whole_numbers_are_floats_too(config):
+    config["objective"]["beta"] = 2
+    assert build.build(config).objective.keywords["beta"] == 2
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="has no variant 'nope': there are default, "):
+        vae.get_config("nope")
+
+
+def test_config_survives_as_plain_data(config):
+    before = copy.deepcopy(config)
+    build.build(ConfigDict(config).to_dict())
+    assert config == before

@@ -1,0 +1,266 @@
+"""Data sets, splits, order, and every way in which they can be wrong."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import struct
+import threading
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vae_jax import data
+
+
+def one_line(error):
+    return "\n" not in str(error.value) and str(error.value)
+
+
+def test_digits():
+    digits = data.load(name="digits")
+    train, test = digits.splits["train"], digits.splits["test"]
+    assert train.image.shape == (1437, 28, 28, 1) and test.image.shape == (360, 28, 28, 1)
+    assert train.image.dtype == np.uint8 and train.image.max() == 255
+    assert digits.num_classes == 10 and digits.image_shape == (28, 28, 1)
+    shares = [np.bincount(split.label) / len(split.label) for split in (train, test)]
+    np.testing.assert_allclose(*shares, atol=0.003)  # stratified
+    again = data.load(name="digits")
+    np.testing.assert_array_equal(train.image, again.splits["train"].image)  # seeded
+
+
+def test_mnist(mnist_dir):
+    mnist = data.load(name="mnist", manual_dir=mnist_dir)
+    train, test = mnist.splits["train"], mnist.splits["test"]
+    assert train.image.shape == (60_000, 28, 28, 1) and test.image.shape == (10_000, 28, 28, 1)
+    assert train.label[:5].tolist() == [5, 0, 4, 1, 9] and test.label[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def test_validation_images_are_taken_out_of_training():
+    whole = data.load(name="digits").splits["train"]
+    parts = data.load(name="digits", validation=137).splits
+    assert len(parts["validation"].label) == 137 and len(parts["train"].label) == 1300
+    images = np.concatenate([parts["train"].image, parts["validation"].image]).reshape(1437, -1)
+    assert sorted(map(bytes, images)) == sorted(map(bytes, whole.image))
+    with pytest.raises(ValueError, match="data.validation is 1437, but must be from 0 to 1436"):
+        data.load(name="digits", validation=1437)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    order = data.epoch_order(3, 1, 100, shuffle=True)
+    np.testing.assert_array_equal(order, data.epoch_order(3, 1, 100, shuffle=True))
+    np.testing.assert_array_equal(np.sort(order), np.arange(100))
+    for seed, epoch in [(3, 2), (4, 1)]:
+        assert (order != data.epoch_order(seed, epoch, 100, shuffle=True)).any()
+    np.testing.assert_array_equal(data.epoch_order(3, 1, 100, shuffle=False), np.arange(100))
+
+
+def idx(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def test_parse_idx():
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    np.testing.assert_array_equal(data.parse_idx(idx(array)), array)
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[:-1], lambda c: c + b"x", lambda c: b"\1" + c[1:], lambda c: c[:6], lambda c: b""])
+def test_damaged_idx_is_refused(damage):
+    with pytest.raises(ValueError, match="not an idx file"):
+        data.parse_idx(damage(idx(np.zeros((2, 3), np.uint8))))
+
+
+@pytest.fixture
+def tiny_mnist(tmp_path, monkeypatch):
+    """A folder with four small files, and TFDS told that these are fashion_mnist's."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    infos = {}
+    for part, count in [("train", 6), ("t10k", 3)]:
+        for kind, array in [("images-idx3", np.ones((count, 28, 28), np.uint8)), ("labels-idx1", np.arange(count, dtype=np.uint8))]:
+            content = gzip.compress(idx(array))
+            filename = f"{part}-{kind}-ubyte.gz"
+            (tmp_path / filename).write_bytes(content)
+            info = tfds.core.download.checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), filename)
+            infos[f"http://127.0.0.1:9/{filename}"] = info
+    monkeypatch.setattr(tfds.builder_cls("fashion_mnist"), "url_infos", infos)
+    return tmp_path
+
+
+def test_mnist_family_from_manual_dir(tiny_mnist):
+    splits = data.load(name="fashion_mnist", manual_dir=str(tiny_mnist)).splits
+    assert splits["train"].image.shape == (6, 28, 28, 1) and splits["test"].label.tolist() == [0, 1, 2]
+
+
+def test_missing_file_and_wrong_checksum(tiny_mnist):
+    path = tiny_mnist / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz has SHA-256") as error:
+        data.load(name="fashion_mnist", manual_dir=str(tiny_mnist))
+    assert one_line(error)
+    path.unlink()
+    with pytest.raises(ValueError, match="lacks t10k-labels-idx1-ubyte.gz"):
+        data.load(name="fashion_mnist", manual_dir=str(tiny_mnist))
+
+
+def test_no_network(tiny_mnist, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
+    with pytest.raises(OSError, match="cannot download fashion_mnist .*manual_dir.*:digits") as error:
+        data.load(name="fashion_mnist")
+    assert one_line(error)
+
+
+def test_download_goes_through_tfds_and_is_kept(tiny_mnist, monkeypatch):
+    """The files are served on loopback; the second load needs no server."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_mnist))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    builder = tfds.builder_cls("fashion_mnist")
+    port = server.server_address[1]
+    monkeypatch.setattr(builder, "url_infos", {url.replace(":9/", f":{port}/"): info for url, info in builder.url_infos.items()})
+    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
+    try:
+        first = data.load(name="fashion_mnist").splits["train"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    np.testing.assert_array_equal(first.image, data.load(name="fashion_mnist").splits["train"].image)
+
+
+@pytest.fixture
+def prepared_cifar10(monkeypatch):
+    """CIFAR-10 as if prepared, with 7 random images a split."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+    splits = {name: types.SimpleNamespace(num_examples=7) for name in ("train", "test")}
+    monkeypatch.setattr(tfds.core.DatasetInfo, "splits", splits)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "is_prepared", lambda self: True)
+    with tfds.testing.mock_data(num_examples=7):
+        yield splits
+
+
+def test_other_tfds_data_sets(prepared_cifar10):
+    dataset = data.load(name="cifar10")
+    assert dataset.splits["train"].image.shape == dataset.splits["test"].image.shape == (7, 32, 32, 3)
+    assert dataset.splits["train"].image.any() and 0 <= dataset.splits["train"].label.min()
+
+
+def test_incomplete_tfds_data_set_is_refused(prepared_cifar10):
+    prepared_cifar10["train"].num_examples = 60_000
+    with pytest.raises(ValueError, match="cifar10 has 7 of its 60000 train images"):
+        data.load(name="cifar10")
+
+
+def test_tfds_data_set_without_one_image_size(prepared_cifar10):
+    with pytest.raises(ValueError, match="imagenette is not an image classification data set"):
+        data.load(name="imagenette")
+
+
+@pytest.mark.parametrize("name,near", [("mnits", "mnist"), ("cifar1", "cifar10"), ("fashion-mnist", "fashion_mnist")])
+def test_unknown_data_set_suggests_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"unknown data set '{name}': did you mean '{near}'") as error:
+        data.load(name=name)
+    assert one_line(error)
+
+
+def test_manual_dir_of_another_data_set(tmp_path):
+    with pytest.raises(ValueError, match="only mnist, fashion_mnist, kmnist are read from there"):
+        data.load(name="digits", manual_dir=str(tmp_path))
+
+
+def save_images(folder, classes, size=(12, 8), mode="L", count=5):
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+            Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / name / f"{i}.png")
+
+
+def test_folder_of_one_subfolder_a_class(tmp_path):
+    save_images(tmp_path, ["cats", "dogs"])
+    dataset = data.load(name=str(tmp_path))
+    assert dataset.num_classes == 2 and dataset.image_shape == (8, 12, 1)
+    assert len(dataset.splits["train"].label) == 8 and sorted(dataset.splits["test"].label) == [0, 1]
+    train = dataset.splits["train"]
+    stored = np.asarray(Image.open(tmp_path / "cats" / "0.png"))
+    assert any((image[..., 0] == stored).all() for image in np.concatenate([train.image, dataset.splits["test"].image]))
+
+
+def test_folder_without_classes_in_colour(tmp_path):
+    save_images(tmp_path, ["."], mode="RGB")
+    dataset = data.load(name=f"{tmp_path}/")
+    assert dataset.num_classes == 0 and dataset.image_shape == (8, 12, 3)
+    assert set(dataset.splits["train"].label) == {-1}
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        data.load(name=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no PNG or JPEG files"):
+        data.load(name=str(tmp_path))
+    save_images(tmp_path, ["a"])
+    save_images(tmp_path, ["b"], size=(9, 9))
+    with pytest.raises(ValueError, match=r"b/0.png is 9x9 grey, but .*a/0.png is 12x8 grey") as error:
+        data.load(name=str(tmp_path))
+    assert one_line(error)
+    save_images(tmp_path, ["b"])
+    (tmp_path / "b" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*b/3.png") as error:
+        data.load(name=str(tmp_path))
+    assert one_line(error)
+
+
+def test_npz(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "own.npz", image=rng.random((10, 4, 4)), label=np.arange(10) % 2)
+    dataset = data.load(name=str(tmp_path / "own.npz"))
+    assert dataset.image_shape == (4, 4, 1) and len(dataset.splits["test"].label) == 2
+    image = rng.integers(0, 256, (10, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "own.npz", image=image, test_image=image[:3])
+    dataset = data.load(name=str(tmp_path / "own.npz"))
+    np.testing.assert_array_equal(dataset.splits["test"].image, image[:3])
+    assert dataset.num_classes == 0
+
+
+IMAGE = np.zeros((4, 2, 2), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arrays,message",
+    [
+        ({"images": IMAGE}, "holds images, but must hold image"),
+        ({"image": IMAGE[0]}, r"has shape \(2, 2\)"),
+        ({"image": IMAGE.astype(np.int64)}, "is int64, but must be uint8"),
+        ({"image": IMAGE + 1.5}, r"is float64, but must be uint8, or float in \[0, 1\]"),
+        ({"image": IMAGE * np.nan}, "is float64"),
+        ({"image": IMAGE, "label": np.zeros(3, int)}, "must be 4 whole numbers"),
+        ({"image": IMAGE, "label": np.full(4, -2)}, "must be 4 whole numbers"),
+        ({"image": IMAGE, "label": np.zeros(4)}, "must be 4 whole numbers"),
+        ({"image": IMAGE, "test_image": np.zeros((4, 3, 2), np.uint8)}, "test_image .* has images of"),
+        ({"image": np.array([None, 1], dtype=object)}, "not a readable .npz"),
+        ({"image": IMAGE[:1]}, "too few"),
+    ],
+)
+def test_bad_npz(tmp_path, arrays, message):
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(ValueError, match=message) as error:
+        data.load(name=str(tmp_path / "own.npz"))
+    assert one_line(error)
+
+
+def test_unreadable_npz(tmp_path):
+    with pytest.raises(ValueError, match="there is no file"):
+        data.load(name=str(tmp_path / "none.npz"))
+    (tmp_path / "text.npz").write_bytes(b"no zip file")
+    with pytest.raises(ValueError, match="not a readable .npz"):
+        data.load(name=str(tmp_path / "text.npz"))
+
+
+def test_data_set_larger_than_memory_is_refused_with_its_size(tmp_path, monkeypatch):
+    save_images(tmp_path, ["a"])
+    monkeypatch.setattr(data.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 100)
+    with pytest.raises(ValueError, match=r"needs 0.0 GiB \(5 images of 8x12x1\), but 0.0 GiB are free"):
+        data.load(name=str(tmp_path))

@@ -1,0 +1,144 @@
+"""The train step: keys, weights, devices, tracing; the optimizer's schedules."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vae_jax.models import make_vae
+from vae_jax.objectives import Batch, elbo
+from vae_jax.steps import init_state, jit_train_step, make_adam, make_eval_step, make_train_step
+
+SHAPE = (8, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return make_vae(SHAPE, latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4))
+
+
+@pytest.fixture(scope="module")
+def objective(network):
+    return functools.partial(
+        elbo, encode=functools.partial(network.apply, method="encode"), decode=functools.partial(network.apply, method="decode")
+    )
+
+
+def make_state(network, optimizer, seed=0):
+    variables = network.init(jax.random.key(1), jnp.zeros((1, *SHAPE)))
+    return init_state(variables, optimizer, jax.random.key(seed))
+
+
+def make_batch(n=16, seed=0):
+    image = jnp.asarray(np.random.default_rng(seed).random((n, *SHAPE), np.float32))
+    return Batch(image, -jnp.ones(n, jnp.int32), jnp.ones(n), jnp.arange(n))
+
+
+def assert_trees_close(a, b, atol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=0), a, b)
+
+
+def test_same_key_same_output_next_step_other_noise(network, objective):
+    step = jax.jit(make_train_step(objective, optax.sgd(0.0)))  # a rate of 0: only the noise can differ
+    state = make_state(network, optax.sgd(0.0))
+    batch = make_batch()
+    after, metrics = step(state, batch)
+    _, again = step(state, batch)
+    _, later = step(after, batch)
+    assert metrics == again
+    assert metrics["kl"] == later["kl"] and metrics["reconstruction"] != later["reconstruction"]
+    _, other_seed = step(make_state(network, optax.sgd(0.0), seed=1), batch)
+    assert metrics["reconstruction"] != other_seed["reconstruction"]
+
+
+def test_one_step_never_retraces(network, objective):
+    optimizer = make_adam(100, schedule="cosine", warmup=0.1)
+    step = jit_train_step(objective, optimizer)
+    state = make_state(network, optimizer)
+    for seed in range(3):
+        state, _ = step(state, make_batch(seed=seed))
+    assert step._cache_size() == 1
+    assert state.step == 3
+
+
+def test_gradient_descent_is_on_the_weighted_mean(network, objective):
+    """A step of SGD with rate 1 moves the parameters by minus the gradient of sum(w loss) / sum(w)."""
+    state = make_state(network, optax.sgd(1.0))
+    batch = make_batch()._replace(weight=jnp.arange(16.0))
+    after, metrics = make_train_step(objective, optax.sgd(1.0))(state, batch)
+    loss = make_eval_step(objective)(state.variables, batch, state.key)["kl"]  # the KL has no noise
+    np.testing.assert_allclose(metrics["kl"], np.average(loss, weights=batch.weight), rtol=1e-5)
+    grads = jax.tree.map(lambda a, b: a - b, state.params, after.params)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+
+
+def ten_steps(step, state, batches):
+    for batch in batches:
+        state, metrics = step(state, batch)
+    return state.params, metrics
+
+
+def on_devices(objective, axis_name):
+    mapped = jax.pmap(
+        make_train_step(objective, optax.sgd(0.01), axis_name=axis_name), axis_name="devices", in_axes=(None, 0), out_axes=None
+    )
+    return lambda state, batch: mapped(state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+
+
+def test_eight_devices_equal_one(network, objective):
+    assert jax.local_device_count() == 8
+    batches = [make_batch(seed=seed)._replace(weight=jnp.arange(16.0)) for seed in range(10)]
+    state = make_state(network, optax.sgd(0.01))
+    one = ten_steps(jax.jit(make_train_step(objective, optax.sgd(0.01))), state, batches)
+    assert_trees_close(one, ten_steps(on_devices(objective, "devices"), state, batches), atol=1e-6 * 20)
+    with pytest.raises(AssertionError):  # without the reduction, each device takes steps of its own
+        assert_trees_close(one, ten_steps(on_devices(objective, None), state, batches), atol=1e-6 * 20)
+
+
+def test_vmap_with_an_axis_name_equals_one_device(network, objective):
+    state, batch = make_state(network, optax.sgd(0.01)), make_batch()
+    step = make_train_step(objective, optax.sgd(0.01), axis_name="shards")
+    shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
+    mapped, _ = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="shards")(state, shards)
+    alone, _ = make_train_step(objective, optax.sgd(0.01))(state, batch)
+    assert_trees_close(mapped.params, alone.params, atol=1e-6)
+
+
+def test_seeds_in_one_program_equal_each_alone(network, objective):
+    optimizer = optax.sgd(0.01)
+    states = [make_state(network, optimizer, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    together, _ = jax.vmap(make_train_step(objective, optimizer), in_axes=(0, None))(stacked, make_batch())
+    for i, state in enumerate(states):
+        alone, _ = make_train_step(objective, optimizer)(state, make_batch())
+        assert_trees_close(jax.tree.map(lambda leaf: leaf[i], together.params), alone.params, atol=1e-5)
+
+
+def learning_rates(optimizer, steps):
+    """Adam's first update has the size of the rate; with constant gradients so have all others."""
+    params, rates = jnp.zeros(()), []
+    state = optimizer.init(params)
+    for _ in range(steps):
+        update, state = optimizer.update(jnp.ones(()), state, params)
+        rates.append(-float(update))
+    return np.array(rates)
+
+
+def test_schedules():
+    np.testing.assert_allclose(learning_rates(make_adam(10), 10), 0.001, rtol=1e-4)
+    cosine = learning_rates(make_adam(10, schedule="cosine", learning_rate=0.1), 10)
+    np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3)
+    warm = learning_rates(make_adam(10, warmup=0.5), 10)
+    np.testing.assert_allclose(warm, 0.001 * np.minimum(np.arange(10) / 5, 1), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [({"learning_rate": 0.0}, "learning_rate is 0.0"), ({"beta1": 1.0}, "beta1 is 1.0"), ({"schedule": "linear"}, "schedule is 'linear'")],
+)
+def test_bad_optimizer(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_adam(10, **fields)
