@@ -18,8 +18,18 @@ def get_config(variant: str = "default") -> ConfigDict:
             "seed": 0,
             "epochs": 50,
             "batch_size": 512,
-            "data": {"name": "mnist", "manual_dir": "", "validation": 0, "shuffle": True},
-            "model": {"name": "vae", "latent_dim": 20, "encoder_features": (32, 64), "decoder_features": (64, 32)},
+            "data": {
+                "name": "mnist",
+                "manual_dir": "",
+                "validation": 0,
+                "shuffle": True,
+            },
+            "model": {
+                "name": "vae",
+                "latent_dim": 20,
+                "encoder_features": (32, 64),
+                "decoder_features": (64, 32),
+            },
             "objective": {"name": "elbo", "beta": 1.0},
             "optimizer": {
                 "name": "adam",
@@ -30,11 +40,18 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "beta2": 0.999,
                 "eps": 1e-8,
             },
-            "run": {"chunk": 20, "figures_every": 10, "tensorboard": False, "compilation_cache": True},
+            "run": {
+                "chunk": 20,
+                "figures_every": 10,
+                "tensorboard": False,
+                "compilation_cache": True,
+            },
         }
     )
     if variant not in VARIANTS:
-        raise ValueError(f"configs/vae.py has no variant {variant!r}: there are {', '.join(VARIANTS)}")
+        raise ValueError(
+            f"configs/vae.py has no variant {variant!r}: there are {', '.join(VARIANTS)}"
+        )
     config.update_from_flattened_dict(VARIANTS[variant])
     return config
 
@@ -42,7 +59,11 @@ def get_config(variant: str = "default") -> ConfigDict:
 VARIANTS = {
     "default": {},
     "matlab": {"data.shuffle": False},
-    "best": {"batch_size": 128, "optimizer.learning_rate": 0.002, "optimizer.schedule": "cosine", "run.chunk": 78},
+    "best": {
+        "batch_size": 128,
+        "optimizer.learning_rate": 0.002,
+        "optimizer.schedule": "cosine",
+    },
     "digits": {
         "data.name": "digits",
         "epochs": 100,

@@ -3,7 +3,9 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
 import jax
 import pytest
@@ -22,5 +24,7 @@ def mnist_dir():
     """The folder of the four MNIST files, which machines without a network are told by this variable."""
     folder = os.environ.get("VAE_JAX_MANUAL_DIR")
     if not folder:
-        pytest.skip("VAE_JAX_MANUAL_DIR does not name a folder with the four MNIST files")
+        pytest.skip(
+            "VAE_JAX_MANUAL_DIR does not name a folder with the four MNIST files"
+        )
     return folder

@@ -4,6 +4,8 @@ import copy
 import functools
 import inspect
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -44,13 +46,23 @@ def test_every_variant_builds(variant, request, monkeypatch):
     config = vae.get_config(variant).to_dict()
     config["data"]["name"] = "digits"
     job = build.build(config)
-    assert job.dataset.image_shape == (28, 28, 1) and job.batch_size == config["batch_size"]
+    assert (
+        job.dataset.image_shape == (28, 28, 1)
+        and job.batch_size == config["batch_size"]
+    )
 
 
 def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch):
-    monkeypatch.setattr(build, "load", functools.wraps(data.load)(lambda **_: pytest.fail("data were read")))
+    monkeypatch.setattr(
+        build,
+        "load",
+        functools.wraps(data.load)(lambda **_: pytest.fail("data were read")),
+    )
     config["optimizer"]["learning_rat"] = 1.0
-    with pytest.raises(ValueError, match="unknown config field optimizer.learning_rat: did you mean learning_rate"):
+    with pytest.raises(
+        ValueError,
+        match="unknown config field optimizer.learning_rat: did you mean learning_rate",
+    ):
         build.build(config)
 
 
@@ -58,19 +70,39 @@ def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch)
     "field,value,message",
     [
         ("epoch", 3, "unknown config field epoch: did you mean epochs"),
-        ("model.latent_dims", 3, "unknown config field model.latent_dims: did you mean latent_dim"),
-        ("optimizer.zzz", 3, "unknown config field optimizer.zzz: there are learning_rate, "),
+        (
+            "model.latent_dims",
+            3,
+            "unknown config field model.latent_dims: did you mean latent_dim",
+        ),
+        (
+            "optimizer.zzz",
+            3,
+            "unknown config field optimizer.zzz: there are learning_rate, ",
+        ),
         ("model.name", "vea", "unknown model.name 'vea': did you mean vae"),
         ("objective.name", 7, "unknown objective.name 7: there are elbo"),
-        ("model.latent_dim", "twenty", "config field model.latent_dim is 'twenty', but must be of type int"),
+        (
+            "model.latent_dim",
+            "twenty",
+            "config field model.latent_dim is 'twenty', but must be of type int",
+        ),
         ("model.latent_dim", True, "model.latent_dim is True, but must be of type int"),
-        ("model.encoder_features", (32, 4.5), r"is \(32, 4.5\), but must be of type tuple\[int, ...\]"),
+        (
+            "model.encoder_features",
+            (32, 4.5),
+            r"is \(32, 4.5\), but must be of type tuple\[int, ...\]",
+        ),
         ("objective.beta", "1", "objective.beta is '1', but must be of type float"),
         ("data.shuffle", 1, "data.shuffle is 1, but must be of type bool"),
         ("data", 3, "config field data is 3, but must be of type Mapping"),
         ("epochs", 0, "epochs is 0, but must be at least 1"),
         ("batch_size", 0, "batch_size is 0, but must be at least 1"),
-        ("batch_size", 1438, "batch_size is 1438, but there are 1437 training images: give at most 1437"),
+        (
+            "batch_size",
+            1438,
+            "batch_size is 1438, but there are 1437 training images: give at most 1437",
+        ),
         ("seed", -1, "seed is -1, but must be at least 0"),
         ("run.chunk", 0, "run.chunk is 0, but must be at least 1"),
         ("model.latent_dim", 0, "model.latent_dim is 0, but must be at least 1"),
@@ -104,3 +136,17 @@ def test_config_survives_as_plain_data(config):
     before = copy.deepcopy(config)
     build.build(ConfigDict(config).to_dict())
     assert config == before
+
+
+def test_images_larger_than_the_device_are_refused_with_their_size():
+    class Device:
+        device_kind = "small GPU"
+
+        def memory_stats(self):
+            return {"bytes_limit": 2**20}
+
+    split = data.Split(np.zeros((2000, 32, 32, 1), np.uint8), np.zeros(2000, np.int32))
+    dataset = data.Dataset({"train": split}, 1, True)
+    with pytest.raises(ValueError, match="small GPU has 0.0 GiB"):
+        build.check_fits(dataset, Device())
+    build.check_fits(dataset, jax.local_devices()[0])

@@ -10,7 +10,9 @@ from vae_jax import convolution
 
 
 def lax_conv(x, kernel, stride):
-    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def lax_conv_transpose(x, kernel, stride):
@@ -19,13 +21,25 @@ def lax_conv_transpose(x, kernel, stride):
 
 PAIRS = [(convolution.conv, lax_conv), (convolution.conv_transpose, lax_conv_transpose)]
 # (height, width, kernel, stride): the post's layers, then odd sizes, even kernels, strides above the kernel.
-GEOMETRIES = [(28, 28, 3, 1), (14, 14, 3, 2), (7, 7, 3, 2), (5, 8, 3, 2), (6, 5, 3, 1), (6, 6, 4, 2), (5, 4, 2, 3), (4, 6, 5, 2), (3, 2, 1, 2)]
+GEOMETRIES = [
+    (28, 28, 3, 1),
+    (14, 14, 3, 2),
+    (7, 7, 3, 2),
+    (5, 8, 3, 2),
+    (6, 5, 3, 1),
+    (6, 6, 4, 2),
+    (5, 4, 2, 3),
+    (4, 6, 5, 2),
+    (3, 2, 1, 2),
+]
 
 
 def operands(height, width, kernel, batch=2, c_in=3, c_out=4):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, height, width, c_in), np.float32)
-    return jnp.asarray(x), jnp.asarray(rng.standard_normal((kernel, kernel, c_in, c_out), np.float32))
+    return jnp.asarray(x), jnp.asarray(
+        rng.standard_normal((kernel, kernel, c_in, c_out), np.float32)
+    )
 
 
 def assert_close(a, b):
@@ -50,7 +64,11 @@ def test_values_and_gradients_equal_lax(ours, theirs, height, width, kernel, str
 def test_forward_mode_and_second_order_equal_lax(ours, theirs):
     x, w = operands(5, 6, 3)
     tangents = jnp.sin(x), jnp.cos(w)
-    assert_close(*(jax.jvp(lambda x, w: f(x, w, 2), (x, w), tangents) for f in (ours, theirs)))
+
+    def forward(f):
+        return jax.jvp(lambda x, w: f(x, w, 2), (x, w), tangents)
+
+    assert_close(forward(ours), forward(theirs))
 
     def curvature(f):
         gradient = jax.grad(lambda x, w: jnp.mean(f(x, w, 2) ** 3), (0, 1))
@@ -67,7 +85,9 @@ def test_vmap_equals_lax(ours, theirs, axes):
     w = jnp.stack([w, 3 * w, 1 - w][:2]) if axes[1] == 0 else w
 
     def per_seed(f):
-        return jax.vmap(jax.value_and_grad(lambda x, w: jnp.mean(f(x, w, 2) ** 2), (0, 1)), axes)(x, w)
+        return jax.vmap(
+            jax.value_and_grad(lambda x, w: jnp.mean(f(x, w, 2) ** 2), (0, 1)), axes
+        )(x, w)
 
     assert_close(per_seed(ours), per_seed(theirs))
 
@@ -76,15 +96,28 @@ def test_vmap_equals_lax(ours, theirs, axes):
 def test_lowers_to_products_on_the_cpu_and_to_convolutions_elsewhere(function):
     x, w = operands(4, 4, 3)
     gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(function(x, w, 2) ** 2), (0, 1)))
-    lowered = {p: gradient.trace(x, w).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
+    lowered = {
+        p: gradient.trace(x, w).lower(lowering_platforms=(p,)).as_text()
+        for p in ("cpu", "cuda", "tpu")
+    }
     assert "stablehlo.convolution" not in lowered["cpu"]
-    assert "stablehlo.convolution" in lowered["cuda"] and "stablehlo.convolution" in lowered["tpu"]
+    assert (
+        "stablehlo.convolution" in lowered["cuda"]
+        and "stablehlo.convolution" in lowered["tpu"]
+    )
 
 
 def test_lax_forms_equal_the_products():
     x, w = operands(5, 8, 3)
-    geometry = convolution.Geometry(size=(3, 3), stride=2, low=(1, 0), small=(3, 4), large=(5, 8))
+    geometry = convolution.Geometry(
+        size=(3, 3), stride=2, low=(1, 0), small=(3, 4), large=(5, 8)
+    )
     g = convolution._correlate(x, w, geometry)
     assert_close(g, convolution._lax_correlate(x, w, geometry))
-    assert_close(convolution._spread(g, w, geometry), convolution._lax_spread(g, w, geometry))
-    assert_close(convolution._kernel_gradient(x, g, geometry), convolution._lax_kernel_gradient(x, g, geometry))
+    assert_close(
+        convolution._spread(g, w, geometry), convolution._lax_spread(g, w, geometry)
+    )
+    assert_close(
+        convolution._kernel_gradient(x, g, geometry),
+        convolution._lax_kernel_gradient(x, g, geometry),
+    )

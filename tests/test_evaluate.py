@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from vae_jax import data
-from vae_jax.evaluate import covariance_eigenvalues, linear_vae_loss, make_evaluate, mean_metrics
+from vae_jax.evaluate import (
+    covariance_eigenvalues,
+    linear_vae_loss,
+    make_evaluate,
+    mean_metrics,
+)
 from vae_jax.models import make_vae
 from vae_jax.objectives import elbo
 
@@ -17,25 +22,37 @@ KEY = jax.random.key(3)
 
 @pytest.fixture(scope="module")
 def vae():
-    network = make_vae((8, 8, 1), latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4))
+    network = make_vae(
+        (8, 8, 1), latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4)
+    )
     variables = network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    encode, decode = (functools.partial(network.apply, method=method) for method in ("encode", "decode"))
+    encode, decode = (
+        functools.partial(network.apply, method=method)
+        for method in ("encode", "decode")
+    )
     return functools.partial(elbo, encode=encode, decode=decode), variables
 
 
 @pytest.fixture(scope="module")
 def split():
     rng = np.random.default_rng(0)
-    return data.Split(rng.integers(0, 256, (23, 8, 8, 1), np.uint8), np.arange(23, dtype=np.int32) % 10)
+    return data.Split(
+        rng.integers(0, 256, (23, 8, 8, 1), np.uint8),
+        np.arange(23, dtype=np.int32) % 10,
+    )
 
 
 def test_result_does_not_depend_on_the_batch_size(vae, split):
     objective, variables = vae
     whole = make_evaluate(objective, split)(variables, KEY)
-    assert {name: values.shape for name, values in whole.items()} == dict.fromkeys(("loss", "reconstruction", "kl"), (23,))
+    assert {name: values.shape for name, values in whole.items()} == dict.fromkeys(
+        ("loss", "reconstruction", "kl"), (23,)
+    )
     for batch_size in (1, 7, 23, 64):
         divided = make_evaluate(objective, split, batch_size)(variables, KEY)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), divided, whole)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5), divided, whole
+        )
 
 
 def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split):
@@ -43,14 +60,21 @@ def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split):
     evaluate = make_evaluate(objective, split)
     first = evaluate(variables, KEY)
     np.testing.assert_array_equal(first["loss"], evaluate(variables, KEY)["loss"])
-    assert (first["reconstruction"] != evaluate(variables, jax.random.key(4))["reconstruction"]).all()
+    assert (
+        first["reconstruction"]
+        != evaluate(variables, jax.random.key(4))["reconstruction"]
+    ).all()
 
 
 def test_padding_is_inert(split):
     """Rows of weight 0 fill up the last batch; an objective that counts them shows that they are cut off."""
 
     def objective(variables, batch, keys, train, axis_name=None):
-        return {"loss": batch.weight, "index": batch.index.astype(float), "label": batch.label.astype(float)}, {}
+        return {
+            "loss": batch.weight,
+            "index": batch.index.astype(float),
+            "label": batch.label.astype(float),
+        }, {}
 
     arrays = make_evaluate(objective, split, batch_size=7)({}, KEY)
     np.testing.assert_array_equal(arrays["loss"], 1)
@@ -59,31 +83,48 @@ def test_padding_is_inert(split):
 
 
 def test_mean_metrics():
-    assert mean_metrics({"loss": np.array([1.0, 2.0, 6.0], np.float32)}) == {"loss": 3.0}
+    assert mean_metrics({"loss": np.array([1.0, 2.0, 6.0], np.float32)}) == {
+        "loss": 3.0
+    }
 
 
 def test_eigenvalues_are_those_of_the_covariance():
     image = np.random.default_rng(0).integers(0, 256, (5000, 2, 3, 1), np.uint8)
     flat = image.reshape(5000, 6) / 255
-    np.testing.assert_allclose(covariance_eigenvalues(image), np.linalg.eigvalsh(np.cov(flat.T, bias=True))[::-1], rtol=1e-4)
+    np.testing.assert_allclose(
+        covariance_eigenvalues(image),
+        np.linalg.eigvalsh(np.cov(flat.T, bias=True))[::-1],
+        rtol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_linear_vae_loss_is_the_minimum_over_linear_vaes(beta):
     """Per eigenvalue l: encoder N(a x, v), decoder w z. The loss (1 - w a)^2 l / 2 + w^2 v / 2 + beta KL, on a grid."""
     eigenvalues = np.array([9.0, 3.0, 1.5, 0.4])
-    w, u, v = np.meshgrid(np.linspace(0, 4, 161), np.linspace(0, 1, 161), np.geomspace(0.05, 1, 81), indexing="ij")
+    w, u, v = np.meshgrid(
+        np.linspace(0, 4, 161),
+        np.linspace(0, 1, 161),
+        np.geomspace(0.05, 1, 81),
+        indexing="ij",
+    )
     lowest = []
     for value in eigenvalues[:3]:
         a = u / np.maximum(w, 1e-9) * (w > 0)  # u = w a
-        loss = ((1 - w * a) ** 2 * value + w**2 * v) / 2 + beta / 2 * (a**2 * value + v - 1 - np.log(v))
+        loss = ((1 - w * a) ** 2 * value + w**2 * v) / 2 + beta / 2 * (
+            a**2 * value + v - 1 - np.log(v)
+        )
         lowest.append(loss.min())
-    np.testing.assert_allclose(linear_vae_loss(eigenvalues, 3, beta), sum(lowest) + 0.2, atol=0.01)
+    np.testing.assert_allclose(
+        linear_vae_loss(eigenvalues, 3, beta), sum(lowest) + 0.2, atol=0.01
+    )
     assert linear_vae_loss(eigenvalues, 0, beta) == eigenvalues.sum() / 2
 
 
 def test_yardsticks_of_mnist(mnist_dir):
-    eigenvalues = covariance_eigenvalues(data.load(name="mnist", manual_dir=mnist_dir).splits["train"].image)
+    eigenvalues = covariance_eigenvalues(
+        data.load(name="mnist", manual_dir=mnist_dir).splits["train"].image
+    )
     assert eigenvalues.sum() == pytest.approx(52.73, abs=0.005)
     assert linear_vae_loss(eigenvalues, 0) == pytest.approx(26.36, abs=0.005)
     assert linear_vae_loss(eigenvalues, 20) == pytest.approx(22.74, abs=0.005)

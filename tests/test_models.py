@@ -31,10 +31,15 @@ LAYERS = {
 def test_layer_shapes_and_parameter_counts(vae, layer):
     network, variables = vae
     part, name = layer.split("/")
-    _, captured = network.apply(variables, jnp.zeros((3, 28, 28, 1)), capture_intermediates=True)
+    _, captured = network.apply(
+        variables, jnp.zeros((3, 28, 28, 1)), capture_intermediates=True
+    )
     shape, count = LAYERS[layer]
     assert captured["intermediates"][part][name]["__call__"][0].shape == (3, *shape)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"][part][name])) == count
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(variables["params"][part][name]))
+        == count
+    )
 
 
 @pytest.mark.parametrize("part,count", [("encoder", 144_296), ("decoder", 118_465)])
@@ -46,7 +51,9 @@ def test_kernels_are_glorot_uniform_and_biases_zero(vae):
     for part in vae[1]["params"].values():
         for layer in part.values():
             kernel = layer["kernel"]
-            fan_in, fan_out = (np.prod(kernel.shape[:-2]) * size for size in kernel.shape[-2:])
+            fan_in, fan_out = (
+                np.prod(kernel.shape[:-2]) * size for size in kernel.shape[-2:]
+            )
             limit = np.sqrt(6 / (fan_in + fan_out))
             assert 0.9 * limit < np.abs(kernel).max() <= limit
             assert not layer["bias"].any()
@@ -62,20 +69,35 @@ def test_equals_flax_layers(vae):
         return nn.Conv(features, (3, 3), (2, 2)).apply({"params": encoder[name]}, x)
 
     def conv_transpose(features, size, stride, name, x):
-        return nn.ConvTranspose(features, (size, size), (stride, stride)).apply({"params": decoder[name]}, x)
+        return nn.ConvTranspose(features, (size, size), (stride, stride)).apply(
+            {"params": decoder[name]}, x
+        )
 
     x = nn.relu(conv(64, "conv2", nn.relu(conv(32, "conv1", image))))
-    mean, logvar = jnp.split(nn.Dense(40).apply({"params": encoder["fc"]}, x.reshape(2, -1)), 2, axis=-1)
-    for ours, theirs in zip(network.apply(variables, image, method="encode"), (mean, logvar)):
+    mean, logvar = jnp.split(
+        nn.Dense(40).apply({"params": encoder["fc"]}, x.reshape(2, -1)), 2, axis=-1
+    )
+    for ours, theirs in zip(
+        network.apply(variables, image, method="encode"), (mean, logvar)
+    ):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
     x = nn.relu(conv_transpose(64, 7, 7, "tconv1", mean[:, None, None, :]))
-    x = nn.relu(conv_transpose(32, 3, 2, "tconv3", nn.relu(conv_transpose(64, 3, 2, "tconv2", x))))
+    x = nn.relu(
+        conv_transpose(
+            32, 3, 2, "tconv3", nn.relu(conv_transpose(64, 3, 2, "tconv2", x))
+        )
+    )
     expected = nn.sigmoid(conv_transpose(1, 3, 1, "tconv4", x))
-    np.testing.assert_allclose(network.apply(variables, mean, method="decode"), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        network.apply(variables, mean, method="decode"), expected, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("image_shape,features", [((32, 32, 3), (64, 32)), ((8, 12, 1), (16, 8)), ((6, 6, 3), (8,))])
+@pytest.mark.parametrize(
+    "image_shape,features",
+    [((32, 32, 3), (64, 32)), ((8, 12, 1), (16, 8)), ((6, 6, 3), (8,))],
+)
 def test_image_shape_comes_from_the_data(image_shape, features):
     network = make_vae(image_shape, latent_dim=5, decoder_features=features)
     image = jnp.zeros((2, *image_shape))
@@ -100,5 +122,9 @@ def test_bad_sizes(image_shape, fields, message):
 
 def test_relu_differentiates_as_jax_nn_relu():
     x = jnp.array([-1.0, 0.0, 2.0])
-    np.testing.assert_array_equal(jax.grad(lambda x: relu(x).sum())(x), jax.grad(lambda x: nn.relu(x).sum())(x))
-    np.testing.assert_array_equal(jax.jvp(relu, (x,), (x,))[1], jax.jvp(nn.relu, (x,), (x,))[1])
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: relu(x).sum())(x), jax.grad(lambda x: nn.relu(x).sum())(x)
+    )
+    np.testing.assert_array_equal(
+        jax.jvp(relu, (x,), (x,))[1], jax.jvp(nn.relu, (x,), (x,))[1]
+    )

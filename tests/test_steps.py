@@ -1,6 +1,7 @@
 """The train step: keys, weights, devices, tracing; the optimizer's schedules."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +11,30 @@ import pytest
 
 from vae_jax.models import make_vae
 from vae_jax.objectives import Batch, elbo
-from vae_jax.steps import init_state, jit_train_step, make_adam, make_eval_step, make_train_step
+from vae_jax.steps import (
+    init_state,
+    jit_train_step,
+    make_adam,
+    make_eval_step,
+    make_train_step,
+)
 
 SHAPE = (8, 8, 1)
 
 
 @pytest.fixture(scope="module")
 def network():
-    return make_vae(SHAPE, latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4))
+    return make_vae(
+        SHAPE, latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4)
+    )
 
 
 @pytest.fixture(scope="module")
 def objective(network):
     return functools.partial(
-        elbo, encode=functools.partial(network.apply, method="encode"), decode=functools.partial(network.apply, method="decode")
+        elbo,
+        encode=functools.partial(network.apply, method="encode"),
+        decode=functools.partial(network.apply, method="decode"),
     )
 
 
@@ -42,14 +53,19 @@ def assert_trees_close(a, b, atol):
 
 
 def test_same_key_same_output_next_step_other_noise(network, objective):
-    step = jax.jit(make_train_step(objective, optax.sgd(0.0)))  # a rate of 0: only the noise can differ
+    step = jax.jit(
+        make_train_step(objective, optax.sgd(0.0))
+    )  # a rate of 0: only the noise can differ
     state = make_state(network, optax.sgd(0.0))
     batch = make_batch()
     after, metrics = step(state, batch)
     _, again = step(state, batch)
     _, later = step(after, batch)
     assert metrics == again
-    assert metrics["kl"] == later["kl"] and metrics["reconstruction"] != later["reconstruction"]
+    assert (
+        metrics["kl"] == later["kl"]
+        and metrics["reconstruction"] != later["reconstruction"]
+    )
     _, other_seed = step(make_state(network, optax.sgd(0.0), seed=1), batch)
     assert metrics["reconstruction"] != other_seed["reconstruction"]
 
@@ -69,8 +85,12 @@ def test_gradient_descent_is_on_the_weighted_mean(network, objective):
     state = make_state(network, optax.sgd(1.0))
     batch = make_batch()._replace(weight=jnp.arange(16.0))
     after, metrics = make_train_step(objective, optax.sgd(1.0))(state, batch)
-    loss = make_eval_step(objective)(state.variables, batch, state.key)["kl"]  # the KL has no noise
-    np.testing.assert_allclose(metrics["kl"], np.average(loss, weights=batch.weight), rtol=1e-5)
+    loss = make_eval_step(objective)(state.variables, batch, state.key)[
+        "kl"
+    ]  # the KL has no noise
+    np.testing.assert_allclose(
+        metrics["kl"], np.average(loss, weights=batch.weight), rtol=1e-5
+    )
     grads = jax.tree.map(lambda a, b: a - b, state.params, after.params)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
 
@@ -83,26 +103,43 @@ def ten_steps(step, state, batches):
 
 def on_devices(objective, axis_name):
     mapped = jax.pmap(
-        make_train_step(objective, optax.sgd(0.01), axis_name=axis_name), axis_name="devices", in_axes=(None, 0), out_axes=None
+        make_train_step(objective, optax.sgd(0.01), axis_name=axis_name),
+        axis_name="devices",
+        in_axes=(None, 0),
+        out_axes=None,
     )
-    return lambda state, batch: mapped(state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+    return lambda state, batch: mapped(
+        state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
+    )
 
 
 def test_eight_devices_equal_one(network, objective):
     assert jax.local_device_count() == 8
-    batches = [make_batch(seed=seed)._replace(weight=jnp.arange(16.0)) for seed in range(10)]
+    batches = [
+        make_batch(seed=seed)._replace(weight=jnp.arange(16.0)) for seed in range(10)
+    ]
     state = make_state(network, optax.sgd(0.01))
-    one = ten_steps(jax.jit(make_train_step(objective, optax.sgd(0.01))), state, batches)
-    assert_trees_close(one, ten_steps(on_devices(objective, "devices"), state, batches), atol=1e-6 * 20)
-    with pytest.raises(AssertionError):  # without the reduction, each device takes steps of its own
-        assert_trees_close(one, ten_steps(on_devices(objective, None), state, batches), atol=1e-6 * 20)
+    one = ten_steps(
+        jax.jit(make_train_step(objective, optax.sgd(0.01))), state, batches
+    )
+    assert_trees_close(
+        one, ten_steps(on_devices(objective, "devices"), state, batches), atol=1e-6 * 20
+    )
+    with pytest.raises(
+        AssertionError
+    ):  # without the reduction, each device takes steps of its own
+        assert_trees_close(
+            one, ten_steps(on_devices(objective, None), state, batches), atol=1e-6 * 20
+        )
 
 
 def test_vmap_with_an_axis_name_equals_one_device(network, objective):
     state, batch = make_state(network, optax.sgd(0.01)), make_batch()
     step = make_train_step(objective, optax.sgd(0.01), axis_name="shards")
     shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
-    mapped, _ = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="shards")(state, shards)
+    mapped, _ = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="shards")(
+        state, shards
+    )
     alone, _ = make_train_step(objective, optax.sgd(0.01))(state, batch)
     assert_trees_close(mapped.params, alone.params, atol=1e-6)
 
@@ -111,10 +148,13 @@ def test_seeds_in_one_program_equal_each_alone(network, objective):
     optimizer = optax.sgd(0.01)
     states = [make_state(network, optimizer, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together, _ = jax.vmap(make_train_step(objective, optimizer), in_axes=(0, None))(stacked, make_batch())
+    together, _ = jax.vmap(make_train_step(objective, optimizer), in_axes=(0, None))(
+        stacked, make_batch()
+    )
     for i, state in enumerate(states):
         alone, _ = make_train_step(objective, optimizer)(state, make_batch())
-        assert_trees_close(jax.tree.map(lambda leaf: leaf[i], together.params), alone.params, atol=1e-5)
+        one_of_them = jax.tree.map(operator.itemgetter(i), together.params)
+        assert_trees_close(one_of_them, alone.params, atol=1e-5)
 
 
 def learning_rates(optimizer, steps):
@@ -130,14 +170,22 @@ def learning_rates(optimizer, steps):
 def test_schedules():
     np.testing.assert_allclose(learning_rates(make_adam(10), 10), 0.001, rtol=1e-4)
     cosine = learning_rates(make_adam(10, schedule="cosine", learning_rate=0.1), 10)
-    np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3)
+    np.testing.assert_allclose(
+        cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3
+    )
     warm = learning_rates(make_adam(10, warmup=0.5), 10)
-    np.testing.assert_allclose(warm, 0.001 * np.minimum(np.arange(10) / 5, 1), rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(
+        warm, 0.001 * np.minimum(np.arange(10) / 5, 1), rtol=1e-3, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
     "fields,message",
-    [({"learning_rate": 0.0}, "learning_rate is 0.0"), ({"beta1": 1.0}, "beta1 is 1.0"), ({"schedule": "linear"}, "schedule is 'linear'")],
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"schedule": "linear"}, "schedule is 'linear'"),
+    ],
 )
 def test_bad_optimizer(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -32,10 +33,22 @@ def build(config: Mapping[str, Any]) -> Job:
 
 
 def make_job(
-    *, seed: int, epochs: int, batch_size: int, data: Mapping, model: Mapping, objective: Mapping, optimizer: Mapping, run: Mapping
+    *,
+    seed: int,
+    epochs: int,
+    batch_size: int,
+    data: Mapping,
+    model: Mapping,
+    objective: Mapping,
+    optimizer: Mapping,
+    run: Mapping,
 ) -> Job:
     """`build`, the config's fields being the arguments."""
-    for name, value, least in [("seed", seed, 0), ("epochs", epochs, 1), ("batch_size", batch_size, 1)]:
+    for name, value, least in [
+        ("seed", seed, 0),
+        ("epochs", epochs, 1),
+        ("batch_size", batch_size, 1),
+    ]:
         if value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}")
     # Every section is checked before the first one acts: a slip in the last is told before data are read.
@@ -46,19 +59,26 @@ def make_job(
     options = bind("run", RunOptions, run)()
 
     dataset = load_data()
+    check_fits(dataset, jax.local_devices()[0])
     size = len(dataset.splits["train"].label)
     if batch_size > size:
-        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
+        raise ValueError(
+            f"batch_size is {batch_size}, but there are {size} training images: give at most {size}"
+        )
     network = make_model(dataset.image_shape)
     title = f"{model['name'].upper()} on {Path(data['name']).name}"
-    loss, report = PARTS[model["name"]](network, loss, dataset, jax.random.key(seed), title)
+    loss, report = PARTS[model["name"]](
+        network, loss, dataset, jax.random.key(seed), title
+    )
     return Job(
         title=title,
         seed=seed,
         epochs=epochs,
         batch_size=batch_size,
         dataset=dataset,
-        init=lambda key: network.init(fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))),
+        init=lambda key: network.init(
+            fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))
+        ),
         objective=loss,
         optimizer=make_optimizer(epochs * (size // batch_size)),
         report=report,
@@ -73,7 +93,8 @@ def fields(function: Callable) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if parameter.kind == parameter.KEYWORD_ONLY and (get_origin(parameter.annotation) or parameter.annotation) in configurable
+        if parameter.kind == parameter.KEYWORD_ONLY
+        and (get_origin(parameter.annotation) or parameter.annotation) in configurable
     }
 
 
@@ -82,23 +103,30 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
     expected, prefix = fields(function), section and f"{section}."
     for name, value in values.items():
         if name not in expected:
-            raise ValueError(f"unknown config field {prefix}{name}: {nearest(name, expected)}")
+            raise ValueError(
+                f"unknown config field {prefix}{name}: {nearest(name, expected)}"
+            )
         if not is_a(value, expected[name].annotation):
-            wanted = getattr(expected[name].annotation, "__name__", None)
-            wanted = str(expected[name].annotation) if get_args(expected[name].annotation) else wanted
-            raise ValueError(f"config field {prefix}{name} is {value!r}, but must be of type {wanted}")
+            wanted = type_name(expected[name].annotation)
+            raise ValueError(
+                f"config field {prefix}{name} is {value!r}, but must be of type {wanted}"
+            )
     for name, parameter in expected.items():
         if name not in values and parameter.default is parameter.empty:
             raise ValueError(f"config field {prefix}{name} is missing")
     return functools.partial(function, **values)
 
 
-def choose(section: str, choices: Mapping[str, Callable], values: Mapping) -> functools.partial:
+def choose(
+    section: str, choices: Mapping[str, Callable], values: Mapping
+) -> functools.partial:
     """`bind` for the function that the section's `name` selects from `choices`."""
     values = dict(values)
     name = values.pop("name", None)
     if name not in choices:
-        raise ValueError(f"unknown {section}.name {name!r}: {nearest(str(name), choices)}")
+        raise ValueError(
+            f"unknown {section}.name {name!r}: {nearest(str(name), choices)}"
+        )
     return bind(section, choices[name], values)
 
 
@@ -111,22 +139,47 @@ def nearest(name: str, known: Mapping[str, Any]) -> str:
 def is_a(value: Any, annotation: Any) -> bool:
     """Whether a config's value is of the annotated type; whole numbers are floats too, but booleans are no numbers."""
     if get_origin(annotation) is tuple:
-        return isinstance(value, tuple | list) and all(is_a(item, get_args(annotation)[0]) for item in value)
+        return isinstance(value, tuple | list) and all(
+            is_a(item, get_args(annotation)[0]) for item in value
+        )
     if annotation in (int, float):
         return isinstance(value, (int, annotation)) and not isinstance(value, bool)
     return isinstance(value, annotation)
 
 
-def vae_parts(network, loss: Callable, dataset: Dataset, root, title: str) -> tuple[Callable, Callable]:
+def type_name(annotation: Any) -> str:
+    return str(annotation) if get_args(annotation) else annotation.__name__
+
+
+def check_fits(dataset: Dataset, device) -> None:
+    """Raise ValueError if the images are larger than the device's memory; the CPU tells no limit."""
+    needed = sum(split.image.nbytes for split in dataset.splits.values())
+    limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if needed > limit:
+        raise ValueError(
+            f"the images take {needed / 2**30:.1f} GiB, but {device.device_kind} has {limit / 2**30:.1f} GiB: data sets "
+            "are held on the device, so take fewer or smaller images"
+        )
+
+
+def vae_parts(
+    network, loss: Callable, dataset: Dataset, root: jax.Array, title: str
+) -> tuple[Callable, Callable]:
     """The objective and the report of a VAE: the training curve, reconstructions and prior samples (Figures 3-5)."""
     encode = functools.partial(network.apply, method="encode")
     decode = functools.partial(network.apply, method="decode")
     test = dataset.splits["test"]
-    first_of_each = [int(np.argmax(test.label == label)) for label in np.unique(test.label)] if dataset.num_classes else range(10)
-    shown = list(first_of_each)[: min(10, len(test.label))]
+    if dataset.num_classes:  # the first image of each label
+        shown = np.unique(test.label, return_index=True)[1][:10]
+    else:
+        shown = np.arange(min(10, len(test.label)))
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     reconstruct = jax.jit(functools.partial(generate.reconstruct, encode, decode))
-    sample = jax.jit(lambda variables: generate.sample_prior(decode, variables, fixed_key(root, "samples"), 100, network.latent_dim))
+    sample = jax.jit(
+        lambda variables: generate.sample_prior(
+            decode, variables, fixed_key(root, "samples"), 100, network.latent_dim
+        )
+    )
 
     @functools.cache
     def yardsticks():
@@ -141,11 +194,19 @@ def vae_parts(network, loss: Callable, dataset: Dataset, root, title: str) -> tu
 
     def report(variables, arrays, history):
         drawn = {
-            "training": figures.training_curve(history, yardsticks(), f"Training progress: {title}"),
-            "reconstructions": figures.reconstructions(
-                image, np.asarray(reconstruct(variables, image)), label, f"Test images and their reconstructions: {title}"
+            "training": figures.training_curve(
+                history, yardsticks(), f"Training progress: {title}"
             ),
-            "samples": figures.image_grid(np.asarray(sample(variables)), f"Images decoded from z ~ N(0, 1): {title}"),
+            "reconstructions": figures.reconstructions(
+                image,
+                np.asarray(reconstruct(variables, image)),
+                label,
+                f"Test images and their reconstructions: {title}",
+            ),
+            "samples": figures.image_grid(
+                np.asarray(sample(variables)),
+                f"Images decoded from z ~ N(0, 1): {title}",
+            ),
         }
         return drawn, yardsticks()
 

@@ -35,34 +35,53 @@ class Geometry(NamedTuple):
 
 
 def conv(
-    x: Float[Array, "batch h w c_in"], kernel: Float[Array, "kh kw c_in c_out"], stride: int = 1
+    x: Float[Array, "batch h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    stride: int = 1,
 ) -> Float[Array, "batch h_out w_out c_out"]:
     """SAME convolution: `lax.conv_general_dilated`, output [batch, ceil(h / stride), ceil(w / stride), c_out]."""
     size, large = kernel.shape[:2], x.shape[1:3]
     small = tuple(-(-n // stride) for n in large)
-    low = tuple(max((n - 1) * stride + k - m, 0) // 2 for k, n, m in zip(size, small, large))
-    return correlate_p.bind(x, kernel, geometry=Geometry(size, stride, low, small, large))
+    low = tuple(
+        max((n - 1) * stride + k - m, 0) // 2 for k, n, m in zip(size, small, large)
+    )
+    return correlate_p.bind(
+        x, kernel, geometry=Geometry(size, stride, low, small, large)
+    )
 
 
 def conv_transpose(
-    x: Float[Array, "batch h w c_in"], kernel: Float[Array, "kh kw c_in c_out"], stride: int = 1
+    x: Float[Array, "batch h w c_in"],
+    kernel: Float[Array, "kh kw c_in c_out"],
+    stride: int = 1,
 ) -> Float[Array, "batch h_out w_out c_out"]:
     """SAME transposed convolution: `lax.conv_transpose`, output [batch, h * stride, w * stride, c_out]."""
     size, small = kernel.shape[:2], x.shape[1:3]
     low = tuple(max(k - stride, 0) // 2 for k in size)
     # lax.conv_transpose does not flip its kernel, so as the transpose of a convolution it has a flipped one.
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return spread_p.bind(x, flipped, geometry=Geometry(size, stride, low, small, tuple(n * stride for n in small)))
+    return spread_p.bind(
+        x,
+        flipped,
+        geometry=Geometry(size, stride, low, small, tuple(n * stride for n in small)),
+    )
 
 
 def _im2col(x, geometry):
     """The patches of x side by side, [batch * small, kh * kw * c]: strided slices, concatenated."""
     (kh, kw), stride, low, (h, w), large = geometry
     batch, channels = x.shape[0], x.shape[3]
-    high = [max((n - 1) * stride + k - l - m, 0) for k, l, n, m in zip(geometry.size, low, geometry.small, large)]
+    high = [
+        max((n - 1) * stride + k - l - m, 0)
+        for k, l, n, m in zip(geometry.size, low, geometry.small, large)
+    ]
     x = jnp.pad(x, ((0, 0), (low[0], high[0]), (low[1], high[1]), (0, 0)))
     down, right = (h - 1) * stride + 1, (w - 1) * stride + 1
-    slices = [x[:, i : i + down : stride, j : j + right : stride] for i in range(kh) for j in range(kw)]
+    slices = [
+        x[:, i : i + down : stride, j : j + right : stride]
+        for i in range(kh)
+        for j in range(kw)
+    ]
     return jnp.concatenate(slices, axis=-1).reshape(batch * h * w, kh * kw * channels)
 
 
@@ -74,21 +93,41 @@ def _col2im(columns, geometry):
     """
     (kh, kw), stride, low, (h, w), large = geometry
     columns = columns.reshape(-1, h, w, kh, kw, columns.shape[-1] // (kh * kw))
-    batch, channels, zero = columns.shape[0], columns.shape[-1], jnp.zeros((), columns.dtype)
+    batch, channels, zero = (
+        columns.shape[0],
+        columns.shape[-1],
+        jnp.zeros((), columns.dtype),
+    )
     rows, cols = (-(-n // stride) for n in large)
 
     def plane(row, col):
         total = jnp.zeros((batch, rows, cols, channels), columns.dtype)
         for i in range(kh):
             for j in range(kw):
-                (down, below), (right, beside) = divmod(row + low[0] - i, stride), divmod(col + low[1] - j, stride)
+                (down, below), (right, beside) = (
+                    divmod(row + low[0] - i, stride),
+                    divmod(col + low[1] - j, stride),
+                )
                 if below == beside == 0:
-                    pads = (0, 0, 0), (-down, rows + down - h, 0), (-right, cols + right - w, 0), (0, 0, 0)
+                    pads = (
+                        (0, 0, 0),
+                        (-down, rows + down - h, 0),
+                        (-right, cols + right - w, 0),
+                        (0, 0, 0),
+                    )
                     total += lax.pad(columns[:, :, :, i, j], zero, pads)
         return total
 
-    planes = jnp.stack([jnp.stack([plane(r, c) for c in range(stride)], axis=3) for r in range(stride)], axis=2)
-    return planes.reshape(batch, rows * stride, cols * stride, channels)[:, : large[0], : large[1]]
+    planes = jnp.stack(
+        [
+            jnp.stack([plane(r, c) for c in range(stride)], axis=3)
+            for r in range(stride)
+        ],
+        axis=2,
+    )
+    return planes.reshape(batch, rows * stride, cols * stride, channels)[
+        :, : large[0], : large[1]
+    ]
 
 
 def _correlate(x, kernel, geometry):
@@ -97,20 +136,28 @@ def _correlate(x, kernel, geometry):
 
 
 def _spread(g, kernel, geometry):
-    return _col2im(g.reshape(-1, g.shape[3]) @ kernel.reshape(-1, kernel.shape[3]).T, geometry)
+    return _col2im(
+        g.reshape(-1, g.shape[3]) @ kernel.reshape(-1, kernel.shape[3]).T, geometry
+    )
 
 
 def _kernel_gradient(x, g, geometry):
     # Contracting the rows of both spares the transposed copy of the columns that XLA makes for other forms.
-    product = lax.dot_general(_im2col(x, geometry), g.reshape(-1, g.shape[3]), (((0,), (0,)), ((), ())))
+    product = lax.dot_general(
+        _im2col(x, geometry), g.reshape(-1, g.shape[3]), (((0,), (0,)), ((), ()))
+    )
     return product.reshape(*geometry.size, x.shape[3], g.shape[3])
 
 
 def _lax_correlate(x, kernel, geometry):
     size, stride, low, small, large = geometry
-    pads = [(l, (n - 1) * stride + k - l - m) for k, l, n, m in zip(size, low, small, large)]
+    pads = [
+        (l, (n - 1) * stride + k - l - m) for k, l, n, m in zip(size, low, small, large)
+    ]
     layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=layout)
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=layout
+    )
 
 
 def _lax_spread(g, kernel, geometry):
@@ -120,7 +167,9 @@ def _lax_spread(g, kernel, geometry):
 
 def _lax_kernel_gradient(x, g, geometry):
     kernel = jax.ShapeDtypeStruct((*geometry.size, x.shape[3], g.shape[3]), g.dtype)
-    return jax.linear_transpose(lambda kernel: _lax_correlate(x, kernel, geometry), kernel)(g)[0]
+    return jax.linear_transpose(
+        lambda kernel: _lax_correlate(x, kernel, geometry), kernel
+    )(g)[0]
 
 
 def _primitive(name, on_cpu, elsewhere):
@@ -128,25 +177,34 @@ def _primitive(name, on_cpu, elsewhere):
     primitive = Primitive(name)
 
     def abstract(a, b, geometry):
-        operands = [jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in (a, b)]
+        operands = [
+            jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in (a, b)
+        ]
         out = jax.eval_shape(functools.partial(on_cpu, geometry=geometry), *operands)
         return jax.core.ShapedArray(out.shape, out.dtype)
 
     def batch(operands, axes, geometry):
-        cpu, default = (jax.vmap(functools.partial(f, geometry=geometry), axes) for f in (on_cpu, elsewhere))
+        cpu, default = (
+            jax.vmap(functools.partial(f, geometry=geometry), axes)
+            for f in (on_cpu, elsewhere)
+        )
         return lax.platform_dependent(*operands, cpu=cpu, default=default), 0
 
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="geometry"))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(elsewhere, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
+    mlir.register_lowering(
+        primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu"
+    )
     return primitive
 
 
 correlate_p = _primitive("correlate", _correlate, _lax_correlate)
 spread_p = _primitive("spread", _spread, _lax_spread)
-kernel_gradient_p = _primitive("kernel_gradient", _kernel_gradient, _lax_kernel_gradient)
+kernel_gradient_p = _primitive(
+    "kernel_gradient", _kernel_gradient, _lax_kernel_gradient
+)
 
 # defbilinear takes the transposes in the first and in the second operand.
 ad.defbilinear(

@@ -7,6 +7,7 @@ import math
 import os
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 class Split(NamedTuple):
     image: UInt8[np.ndarray, "n height width channel"]
-    label: Int[np.ndarray, "n"]  # int32, -1 = unlabelled
+    label: Int[np.ndarray, " n"]  # int32, -1 = unlabelled
 
 
 class Dataset(NamedTuple):
@@ -36,7 +37,13 @@ class Dataset(NamedTuple):
         return self.splits["train"].image.shape[1:]
 
 
-def load(*, name: str = "mnist", manual_dir: str = "", validation: int = 0, shuffle: bool = True) -> Dataset:
+def load(
+    *,
+    name: str = "mnist",
+    manual_dir: str = "",
+    validation: int = 0,
+    shuffle: bool = True,
+) -> Dataset:
     """Load a data set.
 
     Args:
@@ -53,15 +60,24 @@ def load(*, name: str = "mnist", manual_dir: str = "", validation: int = 0, shuf
     own = Path(name).expanduser()
     if name in DATASETS:
         load_splits = DATASETS[name]
-    elif own.suffix == ".npz" or own.is_dir() or name.startswith((".", "~", os.sep)) or name.endswith(os.sep):
+    elif (
+        own.suffix == ".npz"
+        or own.is_dir()
+        or name.startswith((".", "~", os.sep))
+        or name.endswith(os.sep)
+    ):
         load_splits = _npz if own.suffix == ".npz" else _folder
     else:
         load_splits = _tfds
     if manual_dir and name not in MNIST_FAMILY:
-        raise ValueError(f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there")
+        raise ValueError(
+            f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there"
+        )
     train, test = load_splits(name, manual_dir)
     if not 0 <= validation < len(train.label):
-        raise ValueError(f"data.validation is {validation}, but must be from 0 to {len(train.label) - 1}, below the training images")
+        raise ValueError(
+            f"data.validation is {validation}, but must be from 0 to {len(train.label) - 1}, below the training images"
+        )
     splits = {"train": train, "test": test}
     if validation:
         order = np.random.default_rng(SPLIT_SEED).permutation(len(train.label))
@@ -70,7 +86,9 @@ def load(*, name: str = "mnist", manual_dir: str = "", validation: int = 0, shuf
     return Dataset(splits, int(max(train.label.max(), test.label.max())) + 1, shuffle)
 
 
-def epoch_order(seed: int, epoch: int, size: int, shuffle: bool) -> Int[np.ndarray, "size"]:
+def epoch_order(
+    seed: int, epoch: int, size: int, shuffle: bool
+) -> Int[np.ndarray, " size"]:
     """The order of the `size` training examples in an epoch: a pure function of (seed, epoch)."""
     if not shuffle:
         return np.arange(size, dtype=np.int32)
@@ -87,22 +105,30 @@ def _split_off_test(image, label):
 
     size = math.ceil(TEST_SHARE * len(label))
     if not 0 < size < len(label):
-        raise ValueError(f"{len(label)} images are too few to split off a fifth for testing: give at least 2")
+        raise ValueError(
+            f"{len(label)} images are too few to split off a fifth for testing: give at least 2"
+        )
     counts = np.bincount(label + 1)
-    stratify = label if counts[counts > 0].min() >= 2 and (counts > 0).sum() <= min(size, len(label) - size) else None
+    stratify = (
+        label
+        if counts[counts > 0].min() >= 2
+        and (counts > 0).sum() <= min(size, len(label) - size)
+        else None
+    )
     positions = np.arange(len(label))
-    train, test = train_test_split(positions, test_size=size, stratify=stratify, random_state=SPLIT_SEED)
+    train, test = train_test_split(
+        positions, test_size=size, stratify=stratify, random_state=SPLIT_SEED
+    )
     split = Split(image, label)
     return _take(split, np.sort(train)), _take(split, np.sort(test))
 
 
-def _check_size(name, count, shape):
-    nbytes = count * math.prod(shape)
+def _check_size(name, nbytes):
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if nbytes > free:
         raise ValueError(
-            f"{name} needs {nbytes / 2**30:.1f} GiB ({count} images of {'x'.join(map(str, shape))}), but {free / 2**30:.1f} GiB "
-            "are free: data sets are held in memory, so take fewer or smaller images"
+            f"{name} takes {nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free: data sets are held in memory, "
+            "so take fewer or smaller images"
         )
 
 
@@ -113,8 +139,13 @@ def _digits(name, manual_dir):
 
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    large = [Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC) for image in small]
-    image = np.pad(np.stack([np.asarray(image) for image in large]), ((0, 0), (2, 2), (2, 2)))
+    large = [
+        Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)
+        for image in small
+    ]
+    image = np.pad(
+        np.stack([np.asarray(image) for image in large]), ((0, 0), (2, 2), (2, 2))
+    )
     return _split_off_test(image[..., None], digits.target.astype(np.int32))
 
 
@@ -122,29 +153,49 @@ def _mnist_family(name, manual_dir):
     """The four canonical .gz files, checked against the SHA-256 that TensorFlow Datasets records."""
     import tensorflow_datasets as tfds
 
-    infos = {info.filename: (url, info) for url, info in tfds.builder_cls(name).url_infos.items()}
-    folder = Path(manual_dir).expanduser() if manual_dir else Path.home() / ".cache" / "vae_jax" / "data" / name
+    infos = {
+        info.filename: (url, info)
+        for url, info in tfds.builder_cls(name).url_infos.items()
+    }
+    folder = (
+        Path(manual_dir).expanduser()
+        if manual_dir
+        else Path.home() / ".cache" / "vae_jax" / "data" / name
+    )
     missing = [filename for filename in infos if not (folder / filename).is_file()]
     if missing and manual_dir:
-        raise ValueError(f"data.manual_dir {manual_dir} lacks {', '.join(missing)}: put the four original files of {name} there")
+        raise ValueError(
+            f"data.manual_dir {manual_dir} lacks {', '.join(missing)}: put the four original files of {name} there"
+        )
     if missing:
         _check_network(name, infos[missing[0]][0])
         urls = {filename: infos[filename][0] for filename in missing}
         manager = tfds.download.DownloadManager(
-            download_dir=folder, url_infos=tfds.builder_cls(name).url_infos, dataset_name=name, force_checksums_validation=True
+            download_dir=folder,
+            url_infos=tfds.builder_cls(name).url_infos,
+            dataset_name=name,
+            force_checksums_validation=True,
         )
         for filename, path in manager.download(urls).items():
             os.replace(path, folder / filename)
 
     def read(filename):
         content = (folder / filename).read_bytes()
-        digest, expected = hashlib.sha256(content).hexdigest(), infos[filename][1].checksum
+        digest, expected = (
+            hashlib.sha256(content).hexdigest(),
+            infos[filename][1].checksum,
+        )
         if digest != expected:
-            raise ValueError(f"{folder / filename} has SHA-256 {digest[:12]}..., but {name} has {expected[:12]}...: replace or remove it")
+            raise ValueError(
+                f"{folder / filename} has SHA-256 {digest[:12]}..., but {name} has {expected[:12]}...: replace or remove it"
+            )
         return parse_idx(gzip.decompress(content))
 
     return tuple(
-        Split(read(f"{part}-images-idx3-ubyte.gz")[..., None], read(f"{part}-labels-idx1-ubyte.gz").astype(np.int32))
+        Split(
+            read(f"{part}-images-idx3-ubyte.gz")[..., None],
+            read(f"{part}-labels-idx1-ubyte.gz").astype(np.int32),
+        )
         for part in ("train", "t10k")
     )
 
@@ -152,21 +203,39 @@ def _mnist_family(name, manual_dir):
 def parse_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
     """The array in an idx file of unsigned bytes: magic 0 0 8 rank, big-endian sizes, then the values."""
     rank = content[3] if len(content) >= 4 else 0
-    sizes = np.frombuffer(content, ">u4", count=rank, offset=4) if len(content) >= 4 + 4 * rank else np.zeros(0)
+    sizes = (
+        np.frombuffer(content, ">u4", count=rank, offset=4)
+        if len(content) >= 4 + 4 * rank
+        else np.zeros(0)
+    )
     count = math.prod(int(size) for size in sizes)
-    if content[:3] != b"\0\0\x08" or len(sizes) != rank or len(content) != 4 + 4 * rank + count:
-        raise ValueError("not an idx file of unsigned bytes: wrong magic number or length")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(sizes.astype(int))
+    if (
+        content[:3] != b"\0\0\x08"
+        or len(sizes) != rank
+        or len(content) != 4 + 4 * rank + count
+    ):
+        raise ValueError(
+            "not an idx file of unsigned bytes: wrong magic number or length"
+        )
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(
+        sizes.astype(int)
+    )
 
 
 def _check_network(name, url):
     """Fail in seconds where TFDS would retry for minutes."""
     try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+        urllib.request.urlopen(
+            urllib.request.Request(url, method="HEAD"), timeout=5
+        ).close()
     except urllib.error.HTTPError:
         pass  # the host answers; whether the file is there the download will tell
     except OSError as error:
-        way_out = "put its files into a folder and give --config.data.manual_dir" if name in MNIST_FAMILY else "connect once to prepare it"
+        way_out = (
+            "put its files into a folder and give --config.data.manual_dir"
+            if name in MNIST_FAMILY
+            else "connect once to prepare it"
+        )
         raise OSError(
             f"cannot download {name} ({getattr(error, 'reason', error)}): {way_out}, or use the bundled digits, --config=configs/vae.py:digits"
         ) from error
@@ -178,7 +247,9 @@ def _tfds(name, manual_dir):
     try:
         builder = tfds.builder(name, file_format="array_record")
     except ValueError:  # not found, or no name at all
-        near = difflib.get_close_matches(name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1)
+        near = difflib.get_close_matches(
+            name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1
+        )
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or of a folder"
@@ -189,22 +260,34 @@ def _tfds(name, manual_dir):
         try:
             builder.download_and_prepare()
         except ImportError as error:
-            raise ValueError(f"preparing {name} needs {error.name}: pip install 'vae_jax[tfds]'") from error
+            raise ValueError(
+                f"preparing {name} needs {error.name}: pip install 'vae_jax[tfds]'"
+            ) from error
         splits = builder.info.splits
-    shape = builder.info.features[keys[0]].shape if keys and keys[0] in builder.info.features else None
+    shape = (
+        builder.info.features[keys[0]].shape
+        if keys and keys[0] in builder.info.features
+        else None
+    )
     if shape is None or None in shape or len(shape) != 3:
-        raise ValueError(f"{name} is not an image classification data set with images of one size")
+        raise ValueError(
+            f"{name} is not an image classification data set with images of one size"
+        )
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
-        raise ValueError(f"{name} has the splits {', '.join(splits)}, but train and test are needed")
+        raise ValueError(
+            f"{name} has the splits {', '.join(splits)}, but train and test are needed"
+        )
 
     def read(part):
         count = splits[part].num_examples
-        _check_size(name, count, shape)
+        _check_size(name, count * math.prod(shape))
         image, label = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
         source = builder.as_data_source(part)
         if len(source) != count:
-            raise ValueError(f"{name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again")
+            raise ValueError(
+                f"{name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
+            )
         for i, example in enumerate(source):
             image[i], label[i] = example[keys[0]], example[keys[1]]
         return Split(image, label)
@@ -213,30 +296,52 @@ def _tfds(name, manual_dir):
 
 
 def _npz(name, manual_dir):
-    import zipfile
-
+    path = Path(name).expanduser()
     try:
-        with np.load(Path(name).expanduser(), allow_pickle=False) as archive:
+        with zipfile.ZipFile(path) as archive:
+            _check_size(name, sum(info.file_size for info in archive.infolist()))
+        with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except FileNotFoundError:
         raise ValueError(f"there is no file {name}") from None
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{name} is not a readable .npz of plain arrays: {error}") from error
+    except (zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"{name} is not a readable .npz: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"cannot read {name}: {error}") from error
     unknown = sorted(set(arrays) - {"image", "label", "test_image", "test_label"})
     if unknown or "image" not in arrays:
-        raise ValueError(f"{name} holds {', '.join(arrays)}, but must hold image, and may hold label, test_image, test_label")
+        raise ValueError(
+            f"{name} holds {', '.join(arrays)}, but must hold image, and may hold label, test_image, test_label"
+        )
 
     def split(prefix):
         image = arrays[prefix + "image"]
         label = arrays.get(prefix + "label", np.full(len(image), -1))
-        if image.ndim not in (3, 4) or len(image) == 0 or 0 in image.shape or image.shape[3:] not in ((), (1,), (3,)):
-            raise ValueError(f"{prefix}image in {name} has shape {image.shape}, but must be [n, height, width] with 1 or 3 channels")
+        if (
+            image.ndim not in (3, 4)
+            or len(image) == 0
+            or 0 in image.shape
+            or image.shape[3:] not in ((), (1,), (3,))
+        ):
+            raise ValueError(
+                f"{prefix}image in {name} has shape {image.shape}, but must be [n, height, width] with 1 or 3 channels"
+            )
         if image.dtype != np.uint8:
-            if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
-                raise ValueError(f"{prefix}image in {name} is {image.dtype}, but must be uint8, or float in [0, 1]")
+            if not np.issubdtype(image.dtype, np.floating) or not (
+                image.min() >= 0 and image.max() <= 1
+            ):
+                raise ValueError(
+                    f"{prefix}image in {name} is {image.dtype}, but must be uint8, or float in [0, 1]"
+                )
             image = np.round(image * 255).astype(np.uint8)
-        if label.shape != image.shape[:1] or not np.issubdtype(label.dtype, np.integer) or label.min() < -1:
-            raise ValueError(f"{prefix}label in {name} must be {len(image)} whole numbers from 0, or -1 where there is no label")
+        if (
+            label.shape != image.shape[:1]
+            or not np.issubdtype(label.dtype, np.integer)
+            or label.min() < -1
+        ):
+            raise ValueError(
+                f"{prefix}label in {name} must be {len(image)} whole numbers from 0, or -1 where there is no label"
+            )
         return Split(image.reshape(*image.shape[:3], -1), label.astype(np.int32))
 
     train = split("")
@@ -244,7 +349,9 @@ def _npz(name, manual_dir):
         return _split_off_test(*train)
     test = split("test_")
     if test.image.shape[1:] != train.image.shape[1:]:
-        raise ValueError(f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}")
+        raise ValueError(
+            f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}"
+        )
     return train, test
 
 
@@ -260,9 +367,11 @@ def _folder(name, manual_dir):
         if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     if not files:
-        raise ValueError(f"{name} holds no PNG or JPEG files, neither itself nor in one subfolder a class")
+        raise ValueError(
+            f"{name} holds no PNG or JPEG files, neither itself nor in one subfolder a class"
+        )
     first = _read_image(files[0][0])
-    _check_size(name, len(files), first.shape)
+    _check_size(name, len(files) * first.size)
     image = np.empty((len(files), *first.shape), np.uint8)
     for i, (path, _) in enumerate(files):
         pixels = _read_image(path)
@@ -283,11 +392,15 @@ def _read_image(path):
 
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            pixels = np.asarray(
+                image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            )
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
-DATASETS: dict[str, Callable] = {"digits": _digits} | dict.fromkeys(MNIST_FAMILY, _mnist_family)
+DATASETS: dict[str, Callable] = {"digits": _digits} | dict.fromkeys(
+    MNIST_FAMILY, _mnist_family
+)

@@ -14,12 +14,16 @@ from vae_jax.steps import make_eval_step
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
 
 
-def make_batch(image: UInt8[Array, "batch height width channel"], label, weight, index) -> Batch:
+def make_batch(
+    image: UInt8[Array, "batch height width channel"], label, weight, index
+) -> Batch:
     """A batch of float images in [0, 1] from stored ones in 0..255."""
     return Batch(image.astype(jnp.float32) / 255, label, weight, index)
 
 
-def make_evaluate(objective: Callable, split: Split, batch_size: int = BATCH_SIZE) -> Callable[[dict, Key[Array, ""]], dict]:
+def make_evaluate(
+    objective: Callable, split: Split, batch_size: int = BATCH_SIZE
+) -> Callable[[dict, Key[Array, ""]], dict]:
     """`evaluate(variables, key) -> {name: [n] array}` on the host, for every example of the split.
 
     The split is placed on the device once; its last batch is filled up with weight 0 and cut off again.
@@ -29,41 +33,56 @@ def make_evaluate(objective: Callable, split: Split, batch_size: int = BATCH_SIZ
     batches = -(-size // batch_size)
     index = np.arange(batches * batch_size).reshape(batches, batch_size)
     weight = (index < size).astype(np.float32)
-    index, weight, image, label = jax.device_put((np.minimum(index, size - 1), weight, *split))
+    index, weight, image, label = jax.device_put(
+        (np.minimum(index, size - 1), weight, *split)
+    )
     eval_step = make_eval_step(objective)
 
     @jax.jit
     def run(variables, key, image, label):
         def one_batch(rows):
             rows, weight = rows
-            return eval_step(variables, make_batch(image[rows], label[rows], weight, rows), key)
+            return eval_step(
+                variables, make_batch(image[rows], label[rows], weight, rows), key
+            )
 
         return jax.lax.map(one_batch, (index, weight))
 
     def evaluate(variables, key):
         arrays = jax.device_get(run(variables, key, image, label))
-        return {name: values.reshape(-1, *values.shape[2:])[:size] for name, values in arrays.items()}
+        return {
+            name: values.reshape(-1, *values.shape[2:])[:size]
+            for name, values in arrays.items()
+        }
 
     return evaluate
 
 
 def mean_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """The mean of each array over the examples."""
-    return {name: float(values.mean(dtype=np.float64)) for name, values in arrays.items()}
+    return {
+        name: float(values.mean(dtype=np.float64)) for name, values in arrays.items()
+    }
 
 
-def covariance_eigenvalues(image: UInt8[np.ndarray, "n height width channel"]) -> Float[np.ndarray, "pixels"]:
+def covariance_eigenvalues(
+    image: UInt8[np.ndarray, "n height width channel"],
+) -> Float[np.ndarray, " pixels"]:
     """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance."""
     flat = image.reshape(len(image), -1)
     mean = flat.mean(axis=0, dtype=np.float64) / 255
     second = np.zeros((flat.shape[1], flat.shape[1]))
     for start in range(0, len(flat), 4096):
-        chunk = flat[start : start + 4096].astype(np.float32) / 255 - mean.astype(np.float32)
+        chunk = flat[start : start + 4096].astype(np.float32) / 255 - mean.astype(
+            np.float32
+        )
         second += chunk.T @ chunk
     return np.maximum(np.linalg.eigvalsh(second / len(flat))[::-1], 0)
 
 
-def linear_vae_loss(eigenvalues: Float[np.ndarray, "pixels"], latent_dim: int, beta: float = 1.0) -> float:
+def linear_vae_loss(
+    eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float = 1.0
+) -> float:
     """The lowest loss that a linear VAE with unit decoder variance can reach, in nats, on the scale of `elbo`.
 
         sum over the latent_dim largest eigenvalues l > beta of beta/2 (1 + ln(l / beta)), plus half of the others
@@ -72,4 +91,7 @@ def linear_vae_loss(eigenvalues: Float[np.ndarray, "pixels"], latent_dim: int, b
     maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999) with its variance held at 1.
     """
     used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]
-    return float(np.sum(beta / 2 * (1 + np.log(used / beta))) + (eigenvalues.sum() - used.sum()) / 2)
+    return float(
+        np.sum(beta / 2 * (1 + np.log(used / beta)))
+        + (eigenvalues.sum() - used.sum()) / 2
+    )

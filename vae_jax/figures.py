@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 TRAIN, TEST, YARDSTICK = "#8fb3d9", "#1b4f8a", "#a04000"
 
 
-def training_curve(history: Sequence[dict], yardsticks: dict[str, float], title: str) -> Figure:
+def training_curve(
+    history: Sequence[dict], yardsticks: dict[str, float], title: str
+) -> Figure:
     """Loss of training and test over the epochs beside its two parts (the post's Figure 3).
 
     Args:
@@ -22,23 +24,39 @@ def training_curve(history: Sequence[dict], yardsticks: dict[str, float], title:
         curves = {}
         for split in ("train", "test"):
             rows = [row for row in history if f"{split}/{name}" in row]
-            curves[split] = np.array([[row["epoch"], row[f"{split}/{name}"]] for row in rows]).reshape(-1, 2)
+            curves[split] = np.array(
+                [[row["epoch"], row[f"{split}/{name}"]] for row in rows]
+            ).reshape(-1, 2)
         ax.plot(*curves["train"].T, color=TRAIN, label="training, as it ran")
-        ax.plot(*curves["test"].T, color=TEST, label="test", marker="o" if len(curves["test"]) < 20 else None)
+        ax.plot(
+            *curves["test"].T,
+            color=TEST,
+            label="test",
+            marker="o" if len(curves["test"]) < 20 else None,
+        )
         ax.set_xlabel("epoch")
         ax.set_xlim(left=0)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         # The first steps tower above everything else: show what comes after them.
-        values = np.concatenate([curves["test"][:, 1], curves["train"][len(curves["train"]) // 20 :, 1]])
+        values = np.concatenate(
+            [curves["test"][:, 1], curves["train"][len(curves["train"]) // 20 :, 1]]
+        )
         if name == "loss":
             values = np.concatenate([values, list(yardsticks.values())])
         low, high = values.min(), values.max()
         ax.set_ylim(low - 0.06 * (high - low + 1e-3), high + 0.06 * (high - low + 1e-3))
     for label, value in yardsticks.items():
         axes["loss"].axhline(value, color=YARDSTICK, linestyle="--", linewidth=1)
-        place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "xytext": (-4, 3), "textcoords": "offset points"}
-        axes["loss"].annotate(f"{label}: {value:.2f}", **place, ha="right", color=YARDSTICK, fontsize=9)
+        place = {
+            "xy": (1, value),
+            "xycoords": ("axes fraction", "data"),
+            "xytext": (-4, 3),
+            "textcoords": "offset points",
+        }
+        axes["loss"].annotate(
+            f"{label}: {value:.2f}", **place, ha="right", color=YARDSTICK, fontsize=9
+        )
     axes["loss"].set_title("loss = reconstruction + KL")
     axes["loss"].set_ylabel("nats an image")
     axes["loss"].legend(frameon=False)
@@ -51,7 +69,7 @@ def training_curve(history: Sequence[dict], yardsticks: dict[str, float], title:
 def reconstructions(
     image: Float[np.ndarray, "n height width channel"],
     reconstruction: Float[np.ndarray, "n height width channel"],
-    label: Int[np.ndarray, "n"],
+    label: Int[np.ndarray, " n"],
     title: str,
 ) -> Figure:
     """Each image above its reconstruction (the post's Figure 4)."""
@@ -68,20 +86,35 @@ def reconstructions(
     return figure
 
 
-def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> Figure:
+def image_grid(
+    image: Float[np.ndarray, "n height width channel"], title: str
+) -> Figure:
     """Images side by side in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)
     height, width, channels = image.shape[1:]
     pad = ((0, rows * columns - len(image)), (1, 1), (1, 1), (0, 0))
-    tiles = np.pad(image, pad, constant_values=0.5).reshape(rows, columns, height + 2, width + 2, channels)
+    tiles = np.pad(image, pad, constant_values=0.5).reshape(
+        rows, columns, height + 2, width + 2, channels
+    )
     figure = Figure(figsize=(7, 7 * rows / columns + 0.5), layout="constrained")
-    _show(figure.subplots(), tiles.swapaxes(1, 2).reshape(rows * (height + 2), columns * (width + 2), channels))
+    _show(
+        figure.subplots(),
+        tiles.swapaxes(1, 2).reshape(
+            rows * (height + 2), columns * (width + 2), channels
+        ),
+    )
     figure.suptitle(title)
     return figure
 
 
 def _show(ax, image):
-    ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.imshow(
+        image.squeeze(-1) if image.shape[-1] == 1 else image,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)

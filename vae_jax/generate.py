@@ -7,7 +7,10 @@ from jaxtyping import Array, Float, Key
 
 
 def reconstruct(
-    encode: Callable, decode: Callable, variables: dict, image: Float[Array, "batch height width channel"]
+    encode: Callable,
+    decode: Callable,
+    variables: dict,
+    image: Float[Array, "batch height width channel"],
 ) -> Float[Array, "batch height width channel"]:
     """decode(mean of q(z | image)), in [0, 1]."""
     mean, _ = encode(variables, image)

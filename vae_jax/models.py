@@ -33,7 +33,9 @@ class Conv(nn.Module):
     transpose: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out c_out"]:
+    def __call__(
+        self, x: Float[Array, "batch h w c_in"]
+    ) -> Float[Array, "batch h_out w_out c_out"]:
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = convolution.conv_transpose if self.transpose else convolution.conv
@@ -50,10 +52,16 @@ class Spread(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, z: Float[Array, "batch c_in"]) -> Float[Array, "batch h w c_out"]:
-        kernel = self.param("kernel", kernel_init, (*self.size, z.shape[-1], self.features))
+    def __call__(
+        self, z: Float[Array, "batch c_in"]
+    ) -> Float[Array, "batch h w c_out"]:
+        kernel = self.param(
+            "kernel", kernel_init, (*self.size, z.shape[-1], self.features)
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1]) + bias.reshape(1, 1, 1, -1)
+        return jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1]) + bias.reshape(
+            1, 1, 1, -1
+        )
 
 
 class Encoder(nn.Module):
@@ -69,7 +77,9 @@ class Encoder(nn.Module):
         x = image
         for i, features in enumerate(self.features):
             x = relu(Conv(features, stride=2, name=f"conv{i + 1}")(x))
-        x = nn.Dense(2 * self.latent_dim, kernel_init=kernel_init, name="fc")(x.reshape(x.shape[0], -1))
+        x = nn.Dense(2 * self.latent_dim, kernel_init=kernel_init, name="fc")(
+            x.reshape(x.shape[0], -1)
+        )
         mean, logvar = jnp.split(x, 2, axis=-1)
         return mean, logvar
 
@@ -81,13 +91,21 @@ class Decoder(nn.Module):
     features: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch height width channel"]:
+    def __call__(
+        self, z: Float[Array, "batch latent"]
+    ) -> Float[Array, "batch height width channel"]:
         height, width, channels = self.image_shape
         scale = 2 ** len(self.features)
-        x = relu(Spread((height // scale, width // scale), self.features[0], name="tconv1")(z))
+        x = relu(
+            Spread((height // scale, width // scale), self.features[0], name="tconv1")(
+                z
+            )
+        )
         for i, features in enumerate(self.features):
             x = relu(Conv(features, stride=2, transpose=True, name=f"tconv{i + 2}")(x))
-        x = Conv(channels, stride=1, transpose=True, name=f"tconv{len(self.features) + 2}")(x)
+        x = Conv(
+            channels, stride=1, transpose=True, name=f"tconv{len(self.features) + 2}"
+        )(x)
         return nn.sigmoid(x)
 
 
@@ -125,9 +143,15 @@ def make_vae(
     Raises ValueError if a size is below 1, or if the decoder, which doubles the size once for each of its features,
     cannot reach the image's height and width.
     """
-    for name, value in [("latent_dim", (latent_dim,)), ("encoder_features", encoder_features), ("decoder_features", decoder_features)]:
+    for name, value in [
+        ("latent_dim", (latent_dim,)),
+        ("encoder_features", encoder_features),
+        ("decoder_features", decoder_features),
+    ]:
         if not value or min(value) < 1:
-            raise ValueError(f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1")
+            raise ValueError(
+                f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1"
+            )
     height, width, _ = image_shape
     scale = 2 ** len(decoder_features)
     if height % scale or width % scale:
@@ -136,7 +160,9 @@ def make_vae(
             f"images of {height}x{width} are not divisible by {scale}, as a decoder with {len(decoder_features)} "
             f"doublings needs: pad them to {near[0]}x{near[1]} or give model.decoder_features fewer entries"
         )
-    return VAE(tuple(image_shape), latent_dim, tuple(encoder_features), tuple(decoder_features))
+    return VAE(
+        tuple(image_shape), latent_dim, tuple(encoder_features), tuple(decoder_features)
+    )
 
 
 MODELS = {"vae": make_vae}

@@ -20,25 +20,33 @@ class Batch(NamedTuple):
     """Examples of one step."""
 
     image: Float[Array, "batch height width channel"]  # in [0, 1]
-    label: Int[Array, "batch"]  # -1 = unlabelled
-    weight: Float[Array, "batch"]  # 0 = padding
-    index: Int[Array, "batch"]  # position in the data set
+    label: Int[Array, " batch"]  # -1 = unlabelled
+    weight: Float[Array, " batch"]  # 0 = padding
+    index: Int[Array, " batch"]  # position in the data set
 
 
-def example_keys(key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, "batch"]) -> Key[Array, "batch"]:
+def example_keys(
+    key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]
+) -> Key[Array, " batch"]:
     """One key an example, a pure function of (root key, step, example): the same however a batch is divided."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
 
 
 def reparameterize(
-    mean: Float[Array, "batch latent"], logvar: Float[Array, "batch latent"], keys: Key[Array, "batch"]
+    mean: Float[Array, "batch latent"],
+    logvar: Float[Array, "batch latent"],
+    keys: Key[Array, " batch"],
 ) -> Float[Array, "batch latent"]:
     """z = mean + exp(logvar / 2) * e with e ~ N(0, 1) (Kingma & Welling 2013, section 2.4; SPEC section 1)."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(keys)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(
+        keys
+    )
     return mean + jnp.exp(logvar / 2) * noise
 
 
-def kl_to_standard_normal(mean: Float[Array, "batch latent"], logvar: Float[Array, "batch latent"]) -> Float[Array, "batch"]:
+def kl_to_standard_normal(
+    mean: Float[Array, "batch latent"], logvar: Float[Array, "batch latent"]
+) -> Float[Array, " batch"]:
     """KL(N(mean, exp(logvar)) || N(0, 1)) = -1/2 sum(1 + logvar - mean^2 - exp(logvar)), in nats.
 
     Source: Kingma & Welling 2013, appendix B; the post's formula lacks the factor (SPEC section 1).
@@ -46,7 +54,9 @@ def kl_to_standard_normal(mean: Float[Array, "batch latent"], logvar: Float[Arra
     return -0.5 * jnp.sum(1 + logvar - mean**2 - jnp.exp(logvar), axis=-1)
 
 
-def half_squared_error(image: Float[Array, "batch ..."], mean: Float[Array, "batch ..."]) -> Float[Array, "batch"]:
+def half_squared_error(
+    image: Float[Array, "batch ..."], mean: Float[Array, "batch ..."]
+) -> Float[Array, " batch"]:
     """1/2 sum((image - mean)^2) over pixels: -log N(image; mean, 1) less its constant D/2 ln(2 pi), in nats."""
     return 0.5 * jnp.sum((image - mean) ** 2, axis=tuple(range(1, image.ndim)))
 
@@ -54,14 +64,14 @@ def half_squared_error(image: Float[Array, "batch ..."], mean: Float[Array, "bat
 def elbo(
     variables: Any,
     batch: Batch,
-    keys: Key[Array, "batch"],
+    keys: Key[Array, " batch"],
     train: bool,
     axis_name: str | None = None,
     *,
     encode: Callable,
     decode: Callable,
     beta: float = 1.0,
-) -> tuple[dict[str, Float[Array, "batch"]], dict]:
+) -> tuple[dict[str, Float[Array, " batch"]], dict]:
     """The negative ELBO of a unit-variance Gaussian decoder, less D/2 ln(2 pi), from one sample of z an image.
 
         loss = 1/2 ||x - decode(z)||^2 + beta * KL(q(z | x) || N(0, 1)),    z ~ q(z | x) = N(mean, exp(logvar))
@@ -79,7 +89,11 @@ def elbo(
     z = reparameterize(mean, logvar, keys)
     reconstruction = half_squared_error(batch.image, decode(variables, z))
     kl = kl_to_standard_normal(mean, logvar)
-    return {"loss": reconstruction + beta * kl, "reconstruction": reconstruction, "kl": kl}, {}
+    return {
+        "loss": reconstruction + beta * kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+    }, {}
 
 
 OBJECTIVES = {"elbo": elbo}

@@ -36,15 +36,21 @@ def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
     return jax.random.fold_in(key, PURPOSES[purpose])
 
 
-def init_state(variables: dict, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+def init_state(
+    variables: dict, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
     """The state before the first step, from a module's `init` variables."""
     model_state = {name: value for name, value in variables.items() if name != "params"}
     params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), key)
+    return TrainState(
+        jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), key
+    )
 
 
 def make_train_step(
-    objective: Callable, optimizer: optax.GradientTransformation, axis_name: str | None = None
+    objective: Callable,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
@@ -57,11 +63,17 @@ def make_train_step(
 
         def summed_loss(params):
             variables = {"params": params, **state.model_state}
-            metrics, model_state = objective(variables, batch, keys, train=True, axis_name=axis_name)
+            metrics, model_state = objective(
+                variables, batch, keys, train=True, axis_name=axis_name
+            )
             return jnp.sum(batch.weight * metrics["loss"]), (metrics, model_state)
 
-        grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(state.params)
-        metrics = {name: jnp.sum(batch.weight * value) for name, value in metrics.items()}
+        grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(
+            state.params
+        )
+        metrics = {
+            name: jnp.sum(batch.weight * value) for name, value in metrics.items()
+        }
         weight = jnp.sum(batch.weight)
         if axis_name is not None:
             grads, metrics, weight = lax.psum((grads, metrics, weight), axis_name)
@@ -70,17 +82,26 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state), metrics
+        return state.replace(
+            step=state.step + 1,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+        ), metrics
 
     return train_step
 
 
-def jit_train_step(objective: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def jit_train_step(
+    objective: Callable, optimizer: optax.GradientTransformation
+) -> Callable:
     """`make_train_step`, jitted for one device. The state given is donated: use only the one returned."""
     return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
 
 
-def make_eval_step(objective: Callable) -> Callable[[dict, Batch, Key[Array, ""]], dict]:
+def make_eval_step(
+    objective: Callable,
+) -> Callable[[dict, Batch, Key[Array, ""]], dict]:
     """`eval_step(variables, batch, key) -> metrics`, one value an example; the same key gives the same numbers."""
 
     def eval_step(variables, batch, key):
@@ -112,16 +133,22 @@ def make_adam(
     Raises ValueError for a value out of range.
     """
     if not learning_rate > 0:
-        raise ValueError(f"optimizer.learning_rate is {learning_rate}, but must be above 0")
+        raise ValueError(
+            f"optimizer.learning_rate is {learning_rate}, but must be above 0"
+        )
     for name, value in [("warmup", warmup), ("beta1", beta1), ("beta2", beta2)]:
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{name} is {value}, but must lie in [0, 1)")
     if schedule not in SCHEDULES:
-        raise ValueError(f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
+        raise ValueError(
+            f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}"
+        )
     rising = round(warmup * steps)
     rate = SCHEDULES[schedule](learning_rate, steps - rising)
     if rising:
-        rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, rising), rate], [rising])
+        rate = optax.join_schedules(
+            [optax.linear_schedule(0.0, learning_rate, rising), rate], [rising]
+        )
     return optax.adam(rate, beta1, beta2, eps)
 
 

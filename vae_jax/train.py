@@ -37,7 +37,9 @@ class RunOptions:
     def __post_init__(self):
         for name in ("chunk", "figures_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+                raise ValueError(
+                    f"run.{name} is {getattr(self, name)}, but must be at least 1"
+                )
 
 
 class Job(NamedTuple):
@@ -69,18 +71,28 @@ def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callabl
         def one_step(i, carry):
             state, history = carry
             rows = lax.dynamic_slice(order, ((first + i) * batch_size,), (batch_size,))
-            state, metrics = train_step(state, make_batch(image[rows], label[rows], weight, rows))
-            return state, {name: history[name].at[i].set(value) for name, value in metrics.items()}
+            state, metrics = train_step(
+                state, make_batch(image[rows], label[rows], weight, rows)
+            )
+            return state, {
+                name: history[name].at[i].set(value) for name, value in metrics.items()
+            }
 
-        batch = make_batch(image[:batch_size], label[:batch_size], weight, order[:batch_size])
-        _, shapes = jax.eval_shape(train_step, state, batch)
-        history = {name: jnp.zeros(chunk, shape.dtype) for name, shape in shapes.items()}
+        batch = make_batch(
+            image[:batch_size], label[:batch_size], weight, order[:batch_size]
+        )
+        shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
+        history = {
+            name: jnp.zeros(chunk, shape.dtype) for name, shape in shapes.items()
+        }
         return lax.fori_loop(0, count, one_step, (state, history))
 
     return run_chunk
 
 
-def train(job: Job, directory: RunDirectory, progress: Progress) -> tuple[TrainState, dict[str, float]]:
+def train(
+    job: Job, directory: RunDirectory, progress: Progress
+) -> tuple[TrainState, dict[str, float | int]]:
     """Train to the end. Returns the last state and the final numbers.
 
     Raises FloatingPointError, with the step and the metric's name, when a metric is not finite.
@@ -91,26 +103,44 @@ def train(job: Job, directory: RunDirectory, progress: Progress) -> tuple[TrainS
 
     root = jax.random.key(job.seed)  # given away with the state: state.key from here on
     state = init_state(jax.jit(job.init)(root), job.optimizer, root)
-    run_chunk = make_run_chunk(make_train_step(job.objective, job.optimizer), batch_size, chunk)
+    run_chunk = make_run_chunk(
+        make_train_step(job.objective, job.optimizer), batch_size, chunk
+    )
     image, label = jax.device_put(dataset.splits["train"])
-    evaluations = {name: make_evaluate(job.objective, split) for name, split in dataset.splits.items() if name != "train"}
+    evaluations = {
+        name: make_evaluate(job.objective, split)
+        for name, split in dataset.splits.items()
+        if name != "train"
+    }
 
     def log(step, metrics):
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {step}: try a lower optimizer.learning_rate")
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}: try a lower optimizer.learning_rate"
+                )
         directory.log({"step": step, "epoch": step / steps_per_epoch, **metrics})
 
     def read(end, count, history):
         """Bring a chunk's metrics to the host; this waits until the device has come so far."""
-        history = {f"train/{name}": np.asarray(values[:count]) for name, values in jax.device_get(history).items()}
-        finite = np.logical_and.reduce([np.isfinite(values) for values in history.values()])
+        history = {
+            f"train/{name}": np.asarray(values[:count])
+            for name, values in jax.device_get(history).items()
+        }
+        finite = np.logical_and.reduce(
+            [np.isfinite(values) for values in history.values()]
+        )
         if not finite.all():  # name the first bad step, not the mean over the chunk
             bad = int(np.argmin(finite))
-            log(end - count + bad + 1, {name: float(values[bad]) for name, values in history.items()})
+            log(
+                end - count + bad + 1,
+                {name: float(values[bad]) for name, values in history.items()},
+            )
         means = mean_metrics(history)
         log(end, means)
-        progress.update(count * batch_size, (end - 1) // steps_per_epoch + 1, means["train/loss"])
+        progress.update(
+            count * batch_size, (end - 1) // steps_per_epoch + 1, means["train/loss"]
+        )
         return means
 
     unread = None
@@ -124,11 +154,23 @@ def train(job: Job, directory: RunDirectory, progress: Progress) -> tuple[TrainS
             unread = ((epoch - 1) * steps_per_epoch + first + count, count, history)
         metrics, unread = read(*unread), None
 
-        arrays = {name: evaluate(state.variables, state.key) for name, evaluate in evaluations.items()}
-        tested = {f"{split}/{name}": value for split, values in arrays.items() for name, value in mean_metrics(values).items()}
+        arrays = {
+            name: evaluate(state.variables, state.key)
+            for name, evaluate in evaluations.items()
+        }
+        tested = {
+            f"{split}/{name}": value
+            for split, values in arrays.items()
+            for name, value in mean_metrics(values).items()
+        }
         log(epoch * steps_per_epoch, tested)
         progress.epoch_done(epoch, metrics | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
             figures, numbers = job.report(state.variables, arrays, directory.history)
             directory.save_figures(figures)
-    return state, {"epochs": job.epochs, "steps": job.epochs * steps_per_epoch, **tested, **numbers}
+    return state, {
+        "epochs": job.epochs,
+        "steps": job.epochs * steps_per_epoch,
+        **tested,
+        **numbers,
+    }

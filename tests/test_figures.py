@@ -1,0 +1,74 @@
+"""Figures say what they show, for labelled and unlabelled, grey and colour images."""
+
+import numpy as np
+import pytest
+
+from vae_jax import figures
+
+HISTORY = [
+    {
+        "step": 1,
+        "epoch": 0.5,
+        "train/loss": 9.0,
+        "train/reconstruction": 8.0,
+        "train/kl": 1.0,
+    },
+    {
+        "step": 2,
+        "epoch": 1.0,
+        "train/loss": 7.0,
+        "train/reconstruction": 5.0,
+        "train/kl": 2.0,
+    },
+    {
+        "step": 2,
+        "epoch": 1.0,
+        "test/loss": 6.0,
+        "test/reconstruction": 4.0,
+        "test/kl": 2.0,
+    },
+]
+
+
+def test_training_curve_shows_the_rows_and_the_yardsticks(tmp_path):
+    figure = figures.training_curve(
+        HISTORY, {"collapsed model": 8.0}, "Training progress"
+    )
+    loss, reconstruction, kl = figure.axes
+    train, test, yardstick = loss.lines
+    np.testing.assert_array_equal(train.get_xydata(), [[0.5, 9], [1, 7]])
+    np.testing.assert_array_equal(test.get_xydata(), [[1, 6]])
+    assert set(yardstick.get_ydata()) == {8.0} and yardstick.get_linestyle() == "--"
+    assert [text.get_text() for text in loss.texts] == ["collapsed model: 8.00"]
+    assert all(
+        ax.get_title() and ax.get_xlabel() == "epoch"
+        for ax in (loss, reconstruction, kl)
+    )
+    assert loss.get_ylim()[0] < 6 and loss.get_ylim()[1] > 9
+    figure.savefig(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstructions_stand_under_their_inputs(channels):
+    image = np.random.default_rng(0).random((3, 4, 5, channels))
+    figure = figures.reconstructions(
+        image, image / 2, np.array([4, 7, -1]), "Reconstructions"
+    )
+    axes = figure.axes
+    assert [ax.get_title() for ax in axes[:3]] == ["4", "7", ""]
+    for column in range(3):
+        above, below = (
+            axes[row * 3 + column].images[0].get_array() for row in range(2)
+        )
+        np.testing.assert_allclose(above / 2, below)
+
+
+@pytest.mark.parametrize("count,shape", [(1, (6, 7)), (5, (12, 21)), (9, (18, 21))])
+def test_image_grid_holds_every_image(count, shape):
+    image = np.arange(count).reshape(-1, 1, 1, 1) / 10 * np.ones((1, 4, 5, 3))
+    grid = figures.image_grid(image, "Samples").axes[0].images[0].get_array()
+    assert grid.shape == (*shape, 3)
+    assert {round(float(value), 3) for value in np.unique(grid)} == {
+        *np.arange(count) / 10,
+        0.5,
+    }
