@@ -1,4 +1,4 @@
-"""The post's convolutional VAE (SPEC section 1).
+"""The post's convolutional VAE (its Tables 1-3).
 
     python -m vae_jax.main --config=configs/vae.py            MNIST, the post's training: 50 epochs, shuffled
     python -m vae_jax.main --config=configs/vae.py:digits     scikit-learn's bundled digits, no download

@@ -2,7 +2,7 @@
 
     python -m experiments.speed [--batch_size=128] [--steps=20] [--rounds=9]
 
-Every peer trains SPEC section 1's VAE by Adam on the same batches of uint8 images held in memory. Each round times
+Every peer trains the post's VAE by Adam on the same batches of uint8 images held in memory. Each round times
 every peer once, so that ratios hold where the machine's speed drifts; reported is the median over rounds with the
 lowest and highest. PyTorch is a peer where it is installed.
 """

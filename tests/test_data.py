@@ -158,33 +158,57 @@ def test_no_network(tiny_mnist, monkeypatch):
     assert one_line(error)
 
 
-def test_download_goes_through_tfds_and_is_kept(tiny_mnist, monkeypatch):
-    """The files are served on loopback; the second load needs no server."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    handler = functools.partial(
-        http.server.SimpleHTTPRequestHandler, directory=str(tiny_mnist)
-    )
+@pytest.fixture
+def served_mnist(tiny_mnist, monkeypatch):
+    """The same files, served on loopback, and nothing downloaded yet."""
+    import tensorflow_datasets as tfds
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    handler = functools.partial(Handler, directory=str(tiny_mnist))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     builder = tfds.builder_cls("fashion_mnist")
-    port = server.server_address[1]
-    monkeypatch.setattr(
-        builder,
-        "url_infos",
-        {
-            url.replace(":9/", f":{port}/"): info
-            for url, info in builder.url_infos.items()
-        },
-    )
+    address = f":{server.server_address[1]}/"
+    infos = {url.replace(":9/", address): i for url, i in builder.url_infos.items()}
+    monkeypatch.setattr(builder, "url_infos", infos)
     monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
-    try:
-        first = data.load(name="fashion_mnist").splits["train"]
-    finally:
-        server.shutdown()
-        server.server_close()
-    np.testing.assert_array_equal(
-        first.image, data.load(name="fashion_mnist").splits["train"].image
-    )
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_is_checked_and_kept(served_mnist):
+    first = data.load(name="fashion_mnist").splits["train"]
+    assert first.image.shape == (6, 28, 28, 1)
+    served_mnist.shutdown()  # the second load needs no server
+    served_mnist.server_close()
+    again = data.load(name="fashion_mnist").splits["train"]
+    np.testing.assert_array_equal(first.image, again.image)
+
+
+def test_a_download_with_a_wrong_checksum_is_told_in_one_line(served_mnist, tiny_mnist):
+    (tiny_mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(b"something else")
+    with pytest.raises(OSError, match="downloading fashion_mnist failed") as error:
+        data.load(name="fashion_mnist")
+    assert one_line(error)
+
+
+def test_a_silent_network_is_given_up_in_time(tiny_mnist, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
+    monkeypatch.setattr(data, "NETWORK_TIMEOUT", 0.01)
+    answered = threading.Event()
+
+    def silent(request, timeout):
+        answered.wait()
+        raise OSError
+
+    monkeypatch.setattr(data.urllib.request, "urlopen", silent)
+    with pytest.raises(OSError, match="no answer in 0.01 s"):
+        data.load(name="fashion_mnist")
+    answered.set()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Evaluation: independent of the division into batches, repeatable; the closed forms of SPEC section 1."""
+"""Evaluation: independent of the division into batches, repeatable; the closed forms of the yardsticks."""
 
 import functools
 

@@ -15,7 +15,7 @@ def vae():
     return network, jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
 
 
-# SPEC section 1, Tables 1 and 2: output shape and number of parameters of each layer.
+# The post's Tables 1 and 2: output shape and number of parameters of each layer.
 LAYERS = {
     "encoder/conv1": ((14, 14, 32), 320),
     "encoder/conv2": ((7, 7, 64), 18_496),

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import math
 import os
+import queue
+import threading
 import urllib.error
 import urllib.request
 import zipfile
@@ -17,6 +19,7 @@ from jaxtyping import Int, UInt8
 
 SPLIT_SEED = 0  # splits are part of a data set: the same whatever a run's seed
 TEST_SHARE = 0.2  # of images that come without a test set
+NETWORK_TIMEOUT = 8  # seconds
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -176,7 +179,13 @@ def _mnist_family(name, manual_dir):
             dataset_name=name,
             force_checksums_validation=True,
         )
-        for filename, path in manager.download(urls).items():
+        try:
+            paths = manager.download(urls)
+        except Exception as error:  # TFDS passes on what its layers raise
+            raise OSError(
+                f"downloading {name} failed ({type(error).__name__}): {_way_out(name)}"
+            ) from error
+        for filename, path in paths.items():
             os.replace(path, folder / filename)
 
     def read(filename):
@@ -223,22 +232,36 @@ def parse_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
 
 
 def _check_network(name, url):
-    """Fail in seconds where TFDS would retry for minutes."""
+    """Fail in seconds where TFDS would retry for minutes, and where a name server is silent."""
+    answer = queue.SimpleQueue()
+
+    def ask():
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT).close()
+            answer.put(None)
+        except urllib.error.HTTPError:
+            answer.put(None)  # a host that refuses this request is there
+        except OSError as error:
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
     try:
-        urllib.request.urlopen(
-            urllib.request.Request(url, method="HEAD"), timeout=5
-        ).close()
-    except urllib.error.HTTPError:
-        pass  # the host answers; whether the file is there the download will tell
-    except OSError as error:
-        way_out = (
-            "put its files into a folder and give --config.data.manual_dir"
-            if name in MNIST_FAMILY
-            else "connect once to prepare it"
-        )
+        error = answer.get(timeout=NETWORK_TIMEOUT)
+    except queue.Empty:
+        error = TimeoutError(f"no answer in {NETWORK_TIMEOUT} s")
+    if error is not None:
         raise OSError(
-            f"cannot download {name} ({getattr(error, 'reason', error)}): {way_out}, or use the bundled digits, --config=configs/vae.py:digits"
+            f"cannot download {name} ({getattr(error, 'reason', error)}): {_way_out(name)}"
         ) from error
+
+
+def _way_out(name):
+    if name in MNIST_FAMILY:
+        files = "put its four original files into a folder and give --config.data.manual_dir"
+    else:
+        files = "prepare it where there is a network"
+    return f"{files}, or train on the bundled digits, --config=configs/vae.py:digits"
 
 
 def _tfds(name, manual_dir):
@@ -261,7 +284,7 @@ def _tfds(name, manual_dir):
             builder.download_and_prepare()
         except ImportError as error:
             raise ValueError(
-                f"preparing {name} needs {error.name}: pip install 'vae_jax[tfds]'"
+                f"preparing {name} needs {error.name}: pip install -e '.[tfds]'"
             ) from error
         splits = builder.info.splits
     shape = (

@@ -87,7 +87,7 @@ def linear_vae_loss(
 
         sum over the latent_dim largest eigenvalues l > beta of beta/2 (1 + ln(l / beta)), plus half of the others
 
-    With latent_dim = 0 it is half the total variance: the loss of a collapsed model. Source: SPEC section 1; the
+    With latent_dim = 0 it is half the total variance: the loss of a collapsed model. Source: the
     maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999) with its variance held at 1.
     """
     used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 TRAIN, TEST, YARDSTICK = "#8fb3d9", "#1b4f8a", "#a04000"
 
@@ -36,6 +37,7 @@ def training_curve(
         )
         ax.set_xlabel("epoch")
         ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         # The first steps tower above everything else: show what comes after them.

@@ -65,7 +65,7 @@ class Spread(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log-variance of q(z | x): 3x3 convolutions of stride 2, then one dense layer (SPEC Table 1)."""
+    """Image -> mean and log-variance of q(z | x): 3x3 convolutions of stride 2, then one dense layer (the post, Table 1)."""
 
     latent_dim: int
     features: tuple[int, ...]
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z -> mean of p(x | z), in [0, 1]: transposed convolutions (SPEC Table 2)."""
+    """z -> mean of p(x | z), in [0, 1]: transposed convolutions (the post, Table 2)."""
 
     image_shape: tuple[int, int, int]
     features: tuple[int, ...]
@@ -138,7 +138,7 @@ def make_vae(
     encoder_features: tuple[int, ...] = (32, 64),
     decoder_features: tuple[int, ...] = (64, 32),
 ) -> VAE:
-    """The VAE of SPEC section 1 for images of `image_shape` (height, width, channels).
+    """The post's VAE for images of `image_shape` (height, width, channels).
 
     Raises ValueError if a size is below 1, or if the decoder, which doubles the size once for each of its features,
     cannot reach the image's height and width.

@@ -37,7 +37,7 @@ def reparameterize(
     logvar: Float[Array, "batch latent"],
     keys: Key[Array, " batch"],
 ) -> Float[Array, "batch latent"]:
-    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1) (Kingma & Welling 2013, section 2.4; SPEC section 1)."""
+    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1) (Kingma & Welling 2013, section 2.4; the post, Figure 2)."""
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(
         keys
     )
@@ -49,7 +49,7 @@ def kl_to_standard_normal(
 ) -> Float[Array, " batch"]:
     """KL(N(mean, exp(logvar)) || N(0, 1)) = -1/2 sum(1 + logvar - mean^2 - exp(logvar)), in nats.
 
-    Source: Kingma & Welling 2013, appendix B; the post's formula lacks the factor (SPEC section 1).
+    Source: Kingma & Welling 2013, appendix B; the post's formula lacks the factor -1/2.
     """
     return -0.5 * jnp.sum(1 + logvar - mean**2 - jnp.exp(logvar), axis=-1)
 
@@ -79,7 +79,7 @@ def elbo(
     Args:
         encode: (variables, image) -> (mean, logvar), each [batch, latent].
         decode: (variables, z) -> the mean of p(x | z), of the image's shape.
-        beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and equals the post's loss (SPEC section 1).
+        beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
 
     Returns:
         `loss`, `reconstruction` and `kl` of each example, in nats; and no model state.

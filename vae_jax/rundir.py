@@ -96,7 +96,7 @@ def _tensorboard():
         from tensorboardX import SummaryWriter
     except ImportError:
         raise OSError(
-            "run.tensorboard needs tensorboardX: pip install 'vae_jax[tensorboard]'"
+            "run.tensorboard needs tensorboardX: pip install tensorboardX"
         ) from None
     return SummaryWriter
 

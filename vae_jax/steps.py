@@ -122,7 +122,7 @@ def make_adam(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015); `beta1` is the post's gradient decay factor (SPEC section 1).
+    """Adam (Kingma & Ba 2015); `beta1` is the post's gradient decay factor (its Table 3).
 
     Args:
         steps: length of the training.
