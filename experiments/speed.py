@@ -20,9 +20,8 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
-from vae_jax.evaluate import make_batch
 from vae_jax.models import make_vae
-from vae_jax.objectives import elbo
+from vae_jax.objectives import elbo, make_batch
 from vae_jax.steps import init_state, jit_train_step, make_train_step
 from vae_jax.train import make_run_chunk
 
@@ -191,6 +190,7 @@ def make_peers(images, batch_size, steps):
 
 def main(argv):
     logging.set_verbosity(logging.WARNING)
+    jax.config.update("jax_platforms", "cpu")  # as PyTorch here
     batch_size, steps = _BATCH_SIZE.value, _STEPS.value
     images = np.random.default_rng(0).integers(
         0, 256, (batch_size * steps, *IMAGE_SHAPE), np.uint8

@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -41,15 +42,61 @@ def test_the_file_names_the_top_level_fields():
 
 
 @pytest.mark.parametrize("variant", vae.VARIANTS)
-def test_every_variant_builds(variant, request, monkeypatch):
+def test_every_variant_builds_and_runs_two_steps(variant):
     """On the bundled digits instead of MNIST, whose images have the same shape."""
     config = vae.get_config(variant).to_dict()
     config["data"]["name"] = "digits"
+    config["batch_size"] = 8
     job = build.build(config)
-    assert (
-        job.dataset.image_shape == (28, 28, 1)
-        and job.batch_size == config["batch_size"]
+    root = jax.random.key(job.seed)
+    state = steps.init_state(jax.jit(job.init)(root), job.optimizer, root)
+    step = jax.jit(steps.make_train_step(job.objective, job.optimizer))
+    train_split = job.dataset.splits["train"]
+    rows = jnp.arange(8)
+    batch = objectives.make_batch(
+        jnp.asarray(train_split.image[:8]), train_split.label[:8], jnp.ones(8), rows
     )
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert state.step == 2 and np.isfinite(metrics["loss"])
+
+
+def test_only_matlab_does_not_shuffle():
+    kept = {name: vae.get_config(name).data.shuffle for name in vae.VARIANTS}
+    assert [name for name, shuffle in kept.items() if not shuffle] == ["matlab"]
+
+
+def test_the_schedule_spans_the_training(config):
+    """110 steps: 5 epochs of 22; a cosine has come down to zero after them."""
+    config |= {"epochs": 5, "batch_size": 64}
+    config["optimizer"] |= {"schedule": "cosine", "learning_rate": 0.1}
+    optimizer = build.build(config).optimizer
+    state = optimizer.init(jnp.zeros(()))
+    rates = []
+    for _ in range(111):
+        update, state = optimizer.update(jnp.ones(()), state)
+        rates.append(-float(update))
+    assert rates[0] == pytest.approx(0.1, rel=1e-3)
+    assert 0 < rates[109] < 1e-4 and rates[110] == 0
+
+
+def test_the_yardsticks_are_those_of_the_training_images(config):
+    config["objective"]["beta"] = 2.0
+    job = build.build(config)
+    variables = jax.jit(job.init)(jax.random.key(0))
+    history = [
+        {"epoch": 1, "train/loss": 2.0, "train/reconstruction": 1.0, "train/kl": 1.0}
+    ]
+    _, numbers = job.report(variables, {}, history)
+    flat = job.dataset.splits["train"].image.reshape(1437, -1) / 255
+    total = flat.var(axis=0).sum()
+    assert numbers["collapsed model"] == pytest.approx(total / 2, rel=1e-4)
+    assert numbers["best linear VAE"] < numbers["collapsed model"]
+
+
+def test_defaults_are_filled_in(config):
+    del config["objective"]["beta"]
+    assert build.build(config).objective.keywords["beta"] == 1.0
 
 
 def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch):
@@ -103,7 +150,9 @@ def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch)
             1438,
             "batch_size is 1438, but there are 1437 training images: give at most 1437",
         ),
-        ("seed", -1, "seed is -1, but must be at least 0"),
+        ("seed", -1, "seed is -1, but must lie in"),
+        ("seed", 2**32, "seed is 4294967296, but must lie in"),
+        ("objective.beta", -1.0, "objective.beta is -1.0, but must be at least 0"),
         ("run.chunk", 0, "run.chunk is 0, but must be at least 1"),
         ("model.latent_dim", 0, "model.latent_dim is 0, but must be at least 1"),
     ],

@@ -319,6 +319,43 @@ def test_bad_folders(tmp_path):
     assert one_line(error)
 
 
+def test_folders_that_would_lose_images_are_refused(tmp_path):
+    save_images(tmp_path, [".", ".thumbnails"])
+    assert len(data.load(name=str(tmp_path)).splits["train"].label) == 4  # of 5
+    save_images(tmp_path, ["a"])
+    with pytest.raises(
+        ValueError, match="both beside its subfolders .0.png. and in them"
+    ):
+        data.load(name=str(tmp_path))
+    save_images(tmp_path / "split", ["train", "test"])
+    with pytest.raises(
+        ValueError, match="subfolders train and test, but subfolders are classes"
+    ):
+        data.load(name=str(tmp_path / "split"))
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png has more than 8 bits a channel"):
+        data.load(name=str(tmp_path))
+
+
+def test_a_flipped_byte_in_an_npz_is_told_in_one_line(tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez_compressed(path, image=np.random.default_rng(0).random((10, 8, 8)))
+    content = path.read_bytes()
+    for position in range(0, len(content) - 100, len(content) // 20):
+        path.write_bytes(
+            content[:position]
+            + bytes([content[position] ^ 255])
+            + content[position + 1 :]
+        )
+        try:
+            data.load(name=str(path))
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
 def test_npz(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(
@@ -358,6 +395,12 @@ IMAGE = np.zeros((4, 2, 2), np.uint8)
             {"image": np.array([None, 1], dtype=object)},
             "cannot read .*own.npz: .*allow_pickle",
         ),
+        ({"image": IMAGE, "label": np.full(4, 2**33)}, "must be 4 whole numbers"),
+        (
+            {"image": IMAGE, "test_label": np.zeros(4, int)},
+            "holds image, test_label, but",
+        ),
+        ({"image": np.uint8(3)}, r"has shape \(\)"),
         ({"image": IMAGE[:1]}, "too few"),
     ],
 )
@@ -372,14 +415,18 @@ def test_unreadable_npz(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         data.load(name=str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_bytes(b"no zip file")
-    with pytest.raises(ValueError, match="text.npz is not a readable .npz"):
+    with pytest.raises(ValueError, match="cannot read .*text.npz"):
         data.load(name=str(tmp_path / "text.npz"))
 
 
 def test_data_set_larger_than_memory_is_refused_with_its_size(tmp_path, monkeypatch):
     save_images(tmp_path, ["a"])
     np.savez(tmp_path / "own.npz", image=np.zeros((5, 8, 12), np.uint8))
-    monkeypatch.setattr(data.os, "sysconf", lambda name: 1)
+    memory = types.SimpleNamespace(available=1000)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
     for name in (tmp_path, tmp_path / "own.npz"):
-        with pytest.raises(ValueError, match="takes 0.0 GiB, but 0.0 GiB are free"):
+        with pytest.raises(
+            ValueError,
+            match="takes 0.0 GiB, and loading it three times that, but 0.0 GiB",
+        ):
             data.load(name=str(name))

@@ -119,6 +119,7 @@ def test_linear_vae_loss_is_the_minimum_over_linear_vaes(beta):
         linear_vae_loss(eigenvalues, 3, beta), sum(lowest) + 0.2, atol=0.01
     )
     assert linear_vae_loss(eigenvalues, 0, beta) == eigenvalues.sum() / 2
+    assert linear_vae_loss(eigenvalues, 3, 0.0) == pytest.approx(0.2)  # PCA's error
 
 
 def test_yardsticks_of_mnist(mnist_dir):

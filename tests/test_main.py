@@ -129,19 +129,28 @@ def test_own_images_of_another_size(tmp_path):
         (
             ["--config=configs/vae.py:smoke", "--config.epoch=3"],
             1,
-            'unknown config field epoch: Did you mean "epochs"',
+            "unknown config field epoch: did you mean epochs?",
         ),
         (
             ["--config=configs/vae.py:smoke", "--config.model.latnt_dim=3"],
             1,
-            'Did you mean "latent_dim"',
+            "model.latnt_dim: did you mean latent_dim?",
+        ),
+        (
+            ["--config=configs/vae.py:smoke", "--config.modle.latent_dim=3"],
+            1,
+            "unknown config field modle: did you mean model?",
         ),
         (
             ["--config=configs/vae.py:smoke", "--config.epochs=many"],
             1,
             "invalid literal for int() with base 10: 'many'",
         ),
-        (["--config=configs/vae.py:smoke", "--config.seed.x=1"], 1, "is not a section"),
+        (
+            ["--config=configs/vae.py:smoke", "--config.seed.x=1"],
+            1,
+            "seed is no section",
+        ),
         (
             ["--config=configs/vae.py:smoke", "--config.batch_size=0"],
             1,

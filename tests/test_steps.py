@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from vae_jax.models import make_vae
-from vae_jax.objectives import Batch, elbo
+from vae_jax.objectives import Batch, elbo, example_keys
 from vae_jax.steps import (
     init_state,
     jit_train_step,
     make_adam,
-    make_eval_step,
     make_train_step,
 )
 
@@ -80,19 +81,24 @@ def test_one_step_never_retraces(network, objective):
     assert state.step == 3
 
 
-def test_gradient_descent_is_on_the_weighted_mean(network, objective):
-    """A step of SGD with rate 1 moves the parameters by minus the gradient of sum(w loss) / sum(w)."""
+def test_gradient_descent_is_on_the_weighted_mean_of_the_loss(network, objective):
+    """A step of SGD with rate 1 moves the parameters by minus that gradient, computed here anew."""
     state = make_state(network, optax.sgd(1.0))
     batch = make_batch()._replace(weight=jnp.arange(16.0))
+    keys = example_keys(state.key, 0, batch.index)
+
+    def mean_loss(params):
+        metrics, _ = objective({"params": params}, batch, keys, train=True)
+        return jnp.average(metrics["loss"], weights=batch.weight), metrics
+
+    (loss, each), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     after, metrics = make_train_step(objective, optax.sgd(1.0))(state, batch)
-    loss = make_eval_step(objective)(state.variables, batch, state.key)[
-        "kl"
-    ]  # the KL has no noise
-    np.testing.assert_allclose(
-        metrics["kl"], np.average(loss, weights=batch.weight), rtol=1e-5
-    )
-    grads = jax.tree.map(lambda a, b: a - b, state.params, after.params)
-    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    moved = jax.tree.map(lambda a, b: a - b, state.params, after.params)
+    assert_trees_close(moved, grads, atol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    expected = np.average(each["kl"], weights=batch.weight)
+    np.testing.assert_allclose(metrics["kl"], expected, rtol=1e-6)
 
 
 def ten_steps(step, state, batches):
@@ -144,6 +150,16 @@ def test_vmap_with_an_axis_name_equals_one_device(network, objective):
     assert_trees_close(mapped.params, alone.params, atol=1e-6)
 
 
+def test_shard_map_equals_one_device(network, objective):
+    state, batch = make_state(network, optax.sgd(0.01)), make_batch()
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    step = make_train_step(objective, optax.sgd(0.01), axis_name="devices")
+    specs = {"in_specs": (P(), P("devices")), "out_specs": (P(), P())}
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
+    alone, _ = make_train_step(objective, optax.sgd(0.01))(state, batch)
+    assert_trees_close(mapped(state, batch)[0].params, alone.params, atol=1e-6)
+
+
 def test_seeds_in_one_program_equal_each_alone(network, objective):
     optimizer = optax.sgd(0.01)
     states = [make_state(network, optimizer, seed) for seed in range(3)]
@@ -173,6 +189,10 @@ def test_schedules():
     np.testing.assert_allclose(
         cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3
     )
+    both = learning_rates(make_adam(10, schedule="cosine", warmup=0.5), 10)
+    falling = 0.0005 * (1 + np.cos(np.pi * np.arange(5) / 5))
+    expected = [*(0.001 * np.arange(5) / 5), *falling]
+    np.testing.assert_allclose(both, expected, rtol=1e-3, atol=1e-9)
     warm = learning_rates(make_adam(10, warmup=0.5), 10)
     np.testing.assert_allclose(
         warm, 0.001 * np.minimum(np.arange(10) / 5, 1), rtol=1e-3, atol=1e-9
@@ -183,6 +203,8 @@ def test_schedules():
     "fields,message",
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"eps": -1.0}, "eps is -1.0"),
+        ({"learning_rate": np.inf}, "learning_rate is inf"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"schedule": "linear"}, "schedule is 'linear'"),
     ],

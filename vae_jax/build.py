@@ -44,13 +44,11 @@ def make_job(
     run: Mapping,
 ) -> Job:
     """`build`, the config's fields being the arguments."""
-    for name, value, least in [
-        ("seed", seed, 0),
-        ("epochs", epochs, 1),
-        ("batch_size", batch_size, 1),
-    ]:
-        if value < least:
-            raise ValueError(f"{name} is {value}, but must be at least {least}")
+    for name, value in [("epochs", epochs), ("batch_size", batch_size)]:
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}, but must lie in [0, 2**32)")
     # Every section is checked before the first one acts: a slip in the last is told before data are read.
     load_data = bind("data", load, data)
     make_model = choose("model", MODELS, model)
@@ -99,7 +97,7 @@ def fields(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def bind(section: str, function: Callable, values: Mapping) -> functools.partial:
-    """`function` with a section's values as keywords; raises ValueError for an unknown, missing or mistyped one."""
+    """`function` with a section's values as keywords; defaults filled in. Raises ValueError for an unknown, missing or mistyped one."""
     expected, prefix = fields(function), section and f"{section}."
     for name, value in values.items():
         if name not in expected:
@@ -114,7 +112,12 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
     for name, parameter in expected.items():
         if name not in values and parameter.default is parameter.empty:
             raise ValueError(f"config field {prefix}{name} is missing")
-    return functools.partial(function, **values)
+    defaults = {
+        name: parameter.default
+        for name, parameter in expected.items()
+        if parameter.default is not parameter.empty
+    }
+    return functools.partial(function, **(defaults | values))
 
 
 def choose(
@@ -166,6 +169,9 @@ def vae_parts(
     network, loss: Callable, dataset: Dataset, root: jax.Array, title: str
 ) -> tuple[Callable, Callable]:
     """The objective and the report of a VAE: the training curve, reconstructions and prior samples (Figures 3-5)."""
+    beta = loss.keywords["beta"]
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"objective.beta is {beta}, but must be at least 0")
     encode = functools.partial(network.apply, method="encode")
     decode = functools.partial(network.apply, method="decode")
     test = dataset.splits["test"]
@@ -186,7 +192,6 @@ def vae_parts(
         if np.prod(dataset.image_shape) > LARGEST_COVARIANCE:
             return {}
         eigenvalues = covariance_eigenvalues(dataset.splits["train"].image)
-        beta = loss.keywords["beta"]
         return {
             "collapsed model": linear_vae_loss(eigenvalues, 0, beta),
             "best linear VAE": linear_vae_loss(eigenvalues, network.latent_dim, beta),

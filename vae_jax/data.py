@@ -3,6 +3,7 @@
 import difflib
 import gzip
 import hashlib
+import http.client
 import math
 import os
 import queue
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 from jaxtyping import Int, UInt8
 
 SPLIT_SEED = 0  # splits are part of a data set: the same whatever a run's seed
 TEST_SHARE = 0.2  # of images that come without a test set
+LARGEST_LABEL = 65_535
 NETWORK_TIMEOUT = 8  # seconds
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -53,23 +56,20 @@ def load(
         name: "digits" (bundled), "mnist", "fashion_mnist", "kmnist", any other image classification data set of
             TensorFlow Datasets, or the path of a person's own images: an .npz with `image` [n, h, w] or [n, h, w, c]
             (uint8, or float in [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder of PNG or JPEG
-            files, in one subfolder a class or in none. Without a test set, a fifth of the images becomes one.
+            files, in one subfolder a class or in none, its path with a slash in it. Without a test set, a fifth of the
+            images becomes one.
         manual_dir: folder that holds the files of the MNIST family, for machines that cannot download.
         validation: how many training images to hold out.
         shuffle: whether each epoch has an order of its own.
 
     Raises ValueError or OSError, in one line, for whatever cannot be loaded.
     """
-    own = Path(name).expanduser()
     if name in DATASETS:
         load_splits = DATASETS[name]
-    elif (
-        own.suffix == ".npz"
-        or own.is_dir()
-        or name.startswith((".", "~", os.sep))
-        or name.endswith(os.sep)
-    ):
-        load_splits = _npz if own.suffix == ".npz" else _folder
+    elif name.lower().endswith(".npz"):
+        load_splits = _npz
+    elif name.startswith((".", "~", "/")) or ("/" in name and Path(name).is_dir()):
+        load_splits = _folder
     else:
         load_splits = _tfds
     if manual_dir and name not in MNIST_FAMILY:
@@ -111,13 +111,9 @@ def _split_off_test(image, label):
         raise ValueError(
             f"{len(label)} images are too few to split off a fifth for testing: give at least 2"
         )
-    counts = np.bincount(label + 1)
-    stratify = (
-        label
-        if counts[counts > 0].min() >= 2
-        and (counts > 0).sum() <= min(size, len(label) - size)
-        else None
-    )
+    _, counts = np.unique(label, return_counts=True)
+    fits = counts.min() >= 2 and len(counts) <= min(size, len(label) - size)
+    stratify = label if fits else None
     positions = np.arange(len(label))
     train, test = train_test_split(
         positions, test_size=size, stratify=stratify, random_state=SPLIT_SEED
@@ -127,11 +123,12 @@ def _split_off_test(image, label):
 
 
 def _check_size(name, nbytes):
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if nbytes > free:
+    """Refuse what memory cannot hold three times: as read, as split, and on the device."""
+    free = psutil.virtual_memory().available
+    if 3 * nbytes > free:
         raise ValueError(
-            f"{name} takes {nbytes / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free: data sets are held in memory, "
-            "so take fewer or smaller images"
+            f"{name} takes {nbytes / 2**30:.1f} GiB, and loading it three times that, but {free / 2**30:.1f} GiB are free: "
+            "data sets are held in memory, so take fewer or smaller images"
         )
 
 
@@ -242,7 +239,7 @@ def _check_network(name, url):
             answer.put(None)
         except urllib.error.HTTPError:
             answer.put(None)  # a host that refuses this request is there
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             answer.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
@@ -269,7 +266,7 @@ def _tfds(name, manual_dir):
 
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except ValueError:  # not found, or no name at all
+    except (ValueError, AssertionError):  # an unknown name, or version
         near = difflib.get_close_matches(
             name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1
         )
@@ -277,25 +274,32 @@ def _tfds(name, manual_dir):
         raise ValueError(
             f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or of a folder"
         ) from None
-    keys, splits = builder.info.supervised_keys, builder.info.splits
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if (
+        not keys
+        or not hasattr(features[keys[1]], "num_classes")
+        or features[keys[0]].dtype != np.uint8
+        or len(features[keys[0]].shape) != 3
+        or None in features[keys[0]].shape
+    ):
+        raise ValueError(
+            f"{name} is not an image classification data set with images of one size"
+        )
+    (image_key, label_key), shape = keys, features[keys[0]].shape
     if not builder.is_prepared():
-        _check_network(name, "https://storage.googleapis.com")
+        _check_network(
+            name, next(iter(builder.url_infos), "https://www.tensorflow.org")
+        )
         try:
             builder.download_and_prepare()
         except ImportError as error:
             raise ValueError(
                 f"preparing {name} needs {error.name}: pip install -e '.[tfds]'"
             ) from error
-        splits = builder.info.splits
-    shape = (
-        builder.info.features[keys[0]].shape
-        if keys and keys[0] in builder.info.features
-        else None
-    )
-    if shape is None or None in shape or len(shape) != 3:
-        raise ValueError(
-            f"{name} is not an image classification data set with images of one size"
-        )
+        except Exception as error:  # TFDS passes on what its layers raise
+            raise OSError(f"preparing {name} failed: {error}") from error
+    splits = builder.info.splits
+    # Some have labels on their validation images only.
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(
@@ -312,7 +316,7 @@ def _tfds(name, manual_dir):
                 f"{name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
             )
         for i, example in enumerate(source):
-            image[i], label[i] = example[keys[0]], example[keys[1]]
+            image[i], label[i] = example[image_key], example[label_key]
         return Split(image, label)
 
     return read("train"), read(test)
@@ -324,25 +328,22 @@ def _npz(name, manual_dir):
         with zipfile.ZipFile(path) as archive:
             _check_size(name, sum(info.file_size for info in archive.infolist()))
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
+            arrays = {key: np.asarray(archive[key]) for key in archive.files}
     except FileNotFoundError:
         raise ValueError(f"there is no file {name}") from None
-    except (zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise ValueError(f"{name} is not a readable .npz: {error}") from error
-    except ValueError as error:
+    except Exception as error:  # damage shows as anything from zlib.error to TokenError
         raise ValueError(f"cannot read {name}: {error}") from error
-    unknown = sorted(set(arrays) - {"image", "label", "test_image", "test_label"})
-    if unknown or "image" not in arrays:
+    unknown = set(arrays) - {"image", "label", "test_image", "test_label"}
+    stray = "test_label" in arrays and "test_image" not in arrays
+    if unknown or stray or "image" not in arrays:
         raise ValueError(
-            f"{name} holds {', '.join(arrays)}, but must hold image, and may hold label, test_image, test_label"
+            f"{name} holds {', '.join(arrays)}, but must hold image, and may hold label, or test_image and test_label"
         )
 
     def split(prefix):
         image = arrays[prefix + "image"]
-        label = arrays.get(prefix + "label", np.full(len(image), -1))
         if (
             image.ndim not in (3, 4)
-            or len(image) == 0
             or 0 in image.shape
             or image.shape[3:] not in ((), (1,), (3,))
         ):
@@ -357,13 +358,14 @@ def _npz(name, manual_dir):
                     f"{prefix}image in {name} is {image.dtype}, but must be uint8, or float in [0, 1]"
                 )
             image = np.round(image * 255).astype(np.uint8)
+        label = arrays.get(prefix + "label", np.full(len(image), -1))
         if (
             label.shape != image.shape[:1]
             or not np.issubdtype(label.dtype, np.integer)
-            or label.min() < -1
+            or not (label.min() >= -1 and label.max() <= LARGEST_LABEL)
         ):
             raise ValueError(
-                f"{prefix}label in {name} must be {len(image)} whole numbers from 0, or -1 where there is no label"
+                f"{prefix}label in {name} must be {len(image)} whole numbers from 0 to {LARGEST_LABEL}, or -1 where there is no label"
             )
         return Split(image.reshape(*image.shape[:3], -1), label.astype(np.int32))
 
@@ -382,12 +384,22 @@ def _folder(name, manual_dir):
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
-    classes = sorted(child for child in folder.iterdir() if child.is_dir())
-    files = [
+    classes = sorted(
+        path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
+    )
+    if {"train", "test"} <= {path.name.lower() for path in classes}:
+        raise ValueError(
+            f"{name} has subfolders train and test, but subfolders are classes: name one of them, or give an .npz with test_image"
+        )
+    files = [(path, -1) for path in _image_files(folder)]
+    if files and any(_image_files(path) for path in classes):
+        raise ValueError(
+            f"{name} holds images both beside its subfolders ({files[0][0].name}) and in them: give each a subfolder, or none"
+        )
+    files += [
         (path, label)
-        for label, parent in ([(-1, folder)] if not classes else enumerate(classes))
-        for path in sorted(parent.iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        for label, parent in enumerate(classes)
+        for path in _image_files(parent)
     ]
     if not files:
         raise ValueError(
@@ -410,16 +422,30 @@ def _describe(pixels):
     return f"{pixels.shape[1]}x{pixels.shape[0]} {'grey' if pixels.shape[2] == 1 else 'colour'}"
 
 
+def _image_files(folder):
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
+    )
+
+
 def _read_image(path):
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            mode = image.mode
+            upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(
-                image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+                upright.convert("L" if mode in ("1", "L", "LA") else "RGB")
             )
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # damage shows as anything from OSError to SyntaxError
         raise ValueError(f"cannot read the image {path}: {error}") from error
+    if mode[0] in "IF":
+        raise ValueError(
+            f"the image {path} has more than 8 bits a channel: convert it to 8"
+        )
     return pixels.reshape(*pixels.shape[:2], -1)
 
 

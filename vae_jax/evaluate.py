@@ -3,22 +3,14 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from vae_jax.data import Split
-from vae_jax.objectives import Batch
+from vae_jax.objectives import make_batch
 from vae_jax.steps import make_eval_step
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
-
-
-def make_batch(
-    image: UInt8[Array, "batch height width channel"], label, weight, index
-) -> Batch:
-    """A batch of float images in [0, 1] from stored ones in 0..255."""
-    return Batch(image.astype(jnp.float32) / 255, label, weight, index)
 
 
 def make_evaluate(
@@ -91,7 +83,5 @@ def linear_vae_loss(
     maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999) with its variance held at 1.
     """
     used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]
-    return float(
-        np.sum(beta / 2 * (1 + np.log(used / beta)))
-        + (eigenvalues.sum() - used.sum()) / 2
-    )
+    paid = beta / 2 * np.sum(1 + np.log(used / beta)) if beta else 0.0
+    return float(paid + (eigenvalues.sum() - used.sum()) / 2)

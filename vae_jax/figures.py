@@ -37,7 +37,7 @@ def training_curve(
         )
         ax.set_xlabel("epoch")
         ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         # The first steps tower above everything else: show what comes after them.

@@ -2,7 +2,9 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -18,18 +20,17 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}; --help lists the flags", 2)
     try:
-        if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}; --help lists the flags", 2)
-        if _CONFIG.value is None:
-            fail(
-                "which model? Give a config, for example --config=configs/vae.py:digits",
-                2,
-            )
-        command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
-        run(_CONFIG.value.to_dict(), _WORKDIR.value or default_workdir(), command)
-    except (ValueError, OSError, FloatingPointError) as error:
+        config = _CONFIG.value
+    except OSError as error:
         fail(str(error), 1)
+    if config is None:
+        fail("which model? Give a config, say --config=configs/vae.py:digits", 2)
+    command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
+    try:
+        run(config.to_dict(), _WORKDIR.value or default_workdir(), command)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -37,19 +38,22 @@ def main(argv: list[str]) -> None:
 def run(config: dict, workdir: str, command: str) -> None:
     """Build the job, train it, leave the run directory."""
     from vae_jax.build import build
-    from vae_jax.rundir import Progress, RunDirectory
+    from vae_jax.rundir import Progress, RunDirectory, check_unused
     from vae_jax.train import train
 
-    job = build(config)
+    try:
+        check_unused(workdir)
+        job = build(config)
+        directory = RunDirectory(workdir, config, job.run.tensorboard)
+    except (ValueError, OSError) as error:
+        fail(str(error), 1)
     if job.run.compilation_cache:
         enable_compilation_cache()
-    directory = RunDirectory(workdir, config, job.run.tensorboard)
-    size = len(job.dataset.splits["train"].label)
-    progress = Progress(
-        job.epochs * (size // job.batch_size) * job.batch_size, job.epochs
-    )
+    progress = Progress(job.epochs * job.steps_per_epoch * job.batch_size, job.epochs)
     try:
         _, numbers = train(job, directory, progress)
+    except (FloatingPointError, OSError) as error:
+        fail(str(error), 1)
     finally:
         progress.close()
         directory.close()
@@ -74,9 +78,10 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, and the exit code: 1 for bad input, 2 for bad usage."""
-    print(f"vae_jax: {message.strip().splitlines()[-1].strip()}", file=sys.stderr)
+    line = message.strip().splitlines()[-1].strip() if message.strip() else "failed"
+    print(f"vae_jax: {line}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -86,23 +91,29 @@ def parse_flags(argv: list[str]) -> list[str]:
         argv = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         fail(f"{error}; --help lists the flags", 2)
-    except (
-        AttributeError
-    ) as error:  # ml_collections: a quoted message, the nearest name in its second line
-        fail(
-            "unknown config field "
-            + str(error).replace("\\n", ": ").replace("\\", "").replace("'", ""),
-            1,
-        )
-    except (TypeError, KeyError):
-        fail("a --config flag names a field inside of one that is not a section", 1)
-    except (flags.Error, ValueError, OSError) as error:
+    except flags.Error as error:
         fail(str(error), 1)
+    except (AttributeError, KeyError, TypeError):  # ml_collections, for unknown fields
+        check_field_names(argv)
+        raise
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = (
-            -1
-        )  # warnings: at absl's own default JAX tells which backends it lacks
+        flags.FLAGS.verbosity = -1  # warnings: at absl's default JAX tells of backends
     return argv
+
+
+def check_field_names(argv: list[str]) -> None:
+    """Fail for the first --config.FIELD that the config does not have."""
+    from vae_jax.build import nearest
+
+    for argument in argv:
+        path = argument.partition("=")[0].lstrip("-").split(".")
+        section = _CONFIG.value
+        for depth, name in enumerate(path[1:], start=1):
+            if not isinstance(section, Mapping) or name not in section:
+                known = section if isinstance(section, Mapping) else {}
+                hint = nearest(name, known) if known else f"{path[-2]} is no section"
+                fail(f"unknown config field {'.'.join(path[1 : depth + 1])}: {hint}", 1)
+            section = section[name]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 
 class Batch(NamedTuple):
@@ -23,6 +23,13 @@ class Batch(NamedTuple):
     label: Int[Array, " batch"]  # -1 = unlabelled
     weight: Float[Array, " batch"]  # 0 = padding
     index: Int[Array, " batch"]  # position in the data set
+
+
+def make_batch(
+    image: UInt8[Array, "batch height width channel"], label, weight, index
+) -> Batch:
+    """A batch of float images in [0, 1] from stored ones in 0..255."""
+    return Batch(image.astype(jnp.float32) / 255, label, weight, index)
 
 
 def example_keys(

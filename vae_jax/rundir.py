@@ -14,15 +14,20 @@ from tqdm import tqdm
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
+def check_unused(path: str) -> None:
+    """Raise FileExistsError if there is a directory that holds something."""
+    if Path(path).expanduser().is_dir() and any(Path(path).expanduser().iterdir()):
+        raise FileExistsError(
+            f"the work directory {path} is not empty: name another with --workdir, or remove it"
+        )
+
+
 class RunDirectory:
     """Creates `path` and writes into it. Raises OSError where that cannot be, or where something is there already."""
 
     def __init__(self, path: str, config: dict, tensorboard: bool = False):
-        self.path = Path(path)
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise FileExistsError(
-                f"the work directory {path} is not empty: name another with --workdir, or remove it"
-            )
+        check_unused(path)
+        self.path = Path(path).expanduser()
         make_writer = _tensorboard() if tensorboard else None
         try:
             (self.path / "figures").mkdir(parents=True)
@@ -68,7 +73,7 @@ class RunDirectory:
         facts = {
             "command": f"`{command}`",
             "time": f"{minutes} min {seconds} s",
-            "device": f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, {platform.platform()}",
+            "device": f"{device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, {platform.platform()}",
             "versions": f"Python {platform.python_version()}, {versions}",
             "matmul precision": f"{jax.config.jax_default_matmul_precision or 'default'}",
         }

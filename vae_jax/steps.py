@@ -1,5 +1,6 @@
 """One step of training and of evaluation: pure functions, neither jitted nor mapped, for any objective."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
-    Metrics are the weighted means of the objective's, and `grad_norm`. Under `pmap`, `vmap` or `shard_map` give
-    `axis_name`: sums and gradients are then added over that axis before they are divided by the summed weight.
+    Metrics are the weighted means of the objective's, and `grad_norm`. Under `pmap`, `vmap` or
+    `shard_map(check_vma=False)` give `axis_name`: sums and gradients are then added over that axis before they are divided by the summed weight.
     """
 
     def train_step(state, batch):
@@ -132,10 +133,9 @@ def make_adam(
 
     Raises ValueError for a value out of range.
     """
-    if not learning_rate > 0:
-        raise ValueError(
-            f"optimizer.learning_rate is {learning_rate}, but must be above 0"
-        )
+    for name, value in [("learning_rate", learning_rate), ("eps", eps)]:
+        if not 0 < value < math.inf:
+            raise ValueError(f"optimizer.{name} is {value}, but must be above 0")
     for name, value in [("warmup", warmup), ("beta1", beta1), ("beta2", beta2)]:
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{name} is {value}, but must lie in [0, 1)")
@@ -143,7 +143,7 @@ def make_adam(
         raise ValueError(
             f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}"
         )
-    rising = round(warmup * steps)
+    rising = math.floor(warmup * steps)
     rate = SCHEDULES[schedule](learning_rate, steps - rising)
     if rising:
         rate = optax.join_schedules(

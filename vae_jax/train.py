@@ -13,7 +13,8 @@ import optax
 from jax import lax
 
 from vae_jax.data import Dataset, epoch_order
-from vae_jax.evaluate import make_batch, make_evaluate, mean_metrics
+from vae_jax.evaluate import make_evaluate, mean_metrics
+from vae_jax.objectives import make_batch
 from vae_jax.rundir import Progress, RunDirectory
 from vae_jax.steps import TrainState, init_state, make_train_step
 
@@ -55,6 +56,11 @@ class Job(NamedTuple):
     optimizer: optax.GradientTransformation
     report: Callable  # (variables, {split: per-example arrays}, history) -> ({name: Figure}, {name: number})
     run: RunOptions
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches are full: what is left over differs from epoch to epoch."""
+        return len(self.dataset.splits["train"].label) // self.batch_size
 
 
 def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callable:
@@ -99,7 +105,7 @@ def train(
     """
     dataset, batch_size, chunk = job.dataset, job.batch_size, job.run.chunk
     size = len(dataset.splits["train"].label)
-    steps_per_epoch = size // batch_size
+    steps_per_epoch = job.steps_per_epoch
 
     root = jax.random.key(job.seed)  # given away with the state: state.key from here on
     state = init_state(jax.jit(job.init)(root), job.optimizer, root)
@@ -141,18 +147,29 @@ def train(
         progress.update(
             count * batch_size, (end - 1) // steps_per_epoch + 1, means["train/loss"]
         )
-        return means
+        epoch_means.append((means, count))
 
     unread = None
     for epoch in range(1, job.epochs + 1):
         order = jax.device_put(epoch_order(job.seed, epoch, size, dataset.shuffle))
+        epoch_means = []
         for first in range(0, steps_per_epoch, chunk):
             count = min(chunk, steps_per_epoch - first)
             state, history = run_chunk(state, order, first, count, image, label)
             if unread:  # a chunk late, while the device is busy with the next one
                 read(*unread)
             unread = ((epoch - 1) * steps_per_epoch + first + count, count, history)
-        metrics, unread = read(*unread), None
+        read(*unread)
+        unread = None
+        trained = {
+            name: float(
+                np.average(
+                    [means[name] for means, _ in epoch_means],
+                    weights=[count for _, count in epoch_means],
+                )
+            )
+            for name in epoch_means[0][0]
+        }
 
         arrays = {
             name: evaluate(state.variables, state.key)
@@ -164,13 +181,14 @@ def train(
             for name, value in mean_metrics(values).items()
         }
         log(epoch * steps_per_epoch, tested)
-        progress.epoch_done(epoch, metrics | tested)
+        progress.epoch_done(epoch, trained | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
             figures, numbers = job.report(state.variables, arrays, directory.history)
             directory.save_figures(figures)
     return state, {
         "epochs": job.epochs,
         "steps": job.epochs * steps_per_epoch,
+        **trained,
         **tested,
         **numbers,
     }
