@@ -278,7 +278,7 @@ def _tfds(name, manual_dir):
     if (
         not keys
         or not hasattr(features[keys[1]], "num_classes")
-        or features[keys[0]].dtype != np.uint8
+        or features[keys[0]].np_dtype != np.uint8
         or len(features[keys[0]].shape) != 3
         or None in features[keys[0]].shape
     ):

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,15 +21,15 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; --help lists the flags", 2)
-    try:
-        config = _CONFIG.value
-    except OSError as error:
-        fail(str(error), 1)
-    if config is None:
+    if _CONFIG.value is None:
         fail("which model? Give a config, say --config=configs/vae.py:digits", 2)
+    try:
+        config = _CONFIG.value.to_dict()
+    except OSError as error:  # a file that is not there shows itself only here
+        fail(str(error), 1)
     command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
     try:
-        run(config.to_dict(), _WORKDIR.value or default_workdir(), command)
+        run(config, _WORKDIR.value or default_workdir(), command)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -105,15 +104,20 @@ def check_field_names(argv: list[str]) -> None:
     """Fail for the first --config.FIELD that the config does not have."""
     from vae_jax.build import nearest
 
-    for argument in argv:
-        path = argument.partition("=")[0].lstrip("-").split(".")
+    overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
+    flags.FLAGS([a for a in argv if a not in overrides])
+    for override in overrides:
+        path = override.partition("=")[0].lstrip("-").split(".")
         section = _CONFIG.value
-        for depth, name in enumerate(path[1:], start=1):
-            if not isinstance(section, Mapping) or name not in section:
-                known = section if isinstance(section, Mapping) else {}
-                hint = nearest(name, known) if known else f"{path[-2]} is no section"
-                fail(f"unknown config field {'.'.join(path[1 : depth + 1])}: {hint}", 1)
-            section = section[name]
+        for depth in range(1, len(path)):
+            field = ".".join(path[1 : depth + 1])
+            if not hasattr(section, "keys"):
+                hint = f"{path[depth - 1]} is no section"
+                fail(f"unknown config field {field}: {hint}", 1)
+            if path[depth] not in section:
+                hint = nearest(path[depth], section)
+                fail(f"unknown config field {field}: {hint}", 1)
+            section = section[path[depth]]
 
 
 if __name__ == "__main__":
