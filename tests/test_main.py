@@ -125,6 +125,11 @@ def test_own_images_of_another_size(tmp_path):
             1,
             "No such file or directory: 'configs/none.py'",
         ),
+        (
+            ["--config=configs/none.py", "--config.epochs=3"],
+            1,
+            "No such file or directory: 'configs/none.py'",
+        ),
         (["--config=configs/vae.py:none"], 1, "no variant 'none': there are default, "),
         (
             ["--config=configs/vae.py:smoke", "--config.epoch=3"],

@@ -90,7 +90,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         argv = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         fail(f"{error}; --help lists the flags", 2)
-    except flags.Error as error:
+    except (flags.Error, OSError) as error:
         fail(str(error), 1)
     except (AttributeError, KeyError, TypeError):  # ml_collections, for unknown fields
         check_field_names(argv)
@@ -105,7 +105,9 @@ def check_field_names(argv: list[str]) -> None:
     from vae_jax.build import nearest
 
     overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
-    flags.FLAGS([a for a in argv if a not in overrides])
+    # ml_collections reads sys.argv itself.
+    sys.argv = [a for a in argv if a not in overrides]
+    flags.FLAGS(sys.argv)
     for override in overrides:
         path = override.partition("=")[0].lstrip("-").split(".")
         section = _CONFIG.value
