@@ -16,7 +16,8 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 def check_unused(path: str) -> None:
     """Raise FileExistsError if there is a directory that holds something."""
-    if Path(path).expanduser().is_dir() and any(Path(path).expanduser().iterdir()):
+    folder = Path(path).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(
             f"the work directory {path} is not empty: name another with --workdir, or remove it"
         )
