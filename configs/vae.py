@@ -14,6 +14,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,
+            "seeds": 1,
             "epochs": 50,
             "batch_size": 512,
             "data": {
@@ -37,11 +38,16 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "beta1": 0.9,
                 "beta2": 0.999,
                 "eps": 1e-8,
+                "average": 0.0,
             },
             "run": {
                 "chunk": 20,
+                "save_every": 500,
+                "keep": 2,
+                "best": "loss",
                 "figures_every": 10,
                 "tensorboard": False,
+                "profile": False,
                 "compilation_cache": True,
             },
         }

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -16,8 +16,8 @@ from vae_jax import figures, generate
 from vae_jax.data import Dataset, load
 from vae_jax.evaluate import covariance_eigenvalues, linear_vae_loss
 from vae_jax.models import MODELS
-from vae_jax.objectives import OBJECTIVES
-from vae_jax.steps import OPTIMIZERS, fixed_key
+from vae_jax.objectives import OBJECTIVES, make_batch
+from vae_jax.steps import OPTIMIZERS, averaging, fixed_key, make_eval_step
 from vae_jax.train import Job, RunOptions
 
 LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
@@ -29,12 +29,18 @@ def build(config: Mapping[str, Any]) -> Job:
     Each section is passed by keyword to one function: `data.load`, the model, objective and optimizer that its `name`
     selects, `train.RunOptions`. Raises ValueError or OSError, in one line that names the field, for whatever is wrong.
     """
-    return bind("", make_job, config)()
+    job = bind("", make_job, config)()
+    if job.best and job.run.best not in (known := metric_names(job)):
+        raise ValueError(
+            f"unknown metric run.best {job.run.best!r}: {nearest(job.run.best, known)}"
+        )
+    return job._replace(about=job.about | {"config": config})
 
 
 def make_job(
     *,
     seed: int,
+    seeds: int,
     epochs: int,
     batch_size: int,
     data: Mapping,
@@ -43,17 +49,33 @@ def make_job(
     optimizer: Mapping,
     run: Mapping,
 ) -> Job:
-    """`build`, the config's fields being the arguments."""
-    for name, value in [("epochs", epochs), ("batch_size", batch_size)]:
+    """`build`, the config's fields being the arguments.
+
+    Args:
+        seed: of initial weights, noise and order of the examples; a run is a function of it.
+        seeds: how many seeds, from `seed` on, are trained together in one program.
+        epochs: passes over the training images.
+        batch_size: images in one training step.
+    """
+    for name, value in [
+        ("seeds", seeds),
+        ("epochs", epochs),
+        ("batch_size", batch_size),
+    ]:
         if value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}, but must lie in [0, 2**32)")
+    if not 0 <= seed <= 2**32 - seeds:
+        raise ValueError(f"seed is {seed}, but must lie in [0, 2**32 - seeds]")
     # Every section is checked before the first one acts: a slip in the last is told before data are read.
     load_data = bind("data", load, data)
-    make_model = choose("model", MODELS, model)
-    loss = choose("objective", OBJECTIVES, objective)
-    make_optimizer = choose("optimizer", OPTIMIZERS, optimizer)
+    make_model = choose("model", model)
+    loss = choose("objective", objective)
+    averaged = {
+        name: optimizer[name] for name in fields(averaging) if name in optimizer
+    }
+    average = bind("optimizer", averaging, averaged)()
+    others = {name: optimizer[name] for name in optimizer if name not in averaged}
+    make_optimizer = choose("optimizer", others)
     options = bind("run", RunOptions, run)()
 
     dataset = load_data()
@@ -64,13 +86,14 @@ def make_job(
             f"batch_size is {batch_size}, but there are {size} training images: give at most {size}"
         )
     network = make_model(dataset.image_shape)
-    title = f"{model['name'].upper()} on {Path(data['name']).name}"
+    title = make_title({"model": model, "data": data})
     loss, report = PARTS[model["name"]](
         network, loss, dataset, jax.random.key(seed), title
     )
     return Job(
         title=title,
         seed=seed,
+        seeds=seeds,
         epochs=epochs,
         batch_size=batch_size,
         dataset=dataset,
@@ -79,9 +102,100 @@ def make_job(
         ),
         objective=loss,
         optimizer=make_optimizer(epochs * (size // batch_size)),
+        average=average,
         report=report,
+        about={
+            "image_shape": dataset.image_shape,
+            "num_classes": dataset.num_classes,
+        },
         run=options,
     )
+
+
+def metric_names(job: Job) -> dict:
+    """What the job's objective tells of each example; nothing is computed."""
+    key = jax.random.key(0)
+    variables = jax.eval_shape(job.init, key)
+    image, label = (array[:1] for array in job.dataset.splits["train"])
+    batch = make_batch(image, label, np.ones(1, np.float32), np.zeros(1, np.int32))
+    return jax.eval_shape(make_eval_step(job.objective), variables, batch, key)
+
+
+def make_title(config: Mapping[str, Any]) -> str:
+    """What a config trains, for people."""
+    return f"{config['model']['name'].upper()} on {Path(config['data']['name']).name}"
+
+
+def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
+
+    Left out is what a run may change as it continues: section `run`, `data.manual_dir`, and more epochs where the
+    optimizer does not depend on their number.
+    """
+    old, new = flatten(stored), flatten(config)
+    for fields_ in (old, new):
+        for name in [*fields_]:
+            if name.startswith("run.") or name == "data.manual_dir":
+                del fields_[name]
+    if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
+        old["epochs"] = max(old["epochs"], new["epochs"])
+    absent = "absent"
+    return [
+        f"{name} is {old.get(name, absent)} there, {new.get(name, absent)} here"
+        for name in [*old, *(new.keys() - old.keys())]
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names -> values, as they are after a journey through JSON."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def describe() -> list[tuple[str, str]]:
+    """Every config field with its default, and what the function that takes it says of it."""
+    sections = {
+        "": [make_job],
+        "data": [load],
+        "model": MODELS.values(),
+        "objective": OBJECTIVES.values(),
+        "optimizer": [averaging, *OPTIMIZERS.values()],
+        "run": [RunOptions],
+    }
+    described = {}
+    for section, functions in sections.items():
+        if section in CHOICES:
+            described[f"{section}.name"] = f"one of {', '.join(CHOICES[section])}"
+        for function in functions:
+            docs = argument_docs(function)
+            for name, parameter in fields(function).items():
+                if parameter.annotation is not Mapping:
+                    default = parameter.default
+                    value = "" if default is parameter.empty else f"={default!r}"
+                    field = f"{section}.{name}" if section else name
+                    described.setdefault(field + value, docs.get(name, ""))
+    return list(described.items())
+
+
+def argument_docs(function: Callable) -> dict[str, str]:
+    """What a docstring says of each argument, in its part "Args:" or "Attributes:"."""
+    _, _, part = inspect.getdoc(function).partition("Args:\n")
+    if not part:
+        _, _, part = inspect.getdoc(function).partition("Attributes:\n")
+    docs = {}
+    for line in part.partition("\n\n")[0].splitlines():
+        if line[4] != " ":
+            name, _, text = line.strip().partition(": ")
+            docs[name] = text
+        else:
+            docs[name] += " " + line.strip()
+    return docs
 
 
 def fields(function: Callable) -> dict[str, inspect.Parameter]:
@@ -120,11 +234,9 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
     return functools.partial(function, **(defaults | values))
 
 
-def choose(
-    section: str, choices: Mapping[str, Callable], values: Mapping
-) -> functools.partial:
-    """`bind` for the function that the section's `name` selects from `choices`."""
-    values = dict(values)
+def choose(section: str, values: Mapping) -> functools.partial:
+    """`bind` for the function that the section's `name` selects from `CHOICES`."""
+    values, choices = dict(values), CHOICES[section]
     name = values.pop("name", None)
     if name not in choices:
         raise ValueError(
@@ -133,7 +245,7 @@ def choose(
     return bind(section, choices[name], values)
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
+def nearest(name: str, known: Collection[str]) -> str:
     """What to say to someone who wrote `name`."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -182,8 +294,9 @@ def vae_parts(
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     reconstruct = jax.jit(functools.partial(generate.reconstruct, encode, decode))
     sample = jax.jit(
-        lambda variables: generate.sample_prior(
-            decode, variables, fixed_key(root, "samples"), 100, network.latent_dim
+        lambda variables: decode(
+            variables,
+            generate.prior(fixed_key(root, "samples"), 100, network.latent_dim),
         )
     )
 
@@ -219,3 +332,4 @@ def vae_parts(
 
 
 PARTS = {"vae": vae_parts}
+CHOICES = {"model": MODELS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}

@@ -1,9 +1,11 @@
 """Per-example arrays over a split, brought to the host once; what is computed of them is NumPy."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Float, Key, UInt8
 
 from vae_jax.data import Split
@@ -14,11 +16,15 @@ BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend 
 
 
 def make_evaluate(
-    objective: Callable, split: Split, batch_size: int = BATCH_SIZE
-) -> Callable[[dict, Key[Array, ""]], dict]:
+    objective: Callable,
+    split: Split,
+    map_seeds: Callable = lambda function, in_axes: function,
+    batch_size: int = BATCH_SIZE,
+) -> Callable[[dict, Key[Array, "..."]], dict]:
     """`evaluate(variables, key) -> {name: [n] array}` on the host, for every example of the split.
 
-    The split is placed on the device once; its last batch is filled up with weight 0 and cut off again.
+    The split is placed on the device once; its last batch is filled up with weight 0 and cut off again. `map_seeds` as
+    in `train.Job`: with several seeds, variables and key have them in front, and the arrays are [seeds, n].
     """
     size = len(split.label)
     batch_size = min(batch_size, size)
@@ -30,7 +36,6 @@ def make_evaluate(
     )
     eval_step = make_eval_step(objective)
 
-    @jax.jit
     def run(variables, key, image, label):
         def one_batch(rows):
             rows, weight = rows
@@ -38,14 +43,16 @@ def make_evaluate(
                 variables, make_batch(image[rows], label[rows], weight, rows), key
             )
 
-        return jax.lax.map(one_batch, (index, weight))
-
-    def evaluate(variables, key):
-        arrays = jax.device_get(run(variables, key, image, label))
+        arrays = jax.lax.map(one_batch, (index, weight))
         return {
             name: values.reshape(-1, *values.shape[2:])[:size]
             for name, values in arrays.items()
         }
+
+    run = jax.jit(map_seeds(run, (0, 0, None, None)))
+
+    def evaluate(variables, key):
+        return jax.device_get(run(variables, key, image, label))
 
     return evaluate
 
@@ -55,6 +62,30 @@ def mean_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float]:
     return {
         name: float(values.mean(dtype=np.float64)) for name, values in arrays.items()
     }
+
+
+def over_seeds(arrays: dict[str, np.ndarray], first_seed: int) -> dict[str, float]:
+    """`mean_metrics` of [n] arrays; of [seeds, n] arrays also each seed's, and the half-width of the mean's 95 % interval.
+
+    The interval is Student's; beside `loss` there are then `loss/interval`, `loss/seed0`, ...
+    """
+    if next(iter(arrays.values())).ndim == 1:
+        return mean_metrics(arrays)
+    seeds = [mean_metrics(dict(zip(arrays, row))) for row in zip(*arrays.values())]
+    metrics = {}
+    for name in seeds[0]:
+        values = [of_seed[name] for of_seed in seeds]
+        metrics[name], metrics[f"{name}/interval"] = mean_and_interval(values)
+        for seed, value in enumerate(values, first_seed):
+            metrics[f"{name}/seed{seed}"] = value
+    return metrics
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the half-width of its 95 % interval (Student's t), of at least two independent values."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    quantile = scipy.special.stdtrit(len(values) - 1, 0.975)
+    return float(np.mean(values)), float(quantile * error)
 
 
 def covariance_eigenvalues(

@@ -74,16 +74,47 @@ def reconstructions(
     label: Int[np.ndarray, " n"],
     title: str,
 ) -> Figure:
-    """Each image above its reconstruction (the post's Figure 4)."""
-    figure = Figure(figsize=(1.1 * len(image) + 0.9, 2.9), layout="constrained")
-    axes = figure.subplots(2, len(image), squeeze=False)
-    for column in range(len(image)):
-        _show(axes[0, column], image[column])
-        _show(axes[1, column], reconstruction[column])
-        if label[column] >= 0:
-            axes[0, column].set_title(str(label[column]))
-    axes[0, 0].set_ylabel("input")
-    axes[1, 0].set_ylabel("reconstruction")
+    """Each image above its reconstruction (the post's Figure 4), ten side by side."""
+    columns = min(10, len(image))
+    rows = -(-len(image) // columns)
+    figure = Figure(
+        figsize=(1.1 * columns + 0.9, 2.4 * rows + 0.5), layout="constrained"
+    )
+    axes = figure.subplots(2 * rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i in range(len(image)):
+        row, column = divmod(i, columns)
+        above, below = axes[2 * row : 2 * row + 2, column]
+        _show(above, image[i])
+        _show(below, reconstruction[i])
+        if label[i] >= 0:
+            above.set_title(str(label[i]))
+        if column == 0:
+            above.set_ylabel("input")
+            below.set_ylabel("reconstruction")
+    figure.suptitle(title)
+    return figure
+
+
+def image_rows(
+    image: Float[np.ndarray, "row column height width channel"],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    title: str,
+) -> Figure:
+    """Images in labelled rows and columns."""
+    rows, columns = image.shape[:2]
+    figure = Figure(
+        figsize=(0.75 * columns + 1.5, 0.75 * rows + 1), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column in range(columns):
+            _show(axes[row, column], image[row, column])
+        axes[row, 0].set_ylabel(row_labels[row], rotation=0, ha="right", va="center")
+    for column in range(columns):
+        axes[0, column].set_title(column_labels[column], fontsize=10)
     figure.suptitle(title)
     return figure
 
@@ -118,5 +149,6 @@ def _show(ax, image):
         vmax=1,
         interpolation="nearest",
     )
+    ax.set_axis_on()
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)

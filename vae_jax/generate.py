@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 
@@ -17,8 +18,23 @@ def reconstruct(
     return decode(variables, mean)
 
 
-def sample_prior(
-    decode: Callable, variables: dict, key: Key[Array, ""], count: int, latent_dim: int
-) -> Float[Array, "count height width channel"]:
-    """The mean images of `count` draws z ~ N(0, 1), in [0, 1]."""
-    return decode(variables, jax.random.normal(key, (count, latent_dim)))
+def prior(
+    key: Key[Array, ""], count: int, latent_dim: int
+) -> Float[Array, "count latent_dim"]:
+    """Draws z ~ N(0, 1)."""
+    return jax.random.normal(key, (count, latent_dim))
+
+
+def interpolate(
+    start: Float[Array, " latent"], end: Float[Array, " latent"], count: int
+) -> Float[Array, "count latent"]:
+    """`count` points from `start` to `end`, both included, on a line."""
+    return jnp.linspace(start, end, count)
+
+
+def traverse(
+    z: Float[Array, " latent"], values: Float[Array, " count"]
+) -> Float[Array, "latent count latent"]:
+    """`z` with each latent in turn at each of the values (Higgins et al. 2017, Figure 4)."""
+    moved = jnp.eye(len(z), dtype=bool)[:, None, :]
+    return jnp.where(moved, values[None, :, None], z[None, None, :])

@@ -1,63 +1,200 @@
-"""Train a model: `python -m vae_jax.main --config=configs/vae.py`. Flags -> one call."""
+"""Train a model, or use one: `python -m vae_jax.main --config=configs/vae.py`. Flags -> one call."""
 
 import shlex
+import signal
 import sys
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
+MODES = ("train", "evaluate", "sample", "reconstruct", "interpolate", "traverse")
+HELP = ("--help", "-help", "--helpfull", "-h")
+INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
+COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "A file of configs/ and, after a colon, its variant: configs/vae.py:digits. Set fields by --config.FIELD=VALUE.",
+    "A file of configs/ and, after a colon, its variant: configs/vae.py:digits. Set fields by --config.FIELD=VALUE. "
+    "The other modes need none with --workdir.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The run directory. Default: runs/CONFIG-VARIANT."
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    MODES,
+    "train: train, or continue an interrupted training. The others use a trained model: evaluate: its metrics on a "
+    "split. sample: images from the prior. reconstruct: images of a split beside their reconstructions. interpolate: "
+    "between two images. traverse: move each latent alone. Pictures and arrays go to generated/ in the run directory.",
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    "",
+    "Which one to use: latest, best, or a step. Default: the best where validation images are held out, else the latest.",
+)
+_SPLIT = flags.DEFINE_string("split", "test", "train, test or validation.")
+_COUNT = flags.DEFINE_integer(
+    "count",
+    None,
+    "How many images; for interpolate and traverse how many in a row. Default: "
+    + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
+)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
+_IMAGES = flags.DEFINE_list(
+    "images",
+    None,
+    "Positions in the split: two for interpolate (3,18), one for traverse.",
+)
+_DIGITS = flags.DEFINE_list(
+    "digits",
+    None,
+    "Instead of --images: labels, of each of which the first image is taken.",
 )
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; --help lists the flags", 2)
-    if _CONFIG.value is None:
+    if _CONFIG.value is None and (_MODE.value == "train" or _WORKDIR.value is None):
         fail("which model? Give a config, say --config=configs/vae.py:digits", 2)
     try:
-        config = _CONFIG.value.to_dict()
+        config = _CONFIG.value and _CONFIG.value.to_dict()
     except OSError as error:  # a file that is not there shows itself only here
         fail(str(error), 1)
-    command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
+    workdir = _WORKDIR.value or default_workdir()
     try:
-        run(config, _WORKDIR.value or default_workdir(), command)
+        if _MODE.value == "train":
+            train(config, workdir)
+        else:
+            use(_MODE.value, config, workdir)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
 
-def run(config: dict, workdir: str, command: str) -> None:
-    """Build the job, train it, leave the run directory."""
+def train(config: dict, workdir: str) -> None:
+    """Train, or continue, and leave the run directory."""
     from vae_jax.build import build
-    from vae_jax.rundir import Progress, RunDirectory, check_unused
+    from vae_jax.checkpoint import Checkpoints, steps
+    from vae_jax.rundir import Progress, RunDirectory, read_config
     from vae_jax.train import train
 
     try:
-        check_unused(workdir)
+        stored = read_config(workdir)
+        check_same(stored or config, config, workdir)
         job = build(config)
-        directory = RunDirectory(workdir, config, job.run.tensorboard)
+        folder = Path(workdir).expanduser().absolute() / "checkpoints"
+        if max(steps(folder), default=0) >= job.steps:
+            print(f"finished already: {folder.parent / 'summary.md'}")
+            return
+        command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
+        directory = RunDirectory(workdir, config, command, job.run.tensorboard)
+        checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
     except (ValueError, OSError) as error:
         fail(str(error), 1)
     if job.run.compilation_cache:
         enable_compilation_cache()
-    progress = Progress(job.epochs * job.steps_per_epoch * job.batch_size, job.epochs)
+    progress = Progress(job.steps * job.batch_size * job.seeds, job.epochs)
+    stop = Stop()
     try:
-        _, numbers = train(job, directory, progress)
+        state = train(job, directory, checkpoints, progress, stop)
     except (FloatingPointError, OSError) as error:
         fail(str(error), 1)
     finally:
         progress.close()
+        checkpoints.close()
         directory.close()
-    directory.write_summary(job.title, command, numbers)
+    step = int(state.step.max())
+    if step < job.steps:
+        fail(
+            f"stopped and saved at step {step} of {job.steps}: the same command continues",
+            128 + stop.signal,
+        )
     print(f"done: {directory.path / 'summary.md'}")
+
+
+class Stop:
+    """Whether someone asked to stop, by SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
+
+    signal = 0
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+
+def use(mode: str, config: dict | None, workdir: str) -> None:
+    """Do with a trained model what the mode says."""
+    from vae_jax import modes
+    from vae_jax.rundir import read_config
+
+    count, checkpoint, split = _COUNT.value, _CHECKPOINT.value, _SPLIT.value
+    count = COUNTS.get(mode) if count is None else count
+    try:
+        if count is not None and count < 1:
+            raise ValueError(f"--count is {count}, but must be at least 1")
+        stored = read_config(workdir)
+        if stored is None:
+            raise ValueError(
+                f"there is no run in {workdir}: train one, or name another with --workdir"
+            )
+        config = (config or stored) | {"epochs": stored["epochs"]}
+        check_same(stored, config, workdir)
+        chosen = {"images": numbers("images"), "digits": numbers("digits")}
+        match mode:
+            case "evaluate":
+                metrics = modes.evaluate(workdir, config, checkpoint, split)
+                print(
+                    "\n".join(f"{name} {value:.6g}" for name, value in metrics.items())
+                )
+                return
+            case "sample":
+                paths = modes.sample(workdir, checkpoint, count, _SAMPLE_SEED.value)
+            case "reconstruct":
+                paths = modes.reconstruct(workdir, config, checkpoint, split, count)
+            case "interpolate":
+                paths = modes.interpolate(
+                    workdir, config, checkpoint, split, count, chosen
+                )
+            case "traverse":
+                paths = modes.traverse(
+                    workdir, config, checkpoint, split, count, chosen
+                )
+    except (ValueError, OSError) as error:
+        fail(str(error), 1)
+    print("\n".join(map(str, paths)))
+
+
+def numbers(flag: str) -> list[int] | None:
+    """A flag's list of whole numbers. Raises ValueError for anything else."""
+    given = flags.FLAGS[flag].value
+    try:
+        return given and [int(item) for item in given]
+    except ValueError:
+        raise ValueError(
+            f"--{flag} is {','.join(given)}, but must be whole numbers with commas between"
+        ) from None
+
+
+def check_same(stored: dict, config: dict, workdir: str) -> None:
+    """Raise ValueError if the run in the work directory has another config, naming the fields that differ."""
+    from vae_jax.build import changes
+
+    if changed := changes(stored, config):
+        raise ValueError(
+            f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
+        )
 
 
 def default_workdir() -> str:
@@ -86,6 +223,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """What absl and ml_collections raise for flags and config fields, as one line."""
+    if any(argument in HELP for argument in argv[1:]):
+        print_help()
+        sys.exit()
     try:
         argv = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -98,6 +238,18 @@ def parse_flags(argv: list[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = -1  # warnings: at absl's default JAX tells of backends
     return argv
+
+
+def print_help() -> None:
+    """The flags, and the fields of a config."""
+    from vae_jax.build import describe
+
+    print("python -m vae_jax.main --config=configs/vae.py [flags]\n\nFlags:")
+    for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]:
+        print(f"  --{flag.name}", textwrap.fill(flag.help, 100, **INDENT), sep="\n")
+    print("\nFields of a config, and their defaults:")
+    for field, text in describe():
+        print(f"  --config.{field}", textwrap.fill(text, 100, **INDENT), sep="\n")
 
 
 def check_field_names(argv: list[str]) -> None:

@@ -140,6 +140,11 @@ def make_vae(
 ) -> VAE:
     """The post's VAE for images of `image_shape` (height, width, channels).
 
+    Args:
+        latent_dim: size of z.
+        encoder_features: channels after each convolution, of which every one halves the image.
+        decoder_features: channels after each transposed convolution but the last; every one doubles the image.
+
     Raises ValueError if a size is below 1, or if the decoder, which doubles the size once for each of its features,
     cannot reach the image's height and width.
     """

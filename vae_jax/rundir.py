@@ -1,5 +1,6 @@
-"""The run directory (config.json, metrics.jsonl, figures/, summary.md) and what the terminal shows."""
+"""The run directory (config.json, metrics.jsonl, checkpoints/, figures/, summary.md) and what the terminal shows."""
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -11,68 +12,95 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def check_unused(path: str) -> None:
-    """Raise FileExistsError if there is a directory that holds something."""
+def read_config(path: str) -> dict | None:
+    """The config of the run in a directory; None if there is no directory, or nothing in it.
+
+    Raises FileExistsError if it holds something else, ValueError if the config cannot be read.
+    """
     folder = Path(path).expanduser()
-    if folder.is_dir() and any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
         raise FileExistsError(
-            f"the work directory {path} is not empty: name another with --workdir, or remove it"
-        )
+            f"the work directory {path} is not empty and holds no run: name another with --workdir"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
 class RunDirectory:
-    """Creates `path` and writes into it. Raises OSError where that cannot be, or where something is there already."""
+    """Creates `path`, or opens the run that it holds, and writes into it.
 
-    def __init__(self, path: str, config: dict, tensorboard: bool = False):
-        check_unused(path)
+    Raises OSError where that cannot be, or where another process is writing there.
+    """
+
+    def __init__(
+        self, path: str, config: dict, command: str, tensorboard: bool = False
+    ):
         self.path = Path(path).expanduser()
-        make_writer = _tensorboard() if tensorboard else None
+        self.command = command
+        self.history: list[dict] = []
+        self._open_board = _tensorboard() if tensorboard else None
+        self._board = None
+        self._opened, self._before = time.time(), 0.0
         try:
-            (self.path / "figures").mkdir(parents=True)
-            (self.path / "metrics.jsonl").touch()
-            text = json.dumps(config, indent=2) + "\n"
-            (self.path / "config.json").write_text(text, encoding="utf-8")
+            (self.path / "figures").mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._write("config.json", json.dumps(config, indent=2) + "\n")
+        except BlockingIOError as error:
+            raise OSError(
+                f"another process is training in the work directory {path}: name another with --workdir"
+            ) from error
         except OSError as error:
             raise OSError(
-                f"cannot create the work directory {path} ({error.strerror}): name another with --workdir"
+                f"cannot write to the work directory {path} ({error.strerror}): name another with --workdir"
             ) from error
-        self._board = (
-            make_writer(str(self.path / "tensorboard")) if tensorboard else None
-        )
-        self.started = time.time()
-        self.history: list[dict] = []
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, and a last one that is torn: training continues from there."""
+        file = self.path / "metrics.jsonl"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        lines = [line for line in text.splitlines(keepends=True) if line[-1:] == "\n"]
+        self.history = [row for row in map(json.loads, lines) if row["step"] <= step]
+        self._write("metrics.jsonl", "".join(map(_line, self.history)))
+        self._opened = time.time()
+        self._before = self.history[-1]["seconds"] if self.history else 0.0
+        if self._open_board:
+            folder = str(self.path / "tensorboard")
+            self._board = self._open_board(folder, purge_step=step + 1)
 
     def log(self, row: dict) -> None:
-        """Append a row: `step`, `epoch` and flat metric names such as `train/loss`."""
+        """Append a row: `step`, `epoch` and flat metric names such as `train/loss`; the seconds of training are added."""
+        seconds = round(self._before + time.time() - self._opened, 2)
+        row = {"step": row["step"], "epoch": row["epoch"], "seconds": seconds} | row
         self.history.append(row)
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
         if self._board:
             for name, value in row.items():
                 if "/" in name:
                     self._board.add_scalar(name, value, row["step"])
 
     def save_figures(self, figures: dict) -> None:
-        """Write each figure to figures/NAME.png, at no moment leaving half a file."""
+        """Write each figure to figures/NAME.png."""
         for name, figure in figures.items():
-            path = self.path / "figures" / f"{name}.png"
-            figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
-            os.replace(path.with_suffix(".tmp"), path)
+            save_figure(figure, self.path / "figures" / f"{name}.png")
 
-    def write_summary(
-        self, title: str, command: str, numbers: dict[str, float | int]
-    ) -> None:
+    def write_summary(self, title: str, numbers: dict[str, float | int]) -> None:
         """Write summary.md: what was trained, its numbers, how to repeat it, the figures."""
-        minutes, seconds = divmod(round(time.time() - self.started), 60)
+        minutes, seconds = divmod(round(self.history[-1]["seconds"]), 60)
         device = jax.devices()[0]
         versions = ", ".join(
             f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES
         )
         facts = {
-            "command": f"`{command}`",
+            "command": f"`{self.command}`",
             "time": f"{minutes} min {seconds} s",
             "device": f"{device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, {platform.platform()}",
             "versions": f"Python {platform.python_version()}, {versions}",
@@ -90,11 +118,28 @@ class RunDirectory:
             f"![{path.stem}](figures/{path.name})\n"
             for path in sorted((self.path / "figures").glob("*.png"))
         ]
-        (self.path / "summary.md").write_text("\n".join(lines), encoding="utf-8")
+        self._write("summary.md", "\n".join(lines))
 
     def close(self) -> None:
         if self._board:
             self._board.close()
+        self._lock.close()
+
+    def _write(self, name, text):
+        """At no moment leave half a file."""
+        path = self.path / name
+        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a PNG, at no moment leaving half a file."""
+    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _line(row):
+    return json.dumps(row) + "\n"
 
 
 def _tensorboard():
@@ -108,7 +153,12 @@ def _tensorboard():
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line an epoch, at most one in `PAUSE` seconds."""
+    """A bar on a terminal; elsewhere a plain line an epoch, at most one in `PAUSE` seconds.
+
+    Args:
+        images: how many a whole training takes.
+        epochs: how many these are.
+    """
 
     PAUSE = 5.0
 
@@ -120,10 +170,20 @@ class Progress:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
-        self._images, self._epochs = images, epochs
+        self._left, self._epochs = images, epochs
         self._started = self._printed = time.time()
         self._done = 0
         self._tested = ""
+
+    def skip(self, images: int) -> None:
+        """An earlier start has trained these images."""
+        self._left -= images
+        self._bar.update(images)
+        self._bar.unpause()
+
+    def note(self, text: str) -> None:
+        """A line for people, on stderr."""
+        self._bar.write(f"vae_jax: {text}", file=sys.stderr)
 
     def update(self, images: int, epoch: int, loss: float) -> None:
         """Some more training images are done; `epoch` counts from 1."""
@@ -146,7 +206,7 @@ class Progress:
         ):
             rate = self._done / (now - self._started)
             print(
-                f"{text}  {rate:,.0f} images/s  {(self._images - self._done) / rate / 60:.1f} min left",
+                f"{text}  {rate:,.0f} images/s  {(self._left - self._done) / rate / 60:.1f} min left",
                 flush=True,
             )
             self._printed = now

@@ -26,10 +26,17 @@ class TrainState:
     model_state: Any  # BatchNorm's running statistics; empty for the VAE
     opt_state: Any
     key: Key[Array, "..."]  # the root of all noise; never changes
+    average: Any = None  # of the variables over the steps, where that is published
 
     @property
     def variables(self) -> dict:
+        """What is trained."""
         return {"params": self.params, **self.model_state}
+
+    @property
+    def published(self) -> dict:
+        """What is evaluated, and saved for inference."""
+        return self.variables if self.average is None else self.average
 
 
 def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
@@ -38,13 +45,21 @@ def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
 
 
 def init_state(
-    variables: dict, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+    variables: dict,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    average: float = 0.0,
 ) -> TrainState:
-    """The state before the first step, from a module's `init` variables."""
+    """The state before the first step, from a module's `init` variables; `average` as in `make_train_step`."""
     model_state = {name: value for name, value in variables.items() if name != "params"}
     params = variables["params"]
     return TrainState(
-        jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), key
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=optimizer.init(params),
+        key=key,
+        average=jax.tree.map(jnp.copy, variables) if average else None,
     )
 
 
@@ -52,11 +67,15 @@ def make_train_step(
     objective: Callable,
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
+    average: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
     Metrics are the weighted means of the objective's, and `grad_norm`. Under `pmap`, `vmap` or
     `shard_map(check_vma=False)` give `axis_name`: sums and gradients are then added over that axis before they are divided by the summed weight.
+
+    With `average` above 0, `state.average` is the exponential moving average of the variables (Polyak & Juditsky 1992),
+    average <- d average + (1 - d) variables with d = min(average, (1 + step) / (10 + step)), so that it forgets where it began.
     """
 
     def train_step(state, batch):
@@ -83,12 +102,20 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return state.replace(
+        state = state.replace(
             step=state.step + 1,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
-        ), metrics
+        )
+        if average:
+            decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
+            state = state.replace(
+                average=optax.incremental_update(
+                    state.variables, state.average, 1 - decay
+                )
+            )
+        return state, metrics
 
     return train_step
 
@@ -123,13 +150,16 @@ def make_adam(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015); `beta1` is the post's gradient decay factor (its Table 3).
+    """Adam (Kingma & Ba 2015).
 
     Args:
         steps: length of the training.
         learning_rate: the highest rate.
         schedule: "constant", or "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017).
         warmup: share of the steps, in [0, 1), in which the rate rises linearly from zero.
+        beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
+        beta2: decay of the moving average of squared gradients.
+        eps: added to the root of the latter.
 
     Raises ValueError for a value out of range.
     """
@@ -150,6 +180,19 @@ def make_adam(
             [optax.linear_schedule(0.0, learning_rate, rising), rate], [rising]
         )
     return optax.adam(rate, beta1, beta2, eps)
+
+
+def averaging(*, average: float = 0.0) -> float:
+    """The part of the optimizer section that `make_train_step` takes.
+
+    Args:
+        average: decay of the moving average of the weights that is evaluated and published, in [0, 1); 0 publishes the weights themselves.
+
+    Raises ValueError for a value out of range.
+    """
+    if not 0 <= average < 1:
+        raise ValueError(f"optimizer.average is {average}, but must lie in [0, 1)")
+    return average
 
 
 SCHEDULES = {

@@ -1,7 +1,11 @@
-"""The training loop: run a chunk, log, evaluate, draw. It does not know which model it trains."""
+"""The training loop: restore, run a chunk, log, evaluate, draw, save. It does not know which model it trains.
 
+Whatever belongs to a step is written before its checkpoint is, so that a run continues from a checkpoint as if it had
+never stopped.
+"""
+
+import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,11 +16,14 @@ import numpy as np
 import optax
 from jax import lax
 
+from vae_jax.checkpoint import Checkpoints, restore_states
 from vae_jax.data import Dataset, epoch_order
-from vae_jax.evaluate import make_evaluate, mean_metrics
+from vae_jax.evaluate import make_evaluate, mean_metrics, over_seeds
 from vae_jax.objectives import make_batch
 from vae_jax.rundir import Progress, RunDirectory
 from vae_jax.steps import TrainState, init_state, make_train_step
+
+PROFILED = range(1, 4)  # chunks since the start, the first of which compiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,18 +32,26 @@ class RunOptions:
 
     Attributes:
         chunk: training steps in one call of the compiled program, and in one row of metrics.jsonl.
+        save_every: training steps between two checkpoints; there is one at the end too, and at each best epoch.
+        keep: how many of the latest checkpoints are kept, beside the best one.
+        best: the validation metric that marks the best checkpoint, where data.validation holds images out.
         figures_every: epochs between two drawings of the figures; they are drawn after the first and last epoch too.
         tensorboard: also write the metrics for TensorBoard.
+        profile: write a trace of three chunks into the run directory, for TensorBoard or Perfetto.
         compilation_cache: keep compiled programs in a folder of the user's, so that the next start is faster.
     """
 
     chunk: int = 20
+    save_every: int = 500
+    keep: int = 2
+    best: str = "loss"
     figures_every: int = 10
     tensorboard: bool = False
+    profile: bool = False
     compilation_cache: bool = True
 
     def __post_init__(self):
-        for name in ("chunk", "figures_every"):
+        for name in ("chunk", "save_every", "keep", "figures_every"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"run.{name} is {getattr(self, name)}, but must be at least 1"
@@ -48,13 +63,16 @@ class Job(NamedTuple):
 
     title: str
     seed: int
+    seeds: int  # trained together, from `seed` on
     epochs: int
     batch_size: int
     dataset: Dataset
     init: Callable  # key -> variables
     objective: Callable
     optimizer: optax.GradientTransformation
+    average: float
     report: Callable  # (variables, {split: per-example arrays}, history) -> ({name: Figure}, {name: number})
+    about: dict  # what a checkpoint says of itself
     run: RunOptions
 
     @property
@@ -62,15 +80,49 @@ class Job(NamedTuple):
         """Training batches are full: what is left over differs from epoch to epoch."""
         return len(self.dataset.splits["train"].label) // self.batch_size
 
+    @property
+    def steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def best(self) -> str | None:
+        """The metric that marks the best checkpoint."""
+        held_out = "validation" in self.dataset.splits
+        return f"validation/{self.run.best}" if held_out else None
+
+    def map_seeds(self, function: Callable, in_axes) -> Callable:
+        """`function` as it is for one seed; for several, over the first axis of the arguments with 0 in `in_axes`."""
+        return function if self.seeds == 1 else jax.vmap(function, in_axes)
+
+    def root(self):
+        """The root key; for several seeds one each, [seeds]."""
+        if self.seeds == 1:
+            return jax.random.key(self.seed)
+        return jax.vmap(jax.random.key)(
+            np.arange(self.seed, self.seed + self.seeds, dtype=np.uint32)
+        )
+
+    def first_seed(self, tree):
+        """What belongs to the first seed, of arrays as they are for all."""
+        return tree if self.seeds == 1 else jax.tree.map(lambda leaf: leaf[0], tree)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of the training examples in an epoch, [size]; for several seeds [seeds, size]."""
+        size, shuffle = len(self.dataset.splits["train"].label), self.dataset.shuffle
+        orders = [
+            epoch_order(seed, epoch, size, shuffle)
+            for seed in range(self.seed, self.seed + self.seeds)
+        ]
+        return orders[0] if self.seeds == 1 else np.stack(orders)
+
 
 def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callable:
-    """`run_chunk(state, order, first, count, image, label) -> (state, {name: [chunk] array})`, jitted.
+    """`run_chunk(state, order, first, count, image, label) -> (state, {name: [chunk] array})`, to be jitted.
 
     Runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, at most `chunk`,
-    is no part of the compiled program. The state given is donated.
+    may differ from call to call of one compiled program.
     """
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def run_chunk(state, order, first, count, image, label):
         weight = jnp.ones(batch_size)
 
@@ -97,24 +149,45 @@ def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callabl
 
 
 def train(
-    job: Job, directory: RunDirectory, progress: Progress
-) -> tuple[TrainState, dict[str, float | int]]:
-    """Train to the end. Returns the last state and the final numbers.
+    job: Job,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Train to the end, from the latest checkpoint where there is one. Returns the last state, on the device.
 
-    Raises FloatingPointError, with the step and the metric's name, when a metric is not finite.
+    When `stop()` is true after a chunk, the state is saved and returned early. Raises FloatingPointError, with the step
+    and the metric's name, when a metric is not finite.
     """
-    dataset, batch_size, chunk = job.dataset, job.batch_size, job.run.chunk
-    size = len(dataset.splits["train"].label)
-    steps_per_epoch = job.steps_per_epoch
+    dataset, per_epoch, chunk = job.dataset, job.steps_per_epoch, job.run.chunk
+    images_per_step = job.batch_size * job.seeds
 
-    root = jax.random.key(job.seed)  # given away with the state: state.key from here on
-    state = init_state(jax.jit(job.init)(root), job.optimizer, root)
-    run_chunk = make_run_chunk(
-        make_train_step(job.objective, job.optimizer), batch_size, chunk
+    def make_state(root):
+        return init_state(job.init(root), job.optimizer, root, job.average)
+
+    make_state = jax.jit(job.map_seeds(make_state, (0,)))
+    state = restore(
+        directory.path / "checkpoints", jax.eval_shape(make_state, job.root()), progress
+    )
+    if state is None:
+        state = make_state(job.root())
+    step = saved = int(np.max(state.step))
+    state = jax.device_put(state)
+    directory.rewind(step)
+    progress.skip(step * images_per_step)
+
+    train_step = make_train_step(job.objective, job.optimizer, average=job.average)
+    run_chunk = jax.jit(
+        job.map_seeds(
+            make_run_chunk(train_step, job.batch_size, chunk),
+            (0, 0, None, None, None, None),
+        ),
+        donate_argnums=0,
     )
     image, label = jax.device_put(dataset.splits["train"])
     evaluations = {
-        name: make_evaluate(job.objective, split)
+        name: make_evaluate(job.objective, split, job.map_seeds)
         for name, split in dataset.splits.items()
         if name != "train"
     }
@@ -125,70 +198,104 @@ def train(
                 raise FloatingPointError(
                     f"{name} is {value} at step {step}: try a lower optimizer.learning_rate"
                 )
-        directory.log({"step": step, "epoch": step / steps_per_epoch, **metrics})
+        directory.log({"step": step, "epoch": step / per_epoch, **metrics})
 
     def read(end, count, history):
         """Bring a chunk's metrics to the host; this waits until the device has come so far."""
         history = {
-            f"train/{name}": np.asarray(values[:count])
+            f"train/{name}": np.asarray(values)[..., :count].reshape(-1, count).mean(0)
             for name, values in jax.device_get(history).items()
         }
-        finite = np.logical_and.reduce(
-            [np.isfinite(values) for values in history.values()]
-        )
+        finite = np.isfinite(list(history.values())).all(axis=0)
         if not finite.all():  # name the first bad step, not the mean over the chunk
             bad = int(np.argmin(finite))
             log(
                 end - count + bad + 1,
                 {name: float(values[bad]) for name, values in history.items()},
             )
-        means = mean_metrics(history)
-        log(end, means)
-        progress.update(
-            count * batch_size, (end - 1) // steps_per_epoch + 1, means["train/loss"]
-        )
-        epoch_means.append((means, count))
+        log(end, mean_metrics(history))
+        epoch = (end - 1) // per_epoch + 1
+        loss = directory.history[-1]["train/loss"]
+        progress.update(count * images_per_step, epoch, loss)
 
-    unread = None
-    for epoch in range(1, job.epochs + 1):
-        order = jax.device_put(epoch_order(job.seed, epoch, size, dataset.shuffle))
-        epoch_means = []
-        for first in range(0, steps_per_epoch, chunk):
-            count = min(chunk, steps_per_epoch - first)
-            state, history = run_chunk(state, order, first, count, image, label)
-            if unread:  # a chunk late, while the device is busy with the next one
-                read(*unread)
-            unread = ((epoch - 1) * steps_per_epoch + first + count, count, history)
-        read(*unread)
-        unread = None
-        trained = {
-            name: float(
-                np.average(
-                    [means[name] for means, _ in epoch_means],
-                    weights=[count for _, count in epoch_means],
-                )
-            )
-            for name in epoch_means[0][0]
-        }
-
+    def evaluate(epoch, state):
+        """Log and draw what there is at the end of an epoch."""
         arrays = {
-            name: evaluate(state.variables, state.key)
-            for name, evaluate in evaluations.items()
+            split: run(state.published, state.key) for split, run in evaluations.items()
         }
         tested = {
             f"{split}/{name}": value
             for split, values in arrays.items()
-            for name, value in mean_metrics(values).items()
+            for name, value in over_seeds(values, job.seed).items()
         }
-        log(epoch * steps_per_epoch, tested)
+        log(epoch * per_epoch, tested)
+        rows = [
+            row
+            for row in directory.history
+            if "train/loss" in row and epoch - 1 < row["epoch"] <= epoch
+        ]
+        counts = np.diff([row["step"] for row in rows], prepend=(epoch - 1) * per_epoch)
+        trained = {
+            name: float(np.average([row[name] for row in rows], weights=counts))
+            for name in rows[0]
+            if name.startswith("train/")
+        }
         progress.epoch_done(epoch, trained | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
-            figures, numbers = job.report(state.variables, arrays, directory.history)
+            figures, numbers = job.report(
+                *job.first_seed((state.published, arrays)), directory.history
+            )
             directory.save_figures(figures)
-    return state, {
-        "epochs": job.epochs,
-        "steps": job.epochs * steps_per_epoch,
-        **trained,
-        **tested,
-        **numbers,
-    }
+        if epoch == job.epochs:
+            counts = {"epochs": epoch, "steps": job.steps}
+            directory.write_summary(job.title, counts | trained | tested | numbers)
+        return tested
+
+    order = unread = None
+    chunks = 0
+    with contextlib.ExitStack() as profiler:
+        while step < job.steps:
+            epoch, first = divmod(step, per_epoch)
+            if order is None or first == 0:
+                order = jax.device_put(job.order(epoch + 1))
+            if job.run.profile and chunks == PROFILED.start:
+                profiler.enter_context(jax.profiler.trace(directory.path / "profile"))
+            count = min(chunk, per_epoch - first)
+            state, history = run_chunk(state, order, first, count, image, label)
+            if unread:  # a chunk late, while the device is busy with the next one
+                read(*unread)
+            step, chunks = step + count, chunks + 1
+            unread = (step, count, history)
+            if chunks == PROFILED.stop:
+                jax.block_until_ready(state)
+                profiler.close()
+
+            epoch_ended, stopping = step % per_epoch == 0, stop()
+            due = stopping or step == job.steps or step - saved >= job.run.save_every
+            if epoch_ended or due:
+                read(*unread)
+                unread = None
+            tested = evaluate(epoch + 1, state) if epoch_ended else {}
+            if due or (tested and checkpoints.is_best(tested)):
+                checkpoints.save(step, state, tested)
+                saved = step
+            if stopping:
+                break
+    return state
+
+
+def restore(folder, like: TrainState, progress: Progress) -> TrainState | None:
+    """The latest state in `folder`, or the one before it where that is damaged; None if there is none.
+
+    Raises OSError if all of them are damaged.
+    """
+    state = None
+    for state in restore_states(folder, like):
+        if isinstance(state, TrainState):
+            return state
+        progress.note(f"{state}; looking for an earlier one")
+    if state is not None:
+        raise OSError(
+            f"no checkpoint in {folder} can be read: move them away to start again, or name another --workdir"
+        )
+    return None

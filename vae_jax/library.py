@@ -1,0 +1,147 @@
+"""Trained models for use in other code: no command line, no config, no training set."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from vae_jax import generate
+from vae_jax.checkpoint import read_about, restore_variables, select
+from vae_jax.models import MODELS, VAE
+
+BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
+
+
+def load(workdir: str, checkpoint: str = "", seed: int | None = None):
+    """The model that a run directory holds; the directory may have been moved from another machine.
+
+    Args:
+        checkpoint: "latest", "best" or a step; by default the best where there is one, else the latest.
+        seed: which one of several that were trained together; by default the first.
+
+    Raises ValueError if there is no such checkpoint or seed, or if it is damaged.
+    """
+    about, variables = load_variables(workdir, checkpoint)
+    first, count = about["config"]["seed"], about["config"]["seeds"]
+    seed = first if seed is None else seed
+    if seed not in range(first, first + count):
+        raise ValueError(
+            f"seed {seed} was not trained in {workdir}: give {first}"
+            + (f" to {first + count - 1}" if count > 1 else "")
+        )
+    if count > 1:
+        variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
+    return TRAINED[about["config"]["model"]["name"]](
+        make_model(about), variables, about["step"], about["config"]
+    )
+
+
+def load_variables(workdir: str, which: str = "") -> tuple[dict, dict]:
+    """What is stored about a checkpoint, and its variables; those of several seeds have the seeds in front."""
+    folder = Path(workdir).expanduser() / "checkpoints"
+    about = read_about(folder, select(folder, which))
+    model = make_model(about)
+    image = jax.ShapeDtypeStruct((1, *about["image_shape"]), np.float32)
+    like = jax.eval_shape(model.init, jax.random.key(0), image)
+    seeds = about["config"]["seeds"]
+    if seeds > 1:
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like
+        )
+    return about, restore_variables(folder, about["step"], like)
+
+
+def make_model(about: dict):
+    fields = {
+        name: value
+        for name, value in about["config"]["model"].items()
+        if name != "name"
+    }
+    name = about["config"]["model"]["name"]
+    return MODELS[name](tuple(about["image_shape"]), **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedVAE:
+    """A VAE with its variables. `model.apply(variables, ..., method="encode")` is the pure function below each method.
+
+    Images are [n, height, width, channel], or without the channel where there is one: uint8, or float in [0, 1].
+    Results are NumPy arrays. Raises ValueError for images of another size, type or range.
+    """
+
+    model: VAE
+    variables: dict
+    step: int
+    config: dict
+
+    def encode(
+        self, image
+    ) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
+        """Mean and log-variance of q(z | image)."""
+        return self._apply("encode", check_images(image, self.model.image_shape))
+
+    def decode(
+        self, z: Float[Array, "n latent"]
+    ) -> Float[np.ndarray, "n height width channel"]:
+        """Mean images of p(x | z), in [0, 1]."""
+        z = np.asarray(z, np.float32)
+        if z.ndim != 2 or z.shape[1] != self.model.latent_dim:
+            raise ValueError(
+                f"z has shape {z.shape}, but must be [n, {self.model.latent_dim}]"
+            )
+        return self._apply("decode", z)
+
+    def sample(
+        self, count: int, seed: int = 0
+    ) -> Float[np.ndarray, "count height width channel"]:
+        """Mean images of `count` draws z ~ N(0, 1)."""
+        return self.decode(
+            generate.prior(jax.random.key(seed), count, self.model.latent_dim)
+        )
+
+    def reconstruct(self, image) -> Float[np.ndarray, "n height width channel"]:
+        """decode(mean of q(z | image))."""
+        return self.decode(self.encode(image)[0])
+
+    @functools.cached_property
+    def _jitted(self):
+        return jax.jit(self.model.apply, static_argnames="method")
+
+    def _apply(self, method, array):
+        parts = [
+            self._jitted(
+                self.variables, array[start : start + BATCH_SIZE], method=method
+            )
+            for start in range(0, len(array), BATCH_SIZE)
+        ]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def check_images(
+    image: Any, shape: tuple[int, int, int]
+) -> Float[np.ndarray, "n h w c"]:
+    """Images in [0, 1] as float32. Raises ValueError, naming size, type or value, for what a model of `shape` does not take."""
+    image = np.asarray(image)
+    if image.ndim == 3 and shape[2] == 1:
+        image = image[..., None]
+    if image.ndim != 4 or image.shape[1:] != shape or len(image) == 0:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"images of shape {image.shape}, but must be [n, {wanted}]")
+    if image.dtype == np.uint8:
+        return image / np.float32(255)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise ValueError(
+            f"images are {image.dtype}, but must be uint8, or float in [0, 1]"
+        )
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"images lie in [{image.min():.4g}, {image.max():.4g}], but floats must lie in [0, 1]"
+        )
+    return image.astype(np.float32)
+
+
+TRAINED = {"vae": TrainedVAE}

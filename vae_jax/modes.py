@@ -1,0 +1,191 @@
+"""What `--mode` does with a run directory once it holds a checkpoint: numbers and pictures of the trained model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_jax import data, figures, generate
+from vae_jax.build import bind, build, make_title
+from vae_jax.evaluate import make_evaluate, over_seeds
+from vae_jax.library import TrainedVAE, load, load_variables
+from vae_jax.objectives import kl_to_standard_normal
+from vae_jax.rundir import save_figure
+
+LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
+
+
+def evaluate(
+    workdir: str, config: dict, checkpoint: str, split: str
+) -> dict[str, float]:
+    """The metrics of a checkpoint on a split: those that training logged, where it is one that training evaluates."""
+    about, variables = load_variables(workdir, checkpoint)
+    job = build(config)
+    examples = choose_split(job.dataset, split)
+    run = make_evaluate(job.objective, examples, job.map_seeds)
+    metrics = over_seeds(run(variables, job.root()), job.seed)
+    return {"step": about["step"]} | {
+        f"{split}/{name}": value for name, value in metrics.items()
+    }
+
+
+def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
+    """Images decoded from the prior, as a grid and as .npz."""
+    vae = load_vae(workdir, checkpoint)
+    image = vae.sample(count, seed)
+    title = f"{count} images decoded from z ~ N(0, 1): {make_title(vae.config)}"
+    return save(
+        workdir,
+        f"sample-step{vae.step}-count{count}-seed{seed}",
+        figures.image_grid(image, title),
+        image=image,
+    )
+
+
+def reconstruct(
+    workdir: str, config: dict, checkpoint: str, split: str, count: int
+) -> list[Path]:
+    """The first `count` images of a split beside their reconstructions."""
+    vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
+    if count > len(examples.label):
+        raise ValueError(
+            f"--count is {count}, but {split} has {len(examples.label)} images"
+        )
+    image, label = examples.image[:count], examples.label[:count]
+    reconstruction = vae.reconstruct(image)
+    return save(
+        workdir,
+        f"reconstruct-step{vae.step}-{split}-count{count}",
+        figures.reconstructions(
+            image / np.float32(255),
+            reconstruction,
+            label,
+            f"Images of {split} and their reconstructions: {make_title(vae.config)}",
+        ),
+        image=image,
+        label=label,
+        reconstruction=reconstruction,
+    )
+
+
+def interpolate(
+    workdir: str, config: dict, checkpoint: str, split: str, count: int, chosen: dict
+) -> list[Path]:
+    """Images decoded from the line between the encodings of two images; `chosen` as in `choose_images`."""
+    vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
+    index = choose_images(examples, split, 2, **chosen)
+    mean, _ = vae.encode(examples.image[index])
+    image = vae.decode(generate.interpolate(*mean, count))
+    ends = examples.image[index] / np.float32(255)
+    row = np.concatenate([ends[:1], image, ends[1:]])
+    marks = [f"{share:.0%}" for share in np.linspace(0, 1, count)]
+    return save(
+        workdir,
+        f"interpolate-step{vae.step}-{split}{index[0]}-{split}{index[1]}-count{count}",
+        figures.image_rows(
+            row[None],
+            [""],
+            ["input", *marks, "input"],
+            f"Between two images of {split}: {make_title(vae.config)}",
+        ),
+        image=image,
+        index=index,
+    )
+
+
+def traverse(
+    workdir: str, config: dict, checkpoint: str, split: str, count: int, chosen: dict
+) -> list[Path]:
+    """An image's encoding decoded with one latent at a time moved, the latents that carry the most (KL) first."""
+    vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
+    index = choose_images(examples, split, 1, **chosen)
+    mean, logvar = vae.encode(examples.image)
+    kl = kl_to_standard_normal(mean.reshape(-1, 1), logvar.reshape(-1, 1))
+    kl = np.asarray(kl).reshape(mean.shape).mean(axis=0)
+    order = np.argsort(-kl)
+    values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
+    z = np.asarray(generate.traverse(mean[index[0]], values))[order]
+    image = vae.decode(z.reshape(-1, z.shape[-1]))
+    image = image.reshape(*z.shape[:2], *image.shape[1:])
+    return save(
+        workdir,
+        f"traverse-step{vae.step}-{split}{index[0]}-count{count}",
+        figures.image_rows(
+            image,
+            [f"z{latent}: {kl[latent]:.2f} nats" for latent in order],
+            [f"{value:.1f}" for value in values],
+            f"One latent at a time, by its mean KL: {make_title(vae.config)}",
+        ),
+        image=image,
+        latent=order,
+        kl=kl[order],
+        value=values,
+    )
+
+
+def load_vae(workdir: str, checkpoint: str) -> TrainedVAE:
+    trained = load(workdir, checkpoint)
+    if type(trained) is not TrainedVAE:
+        name = trained.config["model"]["name"]
+        raise ValueError(f"{workdir} holds a {name}, but this mode needs a vae")
+    return trained
+
+
+def load_split(config: dict, split: str) -> data.Split:
+    return choose_split(bind("data", data.load, config["data"])(), split)
+
+
+def choose_split(dataset: data.Dataset, split: str) -> data.Split:
+    if split not in dataset.splits:
+        raise ValueError(
+            f"there is no split {split!r}: this run has {', '.join(dataset.splits)}"
+        )
+    return dataset.splits[split]
+
+
+def choose_images(
+    examples: data.Split,
+    split: str,
+    count: int,
+    images: list[int] | None,
+    digits: list[int] | None,
+) -> np.ndarray:
+    """`count` positions in a split: those given, or the first image of each label given; the first ones by default."""
+    given = images if images is not None else digits
+    if given is not None and len(given) != count:
+        name = "--images" if images is not None else "--digits"
+        raise ValueError(
+            f"{name} has {len(given)} entries, but this mode takes {count}"
+        )
+    if images is not None:
+        for index in images:
+            if not 0 <= index < len(examples.label):
+                raise ValueError(
+                    f"there is no image {index} in {split}: it has 0 to {len(examples.label) - 1}"
+                )
+        return np.array(images)
+    if digits is not None:
+        for label in digits:
+            if label < 0 or label not in examples.label:
+                known = [
+                    str(known) for known in np.unique(examples.label) if known >= 0
+                ]
+                has = f"it has {', '.join(known)}" if known else "it is unlabelled"
+                raise ValueError(
+                    f"there is no image labelled {label} in {split}: {has}"
+                )
+        return np.array([np.argmax(examples.label == label) for label in digits])
+    return np.arange(count)
+
+
+def save(workdir: str, name: str, figure: Any, **arrays) -> list[Path]:
+    """generated/NAME.png and .npz; the name says all that decides the content, so that nothing else is overwritten."""
+    folder = Path(workdir).expanduser() / "generated"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.npz"]
+    save_figure(figure, paths[0])
+    with open(paths[1].with_suffix(".tmp"), "wb") as file:
+        np.savez_compressed(file, **arrays)
+    os.replace(paths[1].with_suffix(".tmp"), paths[1])
+    return paths
