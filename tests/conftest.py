@@ -1,6 +1,7 @@
 """JAX made strict while testing: 8 CPU devices, no silent rank promotion, no key used twice, full precision."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -14,6 +15,10 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# What one test compiled, the next one reads.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="vae_jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Shapes and types of every annotated function are checked at each call.
 install_import_hook("vae_jax", "beartype.beartype")

@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +21,32 @@ def config():
 
 
 SIGNATURES = {
-    "data": data.load,
-    "model": models.MODELS["vae"],
-    "objective": objectives.OBJECTIVES["elbo"],
-    "optimizer": steps.OPTIMIZERS["adam"],
-    "run": train.RunOptions,
+    "data": [data.load],
+    "model": [models.MODELS["vae"]],
+    "objective": [objectives.OBJECTIVES["elbo"]],
+    "optimizer": [steps.OPTIMIZERS["adam"], steps.averaging],
+    "run": [train.RunOptions],
 }
 
 
 @pytest.mark.parametrize("section", SIGNATURES)
-def test_the_file_and_the_signature_name_the_same_fields_and_defaults(section):
-    parameters = build.fields(SIGNATURES[section])
+def test_the_file_and_the_signatures_name_the_same_fields_and_defaults(section):
     fields = dict(vae.get_config()[section])
     if section != "data":
         fields.pop("name", None)
-    assert fields == {name: parameter.default for name, parameter in parameters.items()}
+    expected = {}
+    for function in SIGNATURES[section]:
+        for name, parameter in build.fields(function).items():
+            expected[name] = parameter.default
+    assert fields == expected
+
+
+def test_every_field_is_described():
+    described = dict(build.describe())
+    names = {field.partition("=")[0] for field in described}
+    assert names == set(build.flatten(vae.get_config().to_dict()))
+    assert all(described.values()), described
+    assert described["model.latent_dim=20"] == "size of z."
 
 
 def test_the_file_names_the_top_level_fields():
@@ -152,6 +164,9 @@ def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch)
         ),
         ("seed", -1, "seed is -1, but must lie in"),
         ("seed", 2**32, "seed is 4294967296, but must lie in"),
+        ("seeds", 0, "seeds is 0, but must be at least 1"),
+        ("optimizer.average", 1.0, "optimizer.average is 1.0, but must lie in"),
+        ("run.keep", 0, "run.keep is 0, but must be at least 1"),
         ("objective.beta", -1.0, "objective.beta is -1.0, but must be at least 0"),
         ("run.chunk", 0, "run.chunk is 0, but must be at least 1"),
         ("model.latent_dim", 0, "model.latent_dim is 0, but must be at least 1"),
@@ -163,6 +178,59 @@ def test_bad_fields(config, field, value, message):
     with pytest.raises(ValueError, match=message) as error:
         build.build(config)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_metric_for_the_best_checkpoint(config):
+    config["run"]["best"] = "los"
+    build.build(config)  # without validation images it is not asked for
+    config["data"]["validation"] = 100
+    with pytest.raises(
+        ValueError, match="unknown metric run.best 'los': did you mean loss"
+    ):
+        build.build(config)
+
+
+def changed(config, field, value):
+    *section, name = field.split(".")
+    config = copy.deepcopy(config)
+    (config[section[0]] if section else config)[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [("run.chunk", 3), ("run.profile", True), ("data.manual_dir", "x"), ("epochs", 2)],
+)
+def test_what_a_run_may_change_as_it_continues(config, field, value):
+    stored = json.loads(json.dumps(config))
+    assert build.changes(stored, changed(config, field, value)) == []
+
+
+@pytest.mark.parametrize(
+    "field,value,told",
+    [
+        ("seed", 2, "seed is 0 there, 2 here"),
+        ("epochs", 0, "epochs is 1 there, 0 here"),
+        ("model.latent_dim", 3, "model.latent_dim is 20 there, 3 here"),
+        (
+            "model.encoder_features",
+            (32,),
+            "model.encoder_features is [32, 64] there, [32] here",
+        ),
+        ("data.name", "mnist", "data.name is digits there, mnist here"),
+        ("objective.beat", 1, "objective.beat is absent there, 1 here"),
+    ],
+)
+def test_what_a_run_may_not_change(config, field, value, told):
+    stored = json.loads(json.dumps(config))
+    assert build.changes(stored, changed(config, field, value)) == [told]
+
+
+def test_epochs_may_not_be_raised_where_the_rate_depends_on_them(config):
+    for field, value in [("optimizer.schedule", "cosine"), ("optimizer.warmup", 0.1)]:
+        other = changed(config, field, value)
+        told = build.changes(other, changed(other, "epochs", 9))
+        assert told == ["epochs is 1 there, 9 here"]
 
 
 def test_a_missing_field(config):

@@ -49,7 +49,7 @@ def test_result_does_not_depend_on_the_batch_size(vae, split):
         ("loss", "reconstruction", "kl"), (23,)
     )
     for batch_size in (1, 7, 23, 64):
-        divided = make_evaluate(objective, split, batch_size)(variables, KEY)
+        divided = make_evaluate(objective, split, batch_size=batch_size)(variables, KEY)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-5), divided, whole
         )

@@ -63,6 +63,26 @@ def test_reconstructions_stand_under_their_inputs(channels):
         np.testing.assert_allclose(above / 2, below)
 
 
+def test_more_than_ten_reconstructions_take_more_rows():
+    image = np.random.default_rng(0).random((12, 4, 5, 1))
+    figure = figures.reconstructions(image, image / 2, np.arange(12), "Reconstructions")
+    axes = np.reshape(figure.axes, (4, 10))
+    assert [ax.get_title() for ax in axes[2, :3]] == ["10", "11", ""]
+    above, below = (axes[row, 1].images[0].get_array() for row in (2, 3))
+    np.testing.assert_allclose(above, image[11, ..., 0])
+    np.testing.assert_allclose(above / 2, below)
+    assert not axes[3, 2].images
+
+
+def test_image_rows_are_labelled():
+    image = np.random.default_rng(0).random((2, 3, 4, 5, 1))
+    figure = figures.image_rows(image, ["z1", "z0"], ["-1", "0", "1"], "Latents")
+    axes = np.reshape(figure.axes, (2, 3))
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["z1", "z0"]
+    assert [ax.get_title() for ax in axes[0]] == ["-1", "0", "1"]
+    np.testing.assert_array_equal(axes[1, 2].images[0].get_array(), image[1, 2, ..., 0])
+
+
 @pytest.mark.parametrize("count,shape", [(1, (6, 7)), (5, (12, 21)), (9, (18, 21))])
 def test_image_grid_holds_every_image(count, shape):
     image = np.arange(count).reshape(-1, 1, 1, 1) / 10 * np.ones((1, 4, 5, 3))

@@ -3,9 +3,11 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -39,11 +41,10 @@ def test_digits_end_to_end_and_again(tmp_path):
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
     assert "epoch 1/1" in first.stdout and str(workdir / "summary.md") in first.stdout
-    kept = {
-        path.name: path.read_bytes() for path in workdir.rglob("*") if path.is_file()
-    }
-    assert set(kept) == {
+    kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert {path.name for path in kept if "checkpoints" not in path.parts} == {
         "config.json",
+        "lock",
         "metrics.jsonl",
         "summary.md",
         "training.png",
@@ -52,10 +53,12 @@ def test_digits_end_to_end_and_again(tmp_path):
     }
 
     second = smoke(workdir)
-    assert second.returncode == 1 and "is not empty" in second.stderr
-    assert kept == {
-        path.name: path.read_bytes() for path in workdir.rglob("*") if path.is_file()
-    }
+    assert second.returncode == 0 and "finished already: " in second.stdout
+    changed = smoke(workdir, "--config.model.latent_dim=3", "--config.batch_size=100")
+    assert changed.returncode == 1 and changed.stderr.count("\n") == 1
+    assert "batch_size is 512 there, 100 here; model.latent_dim is 20" in changed.stderr
+    for path, content in kept.items():
+        assert path.read_bytes() == content
 
     other = smoke(
         tmp_path / "other",
@@ -63,11 +66,40 @@ def test_digits_end_to_end_and_again(tmp_path):
         "--config.run.chunk=1",
     )
     assert other.returncode == 0
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert rows[-1] == json.loads(kept["metrics.jsonl"].splitlines()[-1])
+    last, other_last = (
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        for folder in (workdir, tmp_path / "other")
+    )
+    assert last | {"seconds": 0} == other_last | {"seconds": 0}
+
+    # The modes need nothing but the directory.
+    evaluated = start("--mode=evaluate", f"--workdir={workdir}")
+    assert f"test/loss {last['test/loss']:.6g}\n" in evaluated.stdout, evaluated.stderr
+    sampled = start("--mode=sample", "--count=3", f"--workdir={workdir}")
+    (picture, arrays) = map(Path, sampled.stdout.split())
+    assert picture.exists() and arrays.exists() and sampled.stderr == ""
+    longer = smoke(workdir, "--config.epochs=2")
+    assert longer.returncode == 0 and "epoch 2/2" in longer.stdout
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_program_saves_and_continues(tmp_path, number, code):
+    arguments = ["--config.epochs=4", "--config.batch_size=64"]
+    command = [sys.executable, "-m", "vae_jax.main", "--config=configs/vae.py:smoke"]
+    command += [*arguments, f"--workdir={tmp_path}", "--config.run.chunk=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    rows = tmp_path / "metrics.jsonl"
+    while not (rows.exists() and rows.read_text()) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    assert "of 88: the same command continues" in stderr and stderr.count("\n") == 1
+    result = subprocess.run(command, check=False, cwd=ROOT, timeout=300)
+    assert result.returncode == 0
+    steps = [json.loads(row) for row in rows.read_text().splitlines()]
+    steps = [row["step"] for row in steps if "train/loss" in row]
+    assert steps == [*range(1, 89)]
 
 
 def test_a_bar_on_a_terminal(tmp_path):
@@ -119,6 +151,10 @@ def test_own_images_of_another_size(tmp_path):
     [
         ([], 2, "Give a config"),
         (["--config=configs/vae.py:smoke", "extra"], 2, "unexpected argument 'extra'"),
+        (["--mode=smaple", "--config=configs/vae.py"], 1, "should be one of <train|"),
+        (["--mode=sample"], 1, "there is no run in "),
+        (["--mode=sample", "--count=0"], 1, "--count is 0, but must be at least 1"),
+        (["--mode=traverse", "--images=1,a"], 1, "--images is 1,a, but must be whole"),
         (["--confg=configs/vae.py"], 2, "Unknown command line flag 'confg'"),
         (
             ["--config=configs/none.py"],
@@ -179,7 +215,7 @@ def test_own_images_of_another_size(tmp_path):
         (
             ["--config=configs/vae.py:smoke", "--workdir=/proc/none/run"],
             1,
-            "cannot create the work directory /proc/none/run",
+            "cannot write to the work directory /proc/none/run",
         ),
     ],
 )
@@ -196,6 +232,8 @@ def test_bad_input_is_told_in_one_line(tmp_path, arguments, code, message):
     assert "at step" in message or not (tmp_path / "run").exists()
 
 
-def test_help():
+def test_help_lists_flags_and_config_fields():
     result = start("--help")
-    assert "--config" in result.stdout and "--workdir" in result.stdout
+    assert result.returncode == 0 and result.stderr == ""
+    for line in ("  --workdir\n", "  --mode\n", "  --config.model.latent_dim=20\n"):
+        assert line in result.stdout

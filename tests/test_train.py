@@ -1,5 +1,6 @@
-"""The loop: chunks do not change the numbers; bad numbers stop it; what it leaves in the run directory."""
+"""The loop: neither chunks nor stops change the numbers; bad numbers end it; what it leaves in the run directory."""
 
+import itertools
 import json
 
 import jax
@@ -9,67 +10,83 @@ import pytest
 
 from configs import vae
 from vae_jax import build, data
-from vae_jax.rundir import Progress, RunDirectory
+from vae_jax import train as train_module
+from vae_jax.checkpoint import Checkpoints, select, steps
+from vae_jax.rundir import Progress, RunDirectory, read_config
 from vae_jax.train import make_run_chunk, train
 
 
-def small_job(**run):
-    """Two epochs of five steps of a small VAE on the bundled digits."""
+def small_job(changes=None, drawn=False, **run):
+    """Two epochs of five steps of a small VAE on the bundled digits; nothing is drawn unless asked for."""
     config = vae.get_config("smoke").to_dict()
-    config |= {"epochs": 2, "batch_size": 256}
+    config |= {"epochs": 2, "batch_size": 256} | (changes or {})
     config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
+    config["optimizer"] |= {"average": 0.9}
     config["run"] |= run
-    return build.build(config), config
+    job = build.build(config)
+    return job if drawn else job._replace(report=lambda *_: ({}, {})), config
 
 
 def read_rows(path):
     return list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
 
 
-def run_job(job, config, path):
-    directory = RunDirectory(str(path), config)
-    state, numbers = train(job, directory, Progress(1, job.epochs))
-    return state, numbers, directory
+def run_job(job, config, path, stop=lambda: False):
+    directory = RunDirectory(str(path), config, "python -m vae_jax.main")
+    folder = directory.path / "checkpoints"
+    checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
+    try:
+        state = train(job, directory, checkpoints, Progress(1, job.epochs), stop)
+    finally:
+        checkpoints.close()
+        directory.close()
+    return state, directory
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def assert_same_state(state, other):
+    state, other = (
+        each.replace(key=jax.random.key_data(each.key)) for each in (state, other)
+    )
+    jax.tree.map(np.testing.assert_array_equal, state, other)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    job, config = small_job()
+    job, config = small_job(drawn=True)
     return *run_job(job, config, tmp_path_factory.mktemp("run")), config
 
 
 def test_chunks_do_not_change_the_numbers(finished, tmp_path):
-    state, numbers, _, _ = finished
-    job, config = small_job(chunk=2, figures_every=1)
-    other, other_numbers, directory = run_job(job, config, tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, state.params, other.params)
-    assert numbers == pytest.approx(other_numbers, rel=1e-6)
-    steps = [row["step"] for row in directory.history if "train/loss" in row]
-    assert steps == [2, 4, 5, 7, 9, 10]
+    state, _, _ = finished
+    job, config = small_job(chunk=2)
+    other, directory = run_job(job, config, tmp_path)
+    assert_same_state(state, other)
+    rows = [row["step"] for row in directory.history if "train/loss" in row]
+    assert rows == [2, 4, 5, 7, 9, 10]
 
 
 def test_the_run_directory(finished):
-    _, numbers, directory, config = finished
+    _, directory, config = finished
     stored = json.loads((directory.path / "config.json").read_text())
     assert stored == json.loads(json.dumps(config))
     rows = read_rows(directory.path)
     assert rows == directory.history
     assert [row["epoch"] for row in rows] == [1, 1, 2, 2]
-    names = {"loss", "reconstruction", "kl"}
-    assert set(rows[0]) == {
-        "step",
-        "epoch",
-        "train/grad_norm",
-        *map("train/{}".format, names),
-    }
-    assert set(rows[1]) == {"step", "epoch", *map("test/{}".format, names)}
-    assert numbers["test/loss"] == rows[-1]["test/loss"]
+    names, place = {"loss", "reconstruction", "kl"}, {"step", "epoch", "seconds"}
+    trained = {"train/grad_norm", *map("train/{}".format, names)}
+    assert set(rows[0]) == place | trained
+    assert set(rows[1]) == place | set(map("test/{}".format, names))
     figures = {path.name for path in (directory.path / "figures").iterdir()}
     assert figures == {"training.png", "reconstructions.png", "samples.png"}
-    directory.write_summary("VAE on digits", "python -m vae_jax.main", numbers)
+    assert steps(directory.path / "checkpoints") == [10]
     summary = (directory.path / "summary.md").read_text()
     for part in (
-        "| test/loss |",
+        f"| test/loss | {rows[-1]['test/loss']:.4g} |",
+        "| collapsed model |",
         "`python -m vae_jax.main`",
         "![samples](figures/samples.png)",
         "jax ",
@@ -78,16 +95,138 @@ def test_the_run_directory(finished):
 
 
 def test_training_lowers_the_loss(finished):
-    losses = [row["test/loss"] for row in finished[2].history if "test/loss" in row]
+    losses = [row["test/loss"] for row in finished[1].history if "test/loss" in row]
     assert losses[1] < losses[0]
 
 
-def test_validation_images_are_evaluated_too(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not stopped."""
+    return run_job(*small_job(chunk=2), tmp_path_factory.mktemp("whole"))
+
+
+def stop_after(chunks):
+    """A `stop` that is asked once a chunk, and answers yes from the given one on."""
+    return itertools.chain([False] * (chunks - 1), itertools.repeat(True)).__next__
+
+
+@pytest.mark.parametrize("stops", [(1, 3), (2, 1, 2)])
+def test_a_stopped_run_continues_bit_for_bit(whole, tmp_path, stops):
+    """Chunks end at the steps 2, 4, 5, 7, 9, 10: in the middle of an epoch, and at its end."""
+    whole, expected = whole
+    job, config = small_job(chunk=2)
+    for chunks in stops:
+        state, _ = run_job(job, config, tmp_path / "parts", stop_after(chunks))
+        assert int(state.step) < 10
+        assert steps(tmp_path / "parts" / "checkpoints")[0] == int(state.step)
+    state, directory = run_job(job, config, tmp_path / "parts")
+    assert_same_state(state, whole)
+    assert without_time(read_rows(directory.path)) == without_time(expected.history)
+    seconds = [row["seconds"] for row in directory.history]
+    assert seconds == sorted(seconds)
+
+
+def test_a_restore_without_the_optimizer_state_would_be_noticed(
+    whole, tmp_path, monkeypatch
+):
+    whole, _ = whole
+    job, config = small_job(chunk=2)
+    run_job(job, config, tmp_path / "parts", stop_after(2))
+    restore = train_module.restore
+
+    def broken(*arguments):
+        state = restore(*arguments)
+        return state.replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state))
+
+    monkeypatch.setattr(train_module, "restore", broken)
+    state, _ = run_job(job, config, tmp_path / "parts")
+    with pytest.raises(AssertionError):
+        assert_same_state(state, whole)
+
+
+def test_rows_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
+    job, config = small_job(chunk=2)
+    run_job(job, config, tmp_path, stop_after(2))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "epoch": 1.0, "seconds": 9, "train/loss": 1.0}\n{"ste')
+    _, directory = run_job(job, config, tmp_path)
+    rows = [row["step"] for row in read_rows(tmp_path)]
+    assert rows == [2, 4, 5, 5, 7, 9, 10, 10] and directory.history == read_rows(
+        tmp_path
+    )
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, capsys):
+    job, config = small_job(chunk=2, save_every=2)
+    whole, _ = run_job(job, config, tmp_path)
+    file = tmp_path / "checkpoints" / "10" / "about" / "metadata"
+    file.write_bytes(b"")
+    state, _ = run_job(job, config, tmp_path)
+    assert_same_state(state, whole)
+    assert "checkpoint 10 is damaged" in capsys.readouterr().err
+    for step in steps(tmp_path / "checkpoints"):
+        (tmp_path / "checkpoints" / str(step) / "about" / "metadata").write_bytes(b"")
+    with pytest.raises(OSError, match="no checkpoint in .* can be read"):
+        run_job(job, config, tmp_path)
+
+
+def test_more_epochs(finished, tmp_path):
+    """Under a constant rate a run of two epochs and one more equals a run of three."""
+    job, config = small_job({"epochs": 3})
+    whole, expected = run_job(job, config, tmp_path / "whole")
+    run_job(*small_job(), tmp_path / "parts")
+    state, directory = run_job(job, config, tmp_path / "parts")
+    assert_same_state(state, whole)
+    assert without_time(directory.history) == without_time(expected.history)
+
+
+def test_validation_images_mark_the_best_checkpoint(tmp_path):
     _, config = small_job()
     config["data"]["validation"] = 100
-    job = build.build(config)
-    _, numbers, _ = run_job(job, config, tmp_path)
-    assert {"validation/loss", "test/loss"} < set(numbers)
+    config["optimizer"]["learning_rate"] = (
+        0.3  # so that the loss does not fall steadily
+    )
+    config |= {"epochs": 6, "batch_size": 400}
+    config["run"] |= {"keep": 1}
+    _, directory = run_job(build.build(config), config, tmp_path)
+    losses = {
+        row["step"]: row["validation/loss"]
+        for row in directory.history
+        if "validation/loss" in row
+    }
+    best = min(losses, key=losses.get)
+    assert select(tmp_path / "checkpoints", "best") == best
+    assert set(steps(tmp_path / "checkpoints")) == {best, max(losses)}
+
+
+def test_several_seeds_equal_each_alone(tmp_path):
+    job, config = small_job({"seeds": 2, "seed": 5}, chunk=2)
+    run_job(job, config, tmp_path / "both", stop_after(3))
+    state, directory = run_job(job, config, tmp_path / "both")
+    for i in range(2):
+        alone_job, alone_config = small_job({"seed": 5 + i}, chunk=5)
+        alone, other = run_job(alone_job, alone_config, tmp_path / str(i))
+        one_of_them = jax.tree.map(lambda leaf: leaf[i], state.published)  # noqa: B023
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-5),
+            one_of_them,
+            alone.published,
+        )
+        row, alone_row = directory.history[-1], other.history[-1]
+        assert row[f"test/loss/seed{5 + i}"] == pytest.approx(
+            alone_row["test/loss"], rel=1e-5
+        )
+    losses = [row[f"test/loss/seed{seed}"] for seed in (5, 6)]
+    assert row["test/loss"] == pytest.approx(np.mean(losses))
+    half = 12.7062 * np.std(losses, ddof=1) / np.sqrt(2)  # Student's t, 1 degree
+    assert row["test/loss/interval"] == pytest.approx(half, rel=1e-4)
+    assert "±" in (directory.path / "summary.md").read_text()
+
+
+def test_a_profile_is_written(tmp_path):
+    job, config = small_job(chunk=2, profile=True)
+    run_job(job, config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.trace.json.gz"))
 
 
 @pytest.mark.parametrize("bad_step", [1, 3, 7])
@@ -125,7 +264,7 @@ def test_an_epoch_takes_each_example_once():
 
     split = data.Split(np.zeros((23, 2, 2, 1), np.uint8), np.arange(23, dtype=np.int32))
     order = data.epoch_order(0, 1, 23, shuffle=True)
-    run_chunk = make_run_chunk(train_step, batch_size=5, chunk=3)
+    run_chunk = jax.jit(make_run_chunk(train_step, batch_size=5, chunk=3))
     seen = jnp.zeros(23, jnp.int32)
     for first, count in [(0, 3), (3, 1)]:
         seen, history = run_chunk(
@@ -140,16 +279,27 @@ def test_an_epoch_takes_each_example_once():
     assert seen.max() == 1
 
 
-def test_a_used_directory_is_refused(tmp_path):
-    RunDirectory(str(tmp_path / "run"), {})
-    with pytest.raises(OSError, match="is not empty: name another with --workdir"):
-        RunDirectory(str(tmp_path / "run"), {})
+def test_a_directory_that_is_no_run_or_is_in_use_is_refused(tmp_path):
+    assert read_config(str(tmp_path / "none")) is None
+    (tmp_path / "run").mkdir()
+    assert read_config(str(tmp_path / "run")) is None
+    directory = RunDirectory(str(tmp_path / "run"), {"seed": 1}, "")
+    assert read_config(str(tmp_path / "run")) == {"seed": 1}
+    with pytest.raises(OSError, match="another process is training in"):
+        RunDirectory(str(tmp_path / "run"), {}, "")
+    directory.close()
+    RunDirectory(str(tmp_path / "run"), {"seed": 1}, "").close()
+    with pytest.raises(OSError, match="is not empty and holds no run"):
+        read_config(str(tmp_path))
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        read_config(str(tmp_path / "run"))
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(
             OSError, match="work directory .* name another with --workdir"
         ) as error:
-            RunDirectory(str(path), {})
+            RunDirectory(str(path), {}, "")
         assert "\n" not in str(error.value)
 
 

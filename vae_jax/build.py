@@ -116,9 +116,13 @@ def metric_names(job: Job) -> dict:
     """What the job's objective tells of each example; nothing is computed."""
     key = jax.random.key(0)
     variables = jax.eval_shape(job.init, key)
-    image, label = (array[:1] for array in job.dataset.splits["train"])
-    batch = make_batch(image, label, np.ones(1, np.float32), np.zeros(1, np.int32))
-    return jax.eval_shape(make_eval_step(job.objective), variables, batch, key)
+
+    def metrics(variables, image, label):
+        batch = make_batch(image, label, jnp.ones(1), jnp.zeros(1, int))
+        return make_eval_step(job.objective)(variables, batch, key)
+
+    example = [array[:1] for array in job.dataset.splits["train"]]
+    return jax.eval_shape(metrics, variables, *example)
 
 
 def make_title(config: Mapping[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Checkpoints of a run by Orbax; the only file that knows it.
 
 A checkpoint holds `state`, all that training needs to continue; `variables`, the published ones, which suffice for
-inference; and `about`: the config, what the model was built for, the metric that the best one is chosen by, and a
-SHA-256 of the other two, since Orbax does not notice a flipped bit.
+inference; and `about`: the config, what the model was built for, the metric that the best one is chosen by. Since Orbax
+does not notice a flipped bit, a list of its files' SHA-256 is kept with them.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from vae_jax.steps import TrainState
 
+DIGESTS = "sha256.json"
 HIGHER_IS_BETTER = ("accuracy",)  # of the other metrics the lowest is the best
 
 
@@ -55,20 +56,26 @@ class Checkpoints:
         """Write the checkpoint of `step`, whole or not at all; `metrics` are those of its evaluation, if there was one."""
         if self._best in metrics and self.is_best(metrics):
             self._policy.best = step
-        items = {"state": _to_host(state), "variables": _to_host(state.published)}
-        about = self._about | {
-            "step": step,
-            "best": {name: metrics[name] for name in metrics if name == self._best},
-            "sha256": {name: digest(tree) for name, tree in items.items()},
-        }
         taken = self._folder / str(step)
         if taken.exists():  # damaged: training has come here again from an earlier one
             taken.rename(self._folder / f"damaged-{step}")
             self._manager.reload()
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        about = self._about | {
+            "step": step,
+            "best": {name: metrics[name] for name in metrics if name == self._best},
+        }
         self._manager.save(
-            step, args=ocp.args.Composite(**trees, about=ocp.args.JsonSave(about))
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_to_host(state)),
+                variables=ocp.args.StandardSave(_to_host(state.published)),
+                about=ocp.args.JsonSave(about),
+            ),
         )
+        text = json.dumps(_digests(self._folder / str(step)), indent=1)
+        part = self._folder / str(step) / f"{DIGESTS}.tmp"
+        part.write_text(text)
+        part.rename(self._folder / str(step) / DIGESTS)
 
     def close(self) -> None:
         self._manager.close()
@@ -141,31 +148,46 @@ def restore_states(folder, like: TrainState) -> Iterator[TrainState | ValueError
             yield state.replace(key=jax.random.wrap_key_data(state.key))
 
 
-def digest(tree: Any) -> str:
-    """SHA-256 over the names, types, shapes and bytes of the leaves."""
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}"
-        total.update(name.encode() + leaf.tobytes())
-    return total.hexdigest()
-
-
 def _restore(folder, step, item, like):
+    path = epath.Path(folder).absolute() / str(step)
+    _check_files(path, step)
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                epath.Path(folder).absolute() / str(step),
-                args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}),
-            )[item]
+            args = {item: ocp.args.StandardRestore(like)}
+            return checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise ValueError(f"checkpoint {step} is damaged ({reason})") from error
-    if digest(restored) != read_about(folder, step)["sha256"][item]:
-        raise ValueError(
-            f"checkpoint {step} is damaged: its {item} is not what was saved"
-        )
-    return restored
+        raise ValueError(f"checkpoint {step} cannot be read ({reason})") from error
+
+
+def _check_files(path, step):
+    """Raise ValueError if a file is not what was saved. A run killed before it could write the list has none."""
+    try:
+        expected = json.loads((path / DIGESTS).read_text())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise ValueError(f"checkpoint {step} is damaged: {path / DIGESTS}") from error
+    found = _digests(path)
+    for name in expected:
+        if found.get(name) != expected[name]:
+            what = "changed" if name in found else "missing"
+            raise ValueError(f"checkpoint {step} is damaged: {path / name} is {what}")
+
+
+def _digests(path):
+    """{name: SHA-256} of the files below a folder."""
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in _files(path)
+        if DIGESTS not in file.name
+    }
+
+
+def _files(path):
+    for child in path.iterdir():
+        yield from _files(child) if child.is_dir() else [child]
 
 
 def _cost(name, metrics):

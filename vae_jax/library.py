@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vae_jax import generate
 from vae_jax.checkpoint import read_about, restore_variables, select
@@ -36,7 +36,7 @@ def load(workdir: str, checkpoint: str = "", seed: int | None = None):
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
     return TRAINED[about["config"]["model"]["name"]](
-        make_model(about), variables, about["step"], about["config"]
+        make_model(about), jax.device_put(variables), about["step"], about["config"]
     )
 
 
@@ -56,13 +56,13 @@ def load_variables(workdir: str, which: str = "") -> tuple[dict, dict]:
 
 
 def make_model(about: dict):
+    fields = dict(about["config"]["model"])
+    make = MODELS[fields.pop("name")]
     fields = {
-        name: value
-        for name, value in about["config"]["model"].items()
-        if name != "name"
+        name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+        for name, value in fields.items()
     }
-    name = about["config"]["model"]["name"]
-    return MODELS[name](tuple(about["image_shape"]), **fields)
+    return make(tuple(about["image_shape"]), **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +84,7 @@ class TrainedVAE:
         """Mean and log-variance of q(z | image)."""
         return self._apply("encode", check_images(image, self.model.image_shape))
 
-    def decode(
-        self, z: Float[Array, "n latent"]
-    ) -> Float[np.ndarray, "n height width channel"]:
+    def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
         """Mean images of p(x | z), in [0, 1]."""
         z = np.asarray(z, np.float32)
         if z.ndim != 2 or z.shape[1] != self.model.latent_dim:

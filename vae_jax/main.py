@@ -144,6 +144,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     try:
         if count is not None and count < 1:
             raise ValueError(f"--count is {count}, but must be at least 1")
+        chosen = {"images": numbers("images"), "digits": numbers("digits")}
         stored = read_config(workdir)
         if stored is None:
             raise ValueError(
@@ -151,7 +152,6 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
             )
         config = (config or stored) | {"epochs": stored["epochs"]}
         check_same(stored, config, workdir)
-        chosen = {"images": numbers("images"), "digits": numbers("digits")}
         match mode:
             case "evaluate":
                 metrics = modes.evaluate(workdir, config, checkpoint, split)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import data, figures, generate
@@ -18,7 +19,7 @@ LIMIT = 3.0  # standard deviations of the prior that a traversal covers on eithe
 
 def evaluate(
     workdir: str, config: dict, checkpoint: str, split: str
-) -> dict[str, float]:
+) -> dict[str, float | int]:
     """The metrics of a checkpoint on a split: those that training logged, where it is one that training evaluates."""
     about, variables = load_variables(workdir, checkpoint)
     job = build(config)
@@ -76,7 +77,7 @@ def interpolate(
     vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
     index = choose_images(examples, split, 2, **chosen)
     mean, _ = vae.encode(examples.image[index])
-    image = vae.decode(generate.interpolate(*mean, count))
+    image = vae.decode(generate.interpolate(*jnp.asarray(mean), count))
     ends = examples.image[index] / np.float32(255)
     row = np.concatenate([ends[:1], image, ends[1:]])
     marks = [f"{share:.0%}" for share in np.linspace(0, 1, count)]
@@ -101,11 +102,11 @@ def traverse(
     vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
     index = choose_images(examples, split, 1, **chosen)
     mean, logvar = vae.encode(examples.image)
-    kl = kl_to_standard_normal(mean.reshape(-1, 1), logvar.reshape(-1, 1))
-    kl = np.asarray(kl).reshape(mean.shape).mean(axis=0)
+    one_by_one = (jnp.asarray(part).reshape(-1, 1) for part in (mean, logvar))
+    kl = np.reshape(kl_to_standard_normal(*one_by_one), mean.shape).mean(axis=0)
     order = np.argsort(-kl)
     values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
-    z = np.asarray(generate.traverse(mean[index[0]], values))[order]
+    z = generate.traverse(*map(jnp.asarray, (mean[index[0]], values)))[order]
     image = vae.decode(z.reshape(-1, z.shape[-1]))
     image = image.reshape(*z.shape[:2], *image.shape[1:])
     return save(

@@ -1,5 +1,6 @@
 """The run directory (config.json, metrics.jsonl, checkpoints/, figures/, summary.md) and what the terminal shows."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -48,19 +49,21 @@ class RunDirectory:
         self._open_board = _tensorboard() if tensorboard else None
         self._board = None
         self._opened, self._before = time.time(), 0.0
-        try:
-            (self.path / "figures").mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")  # noqa: SIM115
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._write("config.json", json.dumps(config, indent=2) + "\n")
-        except BlockingIOError as error:
-            raise OSError(
-                f"another process is training in the work directory {path}: name another with --workdir"
-            ) from error
-        except OSError as error:
-            raise OSError(
-                f"cannot write to the work directory {path} ({error.strerror}): name another with --workdir"
-            ) from error
+        with contextlib.ExitStack() as undo:
+            try:
+                (self.path / "figures").mkdir(parents=True, exist_ok=True)
+                self._lock = undo.enter_context(open(self.path / "lock", "w"))
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._write("config.json", json.dumps(config, indent=2) + "\n")
+            except BlockingIOError as error:
+                raise OSError(
+                    f"another process is training in the work directory {path}: name another with --workdir"
+                ) from error
+            except OSError as error:
+                raise OSError(
+                    f"cannot write to the work directory {path} ({error.strerror}): name another with --workdir"
+                ) from error
+            undo.pop_all()
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`, and a last one that is torn: training continues from there."""
@@ -107,12 +110,12 @@ class RunDirectory:
             "matmul precision": f"{jax.config.jax_default_matmul_precision or 'default'}",
         }
         lines = [f"# {title}", "", "| number | value |", "|---|---|"]
-        lines += [
-            f"| {name} | {value:.4g} |"
-            if isinstance(value, float)
-            else f"| {name} | {value} |"
-            for name, value in numbers.items()
-        ]
+        for name, value in numbers.items():
+            text = f"{value:.4g}" if isinstance(value, float) else f"{value}"
+            if f"{name}/interval" in numbers:
+                text += f" ± {numbers[f'{name}/interval']:.2g} (95 %)"
+            if not name.endswith("/interval"):
+                lines.append(f"| {name} | {text} |")
         lines += ["", *(f"- {name}: {fact}" for name, fact in facts.items()), ""]
         lines += [
             f"![{path.stem}](figures/{path.name})\n"

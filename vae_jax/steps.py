@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from vae_jax.objectives import Batch, example_keys
 
@@ -19,13 +19,13 @@ PURPOSES = {"evaluation": 2**32 - 1, "init": 2**32 - 2, "samples": 2**32 - 3}
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step reads and writes; data only. Under `vmap` each leaf has the mapped axes in front."""
+    """All that a training step reads and writes; data only. For several seeds each leaf has the seeds in front."""
 
-    step: Int[Array, "..."]
+    step: Any  # int32
     params: Any
     model_state: Any  # BatchNorm's running statistics; empty for the VAE
     opt_state: Any
-    key: Key[Array, "..."]  # the root of all noise; never changes
+    key: Any  # the root of all noise; never changes
     average: Any = None  # of the variables over the steps, where that is published
 
     @property

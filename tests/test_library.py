@@ -1,0 +1,128 @@
+"""`vae_jax.load`: the trained model as it was evaluated, wherever the directory is, without what training needs."""
+
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import run_job, small_job
+
+import vae_jax
+from vae_jax import generate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run, moved to where it was not trained."""
+    path = tmp_path_factory.mktemp("run")
+    job, config = small_job()
+    state, _ = run_job(job, config, path / "before")
+    shutil.move(path / "before", path / "after")
+    return path / "after", state, job
+
+
+@pytest.fixture(scope="module")
+def vae(run):
+    return vae_jax.load(str(run[0]))
+
+
+def test_the_averaged_variables_are_loaded(run, vae):
+    _, state, _ = run
+    jax.tree.map(np.testing.assert_array_equal, vae.variables, state.average)
+    assert vae.step == 10 and vae.config["model"]["latent_dim"] == 20
+
+
+def test_methods_are_the_pure_functions(run, vae):
+    image = run[2].dataset.splits["test"].image[:300]  # more than one batch
+    mean, logvar = vae.encode(image)
+    scaled = image / np.float32(255)
+    expected = vae.model.apply(vae.variables, jnp.asarray(scaled), method="encode")
+    np.testing.assert_allclose(mean, expected[0], atol=1e-5)
+    np.testing.assert_allclose(logvar, expected[1], atol=1e-5)
+    np.testing.assert_array_equal(vae.encode(scaled[..., 0])[0], mean)
+    decoded = vae.model.apply(vae.variables, jnp.asarray(mean), method="decode")
+    np.testing.assert_allclose(vae.decode(mean), decoded, atol=1e-6)
+    np.testing.assert_allclose(vae.reconstruct(image), decoded, atol=1e-6)
+
+
+def test_samples(vae):
+    sample = vae.sample(5, seed=3)
+    assert sample.shape == (5, 28, 28, 1)
+    np.testing.assert_array_equal(sample, vae.sample(5, seed=3))
+    assert np.abs(sample - vae.sample(5, seed=4)).max() > 0
+    z = generate.prior(jax.random.key(3), 5, 20)
+    np.testing.assert_array_equal(sample, vae.decode(z))
+
+
+@pytest.mark.parametrize(
+    "image,message",
+    [
+        (
+            np.zeros((2, 28, 27, 1)),
+            r"images of shape \(2, 28, 27, 1\), but must be \[n, 28, 28, 1\]",
+        ),
+        (np.zeros((28, 28)), r"images of shape \(28, 28\)"),
+        (np.zeros((0, 28, 28)), r"images of shape \(0, 28, 28, 1\)"),
+        (
+            np.zeros((2, 28, 28), int),
+            "images are int64, but must be uint8, or float in",
+        ),
+        (
+            np.full((2, 28, 28), 255.0),
+            r"images lie in \[255, 255\], but floats must lie in",
+        ),
+        (np.full((2, 28, 28), np.nan), "floats must lie in"),
+    ],
+)
+def test_bad_images(vae, image, message):
+    with pytest.raises(ValueError, match=message):
+        vae.encode(image)
+
+
+def test_bad_latents(vae):
+    with pytest.raises(
+        ValueError, match=r"z has shape \(3, 19\), but must be \[n, 20\]"
+    ):
+        vae.decode(np.zeros((3, 19)))
+
+
+def test_seeds(tmp_path):
+    job, config = small_job({"seeds": 2, "seed": 5})
+    state, _ = run_job(job, config, tmp_path)
+    for seed, position in [(None, 0), (5, 0), (6, 1)]:
+        variables = vae_jax.load(str(tmp_path), seed=seed).variables
+        expected = jax.tree.map(lambda leaf: leaf[position], state.published)  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    with pytest.raises(ValueError, match="seed 7 was not trained in .*: give 5 to 6"):
+        vae_jax.load(str(tmp_path), seed=7)
+
+
+def test_no_run(tmp_path, run):
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        vae_jax.load(str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(
+        ValueError,
+        match="there is no checkpoint '3' in .*: give latest, best, or one of 10",
+    ):
+        vae_jax.load(str(run[0]), checkpoint="3")
+
+
+def test_loading_needs_neither_config_nor_training_set(run):
+    code = f"""
+import sys, vae_jax
+vae_jax.load({str(run[0])!r}).sample(2)
+names = ("ml_collections", "tensorflow_datasets", "sklearn", "matplotlib", "absl.flags", "tqdm")
+print(*(name for name in names if name in sys.modules))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() in (
+        [],
+        ["absl.flags"],
+    )  # which Orbax imports for itself
+    assert result.stderr == ""

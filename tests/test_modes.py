@@ -1,0 +1,131 @@
+"""The modes on a trained model: the logged numbers again, and the arrays behind each picture."""
+
+import numpy as np
+import pytest
+from test_train import run_job, small_job
+
+import vae_jax
+from vae_jax import modes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    job, config = small_job()
+    config["data"]["validation"] = 100
+    job = modes.build(config)
+    _, directory = run_job(job, config, path)
+    return str(path), config, directory.history, job.dataset.splits
+
+
+def arrays(paths):
+    picture, archive = paths
+    assert picture.suffix == ".png" and picture.stat().st_size > 1000
+    assert not list(picture.parent.glob("*.tmp"))
+    with np.load(archive, allow_pickle=False) as file:
+        return dict(file)
+
+
+def test_evaluate_repeats_the_logged_numbers(run):
+    path, config, history, _ = run
+    logged = history[-1]
+    for split in ("test", "validation"):
+        found = modes.evaluate(path, config, "latest", split)
+        expected = {name: v for name, v in logged.items() if name.startswith(split)}
+        assert found == {"step": 10} | expected
+    assert modes.evaluate(path, config, "latest", "train")["train/loss"] > 0
+
+
+def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
+    job, config = small_job({"seeds": 2})
+    _, directory = run_job(job, config, tmp_path)
+    found = modes.evaluate(str(tmp_path), config, "", "test")
+    logged = directory.history[-1]
+    expected = {name: v for name, v in logged.items() if name.startswith("test")}
+    assert found == {"step": 10} | expected
+
+
+def test_sample(run):
+    path, _, _, _ = run
+    found = arrays(modes.sample(path, "latest", 7, 3))
+    np.testing.assert_array_equal(
+        found["image"], vae_jax.load(path, "latest").sample(7, 3)
+    )
+
+
+def test_reconstruct(run):
+    path, config, _, splits = run
+    found = arrays(modes.reconstruct(path, config, "latest", "validation", 12))
+    np.testing.assert_array_equal(found["image"], splits["validation"].image[:12])
+    np.testing.assert_array_equal(found["label"], splits["validation"].label[:12])
+    expected = vae_jax.load(path, "latest").reconstruct(found["image"])
+    np.testing.assert_array_equal(found["reconstruction"], expected)
+
+
+def test_interpolate_begins_and_ends_at_the_reconstructions(run):
+    path, config, _, splits = run
+    chosen = {"images": None, "digits": [3, 8]}
+    found = arrays(modes.interpolate(path, config, "latest", "test", 5, chosen))
+    label = splits["test"].label
+    assert label[found["index"]].tolist() == [3, 8]
+    assert 3 not in label[: found["index"][0]]  # the first one
+    ends = vae_jax.load(path, "latest").reconstruct(
+        splits["test"].image[found["index"]]
+    )
+    np.testing.assert_allclose(found["image"][[0, -1]], ends, atol=1e-5)
+    assert found["image"].shape[0] == 5
+
+
+def test_traverse_moves_one_latent_at_a_time_the_one_with_most_kl_first(run):
+    path, config, history, splits = run
+    chosen = {"images": [4], "digits": None}
+    found = arrays(modes.traverse(path, config, "latest", "test", 3, chosen))
+    assert found["image"].shape == (20, 3, 28, 28, 1)
+    assert np.all(np.diff(found["kl"]) <= 0) and sorted(found["latent"]) == [*range(20)]
+    assert found["kl"].sum() == pytest.approx(history[-1]["test/kl"], rel=1e-4)
+    vae = vae_jax.load(path, "latest")
+    z = vae.encode(splits["test"].image[4:5])[0]
+    z[0, found["latent"][2]] = found["value"][0] = -3.0
+    np.testing.assert_allclose(found["image"][2, 0], vae.decode(z)[0], atol=1e-5)
+
+
+def choose(run, count=1, images=None, digits=None):
+    return modes.choose_images(run[3]["test"], "test", count, images, digits)
+
+
+def test_without_a_choice_the_first_images_are_taken(run):
+    assert choose(run, 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "act,message",
+    [
+        (
+            lambda run: choose(run, 2, images=[1]),
+            "--images has 1 entries, but this mode takes 2",
+        ),
+        (
+            lambda run: choose(run, images=[360]),
+            "no image 360 in test: it has 0 to 359",
+        ),
+        (lambda run: choose(run, images=[-1]), "no image -1 in test"),
+        (
+            lambda run: choose(run, digits=[12]),
+            "no image labelled 12 in test: it has 0, 1,",
+        ),
+        (lambda run: choose(run, digits=[-1]), "no image labelled -1"),
+        (
+            lambda run: modes.load_split(run[1], "tset"),
+            "no split 'tset': this run has train, test, validation",
+        ),
+        (
+            lambda run: modes.reconstruct(*run[:2], "", "test", 361),
+            "--count is 361, but test has 360 images",
+        ),
+        (lambda run: modes.sample(run[0], "9", 3, 0), "no checkpoint '9'"),
+    ],
+)
+def test_bad_choices(run, act, message):
+    with pytest.raises(ValueError, match=message) as error:
+        act(run)
+    assert "\n" not in str(error.value)
