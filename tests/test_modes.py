@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_train import run_job, small_job
+from small_run import run_job, small_job
 
 import vae_jax
 from vae_jax import modes

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_train import run_job, small_job
+from small_run import run_job, small_job
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(

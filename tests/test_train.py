@@ -7,40 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import run_job, small_job
 
-from configs import vae
 from vae_jax import build, data
 from vae_jax import train as train_module
-from vae_jax.checkpoint import Checkpoints, select, steps
+from vae_jax.checkpoint import select, steps
 from vae_jax.rundir import Progress, RunDirectory, read_config
-from vae_jax.train import make_run_chunk, train
-
-
-def small_job(changes=None, drawn=False, **run):
-    """Two epochs of five steps of a small VAE on the bundled digits; nothing is drawn unless asked for."""
-    config = vae.get_config("smoke").to_dict()
-    config |= {"epochs": 2, "batch_size": 256} | (changes or {})
-    config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
-    config["optimizer"] |= {"average": 0.9}
-    config["run"] |= run
-    job = build.build(config)
-    return job if drawn else job._replace(report=lambda *_: ({}, {})), config
+from vae_jax.train import make_run_chunk
 
 
 def read_rows(path):
     return list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
-
-
-def run_job(job, config, path, stop=lambda: False):
-    directory = RunDirectory(str(path), config, "python -m vae_jax.main")
-    folder = directory.path / "checkpoints"
-    checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
-    try:
-        state = train(job, directory, checkpoints, Progress(1, job.epochs), stop)
-    finally:
-        checkpoints.close()
-        directory.close()
-    return state, directory
 
 
 def without_time(rows):

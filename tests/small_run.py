@@ -1,0 +1,30 @@
+"""A training that takes a second: what tests of the loop and of what comes after it begin with."""
+
+from configs import vae
+from vae_jax import build
+from vae_jax.checkpoint import Checkpoints
+from vae_jax.rundir import Progress, RunDirectory
+from vae_jax.train import train
+
+
+def small_job(changes=None, drawn=False, **run):
+    """Two epochs of five steps of a small VAE on the bundled digits; nothing is drawn unless asked for."""
+    config = vae.get_config("smoke").to_dict()
+    config |= {"epochs": 2, "batch_size": 256} | (changes or {})
+    config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
+    config["optimizer"] |= {"average": 0.9}
+    config["run"] |= run
+    job = build.build(config)
+    return job if drawn else job._replace(report=lambda *_: ({}, {})), config
+
+
+def run_job(job, config, path, stop=lambda: False):
+    directory = RunDirectory(str(path), config, "python -m vae_jax.main")
+    folder = directory.path / "checkpoints"
+    checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
+    try:
+        state = train(job, directory, checkpoints, Progress(1, job.epochs), stop)
+    finally:
+        checkpoints.close()
+        directory.close()
+    return state, directory
