@@ -37,6 +37,7 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "beta1": 0.9,
                 "beta2": 0.999,
                 "eps": 1e-8,
+                "weight_decay": 0.0,
             },
             "run": {
                 "chunk": 20,
