@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import vae
+from configs import classifier, vae
 from vae_jax import build, data
 from vae_jax.rundir import Progress, RunDirectory
 from vae_jax.train import make_run_chunk, train
@@ -80,6 +80,17 @@ def test_the_run_directory(finished):
 def test_training_lowers_the_loss(finished):
     losses = [row["test/loss"] for row in finished[2].history if "test/loss" in row]
     assert losses[1] < losses[0]
+
+
+def test_a_classifier_learns_the_digits(tmp_path):
+    """The same loop; what it leaves in the run directory."""
+    config = classifier.get_config("digits").to_dict() | {"epochs": 2}
+    _, numbers, directory = run_job(build.build(config), config, tmp_path)
+    losses = [row["test/loss"] for row in directory.history if "test/loss" in row]
+    assert losses[1] < losses[0]
+    assert numbers["test/accuracy"] > 0.9 and "test/prediction" not in numbers
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"training.png", "confusion.png", "mistakes.png"}
 
 
 def test_validation_images_are_evaluated_too(tmp_path):
