@@ -38,6 +38,7 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "beta1": 0.9,
                 "beta2": 0.999,
                 "eps": 1e-8,
+                "weight_decay": 0.0,
                 "average": 0.0,
             },
             "run": {
@@ -64,7 +65,7 @@ VARIANTS = {
     "default": {},
     "matlab": {"data.shuffle": False},
     "best": {
-        "batch_size": 128,
+        "batch_size": 32,
         "optimizer.learning_rate": 0.002,
         "optimizer.schedule": "cosine",
     },

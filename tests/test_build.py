@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import vae
+from configs import classifier, vae
 from vae_jax import build, data, models, objectives, steps, train
 
 
@@ -22,41 +23,61 @@ def config():
 
 SIGNATURES = {
     "data": [data.load],
-    "model": [models.MODELS["vae"]],
-    "objective": [objectives.OBJECTIVES["elbo"]],
-    "optimizer": [steps.OPTIMIZERS["adam"], steps.averaging],
+    "model": models.MODELS,
+    "objective": objectives.OBJECTIVES,
+    "optimizer": steps.OPTIMIZERS,
     "run": [train.RunOptions],
 }
+CONFIGS = {"vae": vae, "classifier": classifier}
+VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
 
 
-@pytest.mark.parametrize("section", SIGNATURES)
-def test_the_file_and_the_signatures_name_the_same_fields_and_defaults(section):
-    fields = dict(vae.get_config()[section])
-    if section != "data":
-        fields.pop("name", None)
-    expected = {}
-    for function in SIGNATURES[section]:
-        for name, parameter in build.fields(function).items():
-            expected[name] = parameter.default
-    assert fields == expected
+def fields_and_defaults(name, section):
+    """A section of a config file, and the defaults of the function that it sets."""
+    fields = dict(CONFIGS[name].get_config()[section])
+    functions = SIGNATURES[section]
+    if isinstance(functions, dict):
+        functions = [functions[fields.pop("name")]]
+    if section == "optimizer":
+        functions.append(steps.averaging)
+    defaults = {
+        name: parameter.default
+        for function in functions
+        for name, parameter in build.fields(function).items()
+    }
+    return fields, defaults
 
 
 def test_every_field_is_described():
     described = dict(build.describe())
     names = {field.partition("=")[0] for field in described}
-    assert names == set(build.flatten(vae.get_config().to_dict()))
+    configs = [module.get_config().to_dict() for module in CONFIGS.values()]
+    assert names == {name for config in configs for name in build.flatten(config)}
     assert all(described.values()), described
     assert described["model.latent_dim=20"] == "size of z."
 
 
-def test_the_file_names_the_top_level_fields():
-    assert set(vae.get_config()) == set(inspect.signature(build.make_job).parameters)
+@pytest.mark.parametrize("section", SIGNATURES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_file_and_the_signature_name_the_same_fields_and_defaults(name, section):
+    fields, defaults = fields_and_defaults(name, section)
+    # A recipe of its own is not the default.
+    if name == "classifier" and section in ("optimizer", "run"):
+        assert set(fields) == set(defaults)
+    else:
+        assert fields == defaults
 
 
-@pytest.mark.parametrize("variant", vae.VARIANTS)
-def test_every_variant_builds_and_runs_two_steps(variant):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_file_names_the_top_level_fields(name):
+    config = CONFIGS[name].get_config()
+    assert set(config) == set(inspect.signature(build.make_job).parameters)
+
+
+@pytest.mark.parametrize("name,variant", VARIANTS)
+def test_every_variant_builds_and_runs_two_steps(name, variant):
     """On the bundled digits instead of MNIST, whose images have the same shape."""
-    config = vae.get_config(variant).to_dict()
+    config = CONFIGS[name].get_config(variant).to_dict()
     config["data"]["name"] = "digits"
     config["batch_size"] = 8
     job = build.build(config)
@@ -170,9 +191,18 @@ def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch)
         ("objective.beta", -1.0, "objective.beta is -1.0, but must be at least 0"),
         ("run.chunk", 0, "run.chunk is 0, but must be at least 1"),
         ("model.latent_dim", 0, "model.latent_dim is 0, but must be at least 1"),
+        (
+            "objective",
+            {"name": "cross_entropy"},
+            "objective.name cross_entropy does not fit model.name vae: give elbo",
+        ),
     ],
 )
 def test_bad_fields(config, field, value, message):
+    refuse(config, field, value, message)
+
+
+def refuse(config, field, value, message):
     *section, name = field.split(".")
     (config[section[0]] if section else config)[name] = value
     with pytest.raises(ValueError, match=message) as error:
@@ -233,6 +263,64 @@ def test_epochs_may_not_be_raised_where_the_rate_depends_on_them(config):
         assert told == ["epochs is 1 there, 9 here"]
 
 
+@pytest.mark.parametrize(
+    "field,value,message",
+    [
+        ("objective.label_smoothing", 1.0, r"is 1.0, but must lie in \[0, 1\)"),
+        ("objective.label_smoothing", -0.1, "label_smoothing is -0.1"),
+        ("objective.shift", 28, "shift is 28, but must be from 0 to 27 pixels"),
+        ("objective.shift", -1, "shift is -1"),
+        ("objective.shift", 0.5, "objective.shift is 0.5, but must be of type int"),
+        ("objective.rotation", 181, r"is 181, but must lie in \[0, 180\] degrees"),
+        ("objective.rotation", math.nan, "rotation is nan"),
+        ("model.features", (8, 0), "model.features is"),
+        ("optimizer.weight_decay", -1.0, "weight_decay is -1.0"),
+        ("objective", {"name": "elbo"}, "elbo does not fit model.name classifier"),
+    ],
+)
+def test_bad_fields_of_a_classifier(field, value, message):
+    refuse(classifier.get_config("smoke").to_dict(), field, value, message)
+
+
+@pytest.mark.parametrize(
+    "label,message",
+    [
+        (None, "needs labels of at least 2 classes, but the data have 0"),
+        (np.zeros(40, int), "needs labels of at least 2 classes, but the data have 1"),
+        (
+            np.arange(40) % 3 - 1,
+            "train images have no label, but the classifier needs all",
+        ),
+    ],
+)
+def test_a_classifier_refuses_images_without_labels(tmp_path, label, message):
+    labels = {} if label is None else {"label": label}
+    np.savez(tmp_path / "own.npz", image=np.zeros((40, 8, 8), np.uint8), **labels)
+    config = classifier.get_config("smoke").to_dict()
+    config["batch_size"] = 8
+    refuse(config, "data.name", str(tmp_path / "own.npz"), message)
+
+
+def test_what_a_classifier_shows():
+    """On predictions with two mistakes, the second of which is the surer one."""
+    job = build.build(classifier.get_config("smoke").to_dict())
+    label = job.dataset.splits["test"].label
+    prediction, confidence = label.copy(), np.full(len(label), 1.0, np.float32)
+    prediction[[3, 8]] = (label[[3, 8]] + 1) % 10
+    confidence[[3, 8]] = 0.6, 0.9
+    arrays = {"test": {"prediction": prediction, "confidence": confidence}}
+    history = [{"epoch": 1, "train/loss": 0.5, "train/accuracy": 0.9}]
+    drawn, numbers = job.report({}, arrays, history)
+    assert set(drawn) == {"training", "confusion", "mistakes"}
+    titles = [ax.get_title() for ax in drawn["mistakes"].axes if ax.images]
+    assert [title.splitlines()[1] for title in titles] == ["90.0 %", "60.0 %"]
+    error = numbers["expected calibration error"]
+    assert error == pytest.approx((0.6 + 0.9) / 360, rel=1e-5)
+    share = np.mean(prediction[label == label[3]] == label[3])
+    assert numbers[f"accuracy of class {label[3]}"] == pytest.approx(share)
+    assert len(numbers) == 11
+
+
 def test_a_missing_field(config):
     del config["epochs"]
     with pytest.raises(ValueError, match="config field epochs is missing"):
@@ -244,9 +332,10 @@ def test_whole_numbers_are_floats_too(config):
     assert build.build(config).objective.keywords["beta"] == 2
 
 
-def test_unknown_variant():
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unknown_variant(name):
     with pytest.raises(ValueError, match="has no variant 'nope': there are default, "):
-        vae.get_config("nope")
+        CONFIGS[name].get_config("nope")
 
 
 def test_config_survives_as_plain_data(config):

@@ -9,7 +9,10 @@ import pytest
 
 from vae_jax import data
 from vae_jax.evaluate import (
+    class_accuracy,
+    confusion_matrix,
     covariance_eigenvalues,
+    expected_calibration_error,
     linear_vae_loss,
     make_evaluate,
     mean_metrics,
@@ -86,6 +89,47 @@ def test_mean_metrics():
     assert mean_metrics({"loss": np.array([1.0, 2.0, 6.0], np.float32)}) == {
         "loss": 3.0
     }
+
+
+def test_whole_numbers_are_no_metrics():
+    arrays = {"accuracy": np.ones(3, np.float32), "prediction": np.arange(3)}
+    assert mean_metrics(arrays) == {"accuracy": 1.0}
+
+
+def test_expected_calibration_error():
+    """Two bins in use: of 4 examples at 0.9 half are right, of 6 at 0.55 all are."""
+    confidence = np.repeat([0.9, 0.55], [4, 6])
+    correct = np.array([1, 0, 1, 0, 1, 1, 1, 1, 1, 1], float)
+    error = expected_calibration_error(confidence, correct)
+    assert error == pytest.approx(0.4 * 0.4 + 0.6 * 0.45)
+    # In one bin only the means count; opposite errors in two bins do not cancel.
+    one_bin = expected_calibration_error(confidence, correct, bins=1)
+    assert one_bin == pytest.approx(abs(0.8 - 0.69))
+    assert expected_calibration_error(np.ones(5), np.ones(5)) == 0
+    assert expected_calibration_error(np.zeros(5), np.zeros(5)) == 0
+
+
+def test_bins_of_calibration_are_closed_above():
+    """0.5 belongs to the lower of two bins, where its gap cancels that of 0.4."""
+    error = expected_calibration_error(np.array([0.5, 0.4]), np.array([1.0, 0.0]), 2)
+    assert error == pytest.approx(0.05)
+
+
+def test_calibrated_predictions_have_almost_no_error():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, 200_000)
+    correct = (rng.random(200_000) < confidence).astype(float)
+    assert expected_calibration_error(confidence, correct) < 0.01
+    assert expected_calibration_error(confidence, correct**2 * 0.9) > 0.04
+
+
+def test_confusion_matrix_and_class_accuracy():
+    label = np.array([0, 0, 0, 1, 1, 3], np.int32)
+    prediction = np.array([0, 0, 2, 1, 0, 3], np.int32)
+    counts = confusion_matrix(label, prediction, 4)
+    expected = [[2, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(counts, expected)
+    np.testing.assert_allclose(class_accuracy(counts), [2 / 3, 1 / 2, np.nan, 1])
 
 
 def test_eigenvalues_are_those_of_the_covariance():

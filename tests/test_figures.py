@@ -92,3 +92,50 @@ def test_image_grid_holds_every_image(count, shape):
         *np.arange(count) / 10,
         0.5,
     }
+
+
+def test_training_curve_of_other_metrics():
+    history = [
+        {"epoch": 1, "train/loss": 0.5, "train/accuracy": 0.8},
+        {"epoch": 1, "test/loss": 0.4, "test/accuracy": 0.9},
+    ]
+    panels = {"loss": "negative log-likelihood", "accuracy": "accuracy"}
+    figure = figures.training_curve(history, {}, "Training", panels, loss_scale="log")
+    loss, accuracy = figure.axes
+    assert (loss.get_title(), accuracy.get_title()) == tuple(panels.values())
+    assert loss.get_yscale() == "log" and accuracy.get_yscale() == "linear"
+    np.testing.assert_array_equal(accuracy.lines[1].get_xydata(), [[1, 0.9]])
+
+
+def test_confusion_colours_the_errors_only(tmp_path):
+    counts = np.array([[90, 3, 0], [0, 80, 7], [1, 0, 70]])
+    figure = figures.confusion(counts, "Confusion")
+    ax = figure.axes[0]
+    shown = ax.images[0].get_array()
+    assert shown.mask.tolist() == np.eye(3, dtype=bool).tolist()
+    assert shown.max() == 7 and ax.images[0].get_clim() == (0, 7)
+    texts = {text.get_position(): text.get_text() for text in ax.texts}
+    assert texts[2, 1] == "7" and texts[1, 1] == "80" and (2, 0) not in texts
+    assert "11 errors in 251 images" in figure.get_suptitle()
+    figure.savefig(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_confusion_without_errors_and_of_many_classes(tmp_path, classes):
+    figure = figures.confusion(np.eye(classes, dtype=int), "Confusion")
+    assert len(figure.axes[0].texts) == (3 if classes == 3 else 0)
+    figure.savefig(tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("count", [0, 2, 7])
+def test_mistakes_stand_under_what_they_were_taken_for(tmp_path, count):
+    image = np.random.default_rng(0).random((count, 4, 5, 1))
+    label, confidence = np.arange(count), np.linspace(0.9, 0.5, count)
+    figure = figures.mistakes(image, label, label + 1, confidence, "Mistakes")
+    shown = [ax for ax in figure.axes if ax.images]
+    assert len(shown) == count
+    for ax, pixels in zip(shown, image):
+        np.testing.assert_array_equal(ax.images[0].get_array(), pixels[..., 0])
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles[0] == ("0 taken for 1\n90.0 %" if count else "none")
+    figure.savefig(tmp_path / "figure.png")

@@ -1,4 +1,6 @@
-"""Tables 1 and 2: layer shapes and parameter counts; equality with Flax's own layers; bad sizes."""
+"""Tables 1, 2 and 4: layer shapes and parameter counts; equality with Flax's own layers; bad sizes."""
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vae_jax.models import make_vae, relu
+from vae_jax.models import make_classifier, make_vae, relu, window_extreme
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +130,152 @@ def test_relu_differentiates_as_jax_nn_relu():
     np.testing.assert_array_equal(
         jax.jvp(relu, (x,), (x,))[1], jax.jvp(nn.relu, (x,), (x,))[1]
     )
+
+
+# The post's Table 4: output shape and number of parameters; a pooled convolution's comes as 2x2 windows.
+CLASSIFIER_LAYERS = {
+    "conv1": ((14, 14, 4, 8), 80),
+    "norm1": ((14, 14, 8), 16),
+    "conv2": ((7, 7, 4, 16), 1168),
+    "norm2": ((7, 7, 16), 32),
+    "conv3": ((7, 7, 32), 4640),
+    "norm3": ((7, 7, 32), 64),
+    "fc": ((10,), 15_690),
+}
+
+
+def test_classifier_layer_shapes_and_parameter_counts():
+    network = make_classifier((28, 28, 1), 10)
+    image = jnp.zeros((3, 28, 28, 1))
+    variables = jax.jit(network.init)(jax.random.key(0), image)
+    logits, captured = network.apply(variables, image, capture_intermediates=True)
+    assert logits.shape == (3, 10)
+    assert set(variables["params"]) == set(CLASSIFIER_LAYERS)
+    for name, (shape, count) in CLASSIFIER_LAYERS.items():
+        assert captured["intermediates"][name]["__call__"][0].shape == (3, *shape)
+        leaves = jax.tree.leaves(variables["params"][name])
+        assert sum(leaf.size for leaf in leaves) == count
+    leaves = jax.tree.leaves(variables["params"])
+    assert sum(leaf.size for leaf in leaves) == 21_690
+
+
+class FlaxClassifier(nn.Module):
+    """Table 4 in Flax's own layers."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        for i, features in enumerate((8, 16, 32), start=1):
+            x = nn.Conv(features, (3, 3), name=f"conv{i}")(x)
+            x = nn.relu(nn.BatchNorm(not train, momentum=0.9, name=f"norm{i}")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2)) if i < 3 else x
+        return nn.Dense(self.num_classes, name="fc")(x.reshape(x.shape[0], -1))
+
+
+def randomised(variables, seed=0):
+    """Scales of both signs, so that the pooled minimum is used too."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: (
+            leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+        ),
+        variables,
+    )
+
+
+@pytest.mark.parametrize(
+    "image_shape,num_classes", [((28, 28, 1), 10), ((8, 12, 3), 2)]
+)
+def test_classifier_equals_flax_layers(image_shape, num_classes):
+    """Logits, gradients and statistics, in training and in evaluation."""
+    ours, theirs = (
+        make_classifier(image_shape, num_classes),
+        FlaxClassifier(num_classes),
+    )
+    rng = np.random.default_rng(1)
+    image = jnp.asarray(rng.random((6, *image_shape), np.float32))
+    variables = ours.init(jax.random.key(0), image)
+    params = randomised(variables["params"])
+    for i in (1, 2, 3):
+        params[f"norm{i}"]["scale"] *= jnp.where(
+            jnp.arange(8 * 2 ** (i - 1)) % 3, 1, -1
+        )
+    weight = jnp.asarray(rng.standard_normal((6, num_classes)), jnp.float32)
+
+    def scalar(network, train, params):
+        stored = {"params": params, "batch_stats": variables["batch_stats"]}
+        logits, state = network.apply(stored, image, train, mutable=["batch_stats"])
+        return jnp.sum(weight * logits), (logits, state)
+
+    for train in (True, False):
+        results = [
+            jax.jit(jax.grad(functools.partial(scalar, network, train), has_aux=True))(
+                params
+            )
+            for network in (ours, theirs)
+        ]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4, rtol=3e-4),
+            *results,
+        )
+        moved = results[0][1][1]["batch_stats"]["norm1"]["mean"]
+        assert bool((moved != variables["batch_stats"]["norm1"]["mean"]).any()) == train
+
+
+@pytest.mark.parametrize(
+    "image_shape,pooled", [((28, 28, 1), 7 * 7), ((32, 32, 3), 64), ((9, 31, 1), 2 * 7)]
+)
+def test_classifier_takes_its_sizes_from_the_data(image_shape, pooled):
+    """Each pooling halves the size, and leaves out the last row or column of an odd one."""
+    network = make_classifier(image_shape, 5, features=(4, 4, 6))
+    image = jnp.zeros((2, *image_shape))
+    variables = network.init(jax.random.key(0), image)
+    assert variables["params"]["fc"]["kernel"].shape == (pooled * 6, 5)
+    assert network.apply(variables, image).shape == (2, 5)
+
+
+def test_windows_of_an_odd_size_hold_the_convolution_of_the_whole_image():
+    """Before the first normalisation nothing but the last row and column is lost."""
+    network = make_classifier((7, 9, 2), 3, features=(4, 5))
+    image = jnp.asarray(np.random.default_rng(0).random((2, 7, 9, 2), np.float32))
+    variables = network.init(jax.random.key(0), image)
+    _, captured = network.apply(variables, image, capture_intermediates=True)
+    windows = captured["intermediates"]["conv1"]["__call__"][0]
+    conv = nn.Conv(4, (3, 3)).apply({"params": variables["params"]["conv1"]}, image)
+    expected = conv[:, :6, :8].reshape(2, 3, 2, 4, 2, 4).swapaxes(2, 3)
+    np.testing.assert_allclose(windows, expected.reshape(2, 3, 4, 4, 4), atol=1e-5)
+
+
+def test_window_extreme_differentiates_as_max_and_min():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 3, (2, 3, 3, 4, 2)), jnp.float32)  # with ties
+    largest = jnp.array([True, False])
+
+    def plain(x):
+        return jnp.stack([x[..., 0].max(axis=3), x[..., 1].min(axis=3)], axis=-1)
+
+    def ours(x):
+        return window_extreme(x, largest)
+
+    np.testing.assert_array_equal(ours(x), plain(x))
+    weight = jnp.asarray(rng.standard_normal((2, 3, 3, 2)), jnp.float32)
+    gradients = [jax.vjp(f, x)[1](weight)[0] for f in (ours, plain)]
+    np.testing.assert_allclose(*gradients, rtol=1e-6)
+    tangents = [jax.jvp(f, (x,), (jnp.sin(x + x[::-1]),))[1] for f in (ours, plain)]
+    np.testing.assert_allclose(*tangents, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "image_shape,num_classes,fields,message",
+    [
+        ((28, 28, 1), 0, {}, "at least 2 classes, but the data have 0"),
+        ((28, 28, 1), 1, {}, "at least 2 classes, but the data have 1"),
+        ((28, 28, 1), 10, {"features": (8, 0)}, "model.features is"),
+        ((28, 28, 1), 10, {"features": ()}, "model.features is"),
+        ((3, 28, 1), 10, {}, "images of 3x28 are below the 4x4 that 2 poolings need"),
+    ],
+)
+def test_bad_classifier(image_shape, num_classes, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_classifier(image_shape, num_classes, **fields)

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from vae_jax.models import make_vae
-from vae_jax.objectives import Batch, elbo, example_keys
+from vae_jax.models import make_classifier, make_vae
+from vae_jax.objectives import Batch, cross_entropy, elbo, example_keys
 from vae_jax.steps import (
     init_state,
     jit_train_step,
@@ -173,6 +173,70 @@ def test_seeds_in_one_program_equal_each_alone(network, objective):
         assert_trees_close(one_of_them, alone.params, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def classifier():
+    """Its objective, and the state before the first step of an optimizer."""
+    network = make_classifier(SHAPE, 3, features=(4, 4, 4))
+    apply = functools.partial(network.apply, mutable=["batch_stats"])
+    variables = network.init(jax.random.key(1), jnp.zeros((1, *SHAPE)))
+    objective = functools.partial(cross_entropy, apply=apply, shift=1, rotation=10.0)
+    return objective, lambda optimizer: init_state(
+        variables, optimizer, jax.random.key(0)
+    )
+
+
+def labelled_batch(seed):
+    batch = make_batch(seed=seed)
+    return batch._replace(label=batch.index % 3)
+
+
+def test_batch_statistics_on_eight_devices_equal_one(classifier):
+    """Running statistics and parameters; without the reduction each device has statistics of its own."""
+    objective, initial = classifier
+    optimizer = optax.sgd(0.01)
+
+    def statistics(step):
+        state = initial(optimizer)
+        for seed in range(5):
+            state, _ = step(state, labelled_batch(seed))
+        return state.model_state, state.params
+
+    one = statistics(jax.jit(make_train_step(objective, optimizer)))
+    start = initial(optimizer).model_state
+    assert (one[0]["batch_stats"]["norm1"]["mean"] != 0).all()
+    assert jax.tree.structure(one[0]) == jax.tree.structure(start)
+    assert_trees_close(one, statistics(on_devices(objective, "devices")), atol=2e-6)
+    with pytest.raises(AssertionError):
+        assert_trees_close(one, statistics(on_devices(objective, None)), atol=2e-6)
+
+
+def test_a_classifier_repeats_its_steps_exactly(classifier):
+    objective, initial = classifier
+    optimizer = make_adam(4, schedule="onecycle", warmup=0.3, weight_decay=0.01)
+    runs = []
+    for _ in range(2):
+        step, state = jit_train_step(objective, optimizer), initial(optimizer)
+        for seed in range(4):
+            state, _ = step(jax.tree.map(jnp.copy, state), labelled_batch(seed))
+        runs.append((state.params, state.model_state))
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+def test_classifier_seeds_in_one_program_equal_each_alone(classifier):
+    objective, initial = classifier
+    optimizer = optax.sgd(0.01)
+    states = [initial(optimizer).replace(key=jax.random.key(seed)) for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    step = make_train_step(objective, optimizer)
+    together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, labelled_batch(0))
+    for i, state in enumerate(states):
+        alone, _ = jax.jit(step)(state, labelled_batch(0))
+        one = jax.tree.map(
+            operator.itemgetter(i), (together.params, together.model_state)
+        )
+        assert_trees_close(one, (alone.params, alone.model_state), atol=1e-5)
+
+
 def learning_rates(optimizer, steps):
     """Adam's first update has the size of the rate; with constant gradients so have all others."""
     params, rates = jnp.zeros(()), []
@@ -199,9 +263,42 @@ def test_schedules():
     )
 
 
+def test_onecycle_rises_from_a_25th_and_falls_to_nothing():
+    rates = learning_rates(
+        make_adam(100, schedule="onecycle", learning_rate=0.1, warmup=0.3), 101
+    )
+
+    def half_cosine(start, end, steps):
+        share = (1 - np.cos(np.pi * np.arange(steps) / steps)) / 2
+        return start + (end - start) * share
+
+    rising, falling = half_cosine(0.1 / 25, 0.1, 30), half_cosine(0.1, 0.1 / 25e4, 70)
+    expected = [*rising, *falling, 0.1 / 25e4]
+    np.testing.assert_allclose(rates, expected, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_weight_decay_is_decoupled(weight_decay):
+    """With constant gradients Adam moves by the rate; AdamW by the rate times (1 + weight_decay * parameter)."""
+    optimizer = make_adam(10, learning_rate=0.1, weight_decay=weight_decay)
+    params = {"kernel": jnp.array([3.0, -2.0]), "bias": jnp.array([5.0])}
+    state = optimizer.init(params)
+    expected = jax.tree.map(np.asarray, params)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = jax.tree.map(lambda p: p - 0.1 * (1 + weight_decay * p), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected
+    )
+
+
 @pytest.mark.parametrize(
     "fields,message",
     [
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, but must be at least 0"),
+        ({"weight_decay": np.inf}, "weight_decay is inf"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"eps": -1.0}, "eps is -1.0"),
         ({"learning_rate": np.inf}, "learning_rate is inf"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_run import run_job, small_job
 
+from configs import classifier
 from vae_jax import build, data
 from vae_jax import train as train_module
 from vae_jax.checkpoint import select, steps
@@ -155,6 +156,17 @@ def test_more_epochs(finished, tmp_path):
     state, directory = run_job(job, config, tmp_path / "parts")
     assert_same_state(state, whole)
     assert without_time(directory.history) == without_time(expected.history)
+
+
+def test_a_classifier_learns_the_digits(tmp_path):
+    """The same loop; what it leaves in the run directory."""
+    config = classifier.get_config("digits").to_dict() | {"epochs": 2}
+    _, directory = run_job(build.build(config), config, tmp_path)
+    tested = [row for row in directory.history if "test/loss" in row]
+    assert tested[1]["test/loss"] < tested[0]["test/loss"]
+    assert tested[1]["test/accuracy"] > 0.9 and "test/prediction" not in tested[1]
+    figures = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert figures == {"training.png", "confusion.png", "mistakes.png"}
 
 
 def test_validation_images_mark_the_best_checkpoint(tmp_path):

@@ -14,13 +14,20 @@ import numpy as np
 
 from vae_jax import figures, generate
 from vae_jax.data import Dataset, load
-from vae_jax.evaluate import covariance_eigenvalues, linear_vae_loss
-from vae_jax.models import MODELS
+from vae_jax.evaluate import (
+    class_accuracy,
+    confusion_matrix,
+    covariance_eigenvalues,
+    expected_calibration_error,
+    linear_vae_loss,
+)
+from vae_jax.models import MODELS, derive
 from vae_jax.objectives import OBJECTIVES, make_batch
 from vae_jax.steps import OPTIMIZERS, averaging, fixed_key, make_eval_step
 from vae_jax.train import Job, RunOptions
 
 LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
+MISTAKES = 24  # misclassified images that are shown
 
 
 def build(config: Mapping[str, Any]) -> Job:
@@ -77,6 +84,7 @@ def make_job(
     others = {name: optimizer[name] for name in optimizer if name not in averaged}
     make_optimizer = choose("optimizer", others)
     options = bind("run", RunOptions, run)()
+    make_parts = parts_of(model["name"], objective["name"])
 
     dataset = load_data()
     check_fits(dataset, jax.local_devices()[0])
@@ -85,11 +93,11 @@ def make_job(
         raise ValueError(
             f"batch_size is {batch_size}, but there are {size} training images: give at most {size}"
         )
-    network = make_model(dataset.image_shape)
-    title = make_title({"model": model, "data": data})
-    loss, report = PARTS[model["name"]](
-        network, loss, dataset, jax.random.key(seed), title
+    network = derive(
+        make_model, image_shape=dataset.image_shape, num_classes=dataset.num_classes
     )
+    title = make_title(network, data["name"])
+    loss, report = make_parts(network, loss, dataset, jax.random.key(seed), title)
     return Job(
         title=title,
         seed=seed,
@@ -125,9 +133,9 @@ def metric_names(job: Job) -> dict:
     return jax.eval_shape(metrics, variables, *example)
 
 
-def make_title(config: Mapping[str, Any]) -> str:
-    """What a config trains, for people."""
-    return f"{config['model']['name'].upper()} on {Path(config['data']['name']).name}"
+def make_title(network: Any, data_name: str) -> str:
+    """What is trained on what, for people."""
+    return f"{type(network).__name__} on {Path(data_name).name}"
 
 
 def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -249,6 +257,16 @@ def choose(section: str, values: Mapping) -> functools.partial:
     return bind(section, choices[name], values)
 
 
+def parts_of(model: str, objective: str) -> Callable:
+    """The entry of `PARTS` for a model and its objective. Raises ValueError for two that do not fit."""
+    if (model, objective) not in PARTS:
+        fitting = ", ".join(other for name, other in PARTS if name == model)
+        raise ValueError(
+            f"objective.name {objective} does not fit model.name {model}: give {fitting}"
+        )
+    return PARTS[model, objective]
+
+
 def nearest(name: str, known: Collection[str]) -> str:
     """What to say to someone who wrote `name`."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -335,5 +353,68 @@ def vae_parts(
     return functools.partial(loss, encode=encode, decode=decode), report
 
 
-PARTS = {"vae": vae_parts}
+def classifier_parts(
+    network, loss: Callable, dataset: Dataset, root: jax.Array, title: str
+) -> tuple[Callable, Callable]:
+    """The objective and the report of a classifier: training curve, confusion matrix, its most confident mistakes."""
+    del root
+    fields, size = loss.keywords, min(dataset.image_shape[:2])
+    for name, holds, rule in [
+        ("label_smoothing", 0 <= fields["label_smoothing"] < 1, "lie in [0, 1)"),
+        ("shift", 0 <= fields["shift"] < size, f"be from 0 to {size - 1} pixels"),
+        ("rotation", 0 <= fields["rotation"] <= 180, "lie in [0, 180] degrees"),
+    ]:
+        if not holds:
+            raise ValueError(f"objective.{name} is {fields[name]}, but must {rule}")
+    for name, split in dataset.splits.items():
+        unlabelled = np.sum(split.label < 0)
+        if unlabelled:
+            raise ValueError(
+                f"{unlabelled} of {len(split.label)} {name} images have no label, but the classifier needs all labels"
+            )
+    test = dataset.splits["test"]
+
+    def report(variables, arrays, history):
+        prediction, confidence = (
+            arrays["test"][name] for name in ("prediction", "confidence")
+        )
+        correct = prediction == test.label
+        counts = confusion_matrix(test.label, prediction, dataset.num_classes)
+        wrong = np.flatnonzero(~correct)
+        shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+        drawn = {
+            "training": figures.training_curve(
+                history,
+                {},
+                f"Training progress: {title}",
+                {"loss": "negative log-likelihood", "accuracy": "accuracy"},
+                loss_scale="log",
+            ),
+            "confusion": figures.confusion(counts, f"Confusion of classes: {title}"),
+            "mistakes": figures.mistakes(
+                test.image[shown] / np.float32(255),
+                test.label[shown],
+                prediction[shown],
+                confidence[shown],
+                f"Misclassified test images, most confident first: {title}",
+            ),
+        }
+        numbers = {
+            "expected calibration error": expected_calibration_error(
+                confidence, correct.astype(np.float32)
+            )
+        }
+        for label, accuracy in enumerate(class_accuracy(counts)):
+            if np.isfinite(accuracy):
+                numbers[f"accuracy of class {label}"] = float(accuracy)
+        return drawn, numbers
+
+    apply = functools.partial(network.apply, mutable=["batch_stats"])
+    return functools.partial(loss, apply=apply), report
+
+
+PARTS = {
+    ("vae", "elbo"): vae_parts,
+    ("classifier", "cross_entropy"): classifier_parts,
+}
 CHOICES = {"model": MODELS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from vae_jax.data import Split
 from vae_jax.objectives import make_batch
@@ -58,9 +58,11 @@ def make_evaluate(
 
 
 def mean_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each array over the examples."""
+    """The mean of each array over the examples. Whole numbers, such as predicted classes, are no metrics."""
     return {
-        name: float(values.mean(dtype=np.float64)) for name, values in arrays.items()
+        name: float(values.mean(dtype=np.float64))
+        for name, values in arrays.items()
+        if not np.issubdtype(values.dtype, np.integer)
     }
 
 
@@ -86,6 +88,38 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     quantile = scipy.special.stdtrit(len(values) - 1, 0.975)
     return float(np.mean(values)), float(quantile * error)
+
+
+def expected_calibration_error(
+    confidence: Float[np.ndarray, " n"],
+    correct: Float[np.ndarray, " n"],
+    bins: int = 15,
+) -> float:
+    """How far confidence is from accuracy: sum over bins of |accuracy - mean confidence|, each times its share of the examples.
+
+    The bins ((i - 1) / bins, i / bins] are of equal width. Source: Guo et al. 2017, equation 3.
+    """
+    position = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(position, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def confusion_matrix(
+    label: Int[np.ndarray, " n"], prediction: Int[np.ndarray, " n"], num_classes: int
+) -> Int[np.ndarray, "label prediction"]:
+    """How many examples of each class (rows) were taken for each class (columns)."""
+    pairs = np.bincount(label * num_classes + prediction, minlength=num_classes**2)
+    return pairs.reshape(num_classes, num_classes)
+
+
+def class_accuracy(
+    confusion: Int[np.ndarray, "label prediction"],
+) -> Float[np.ndarray, " label"]:
+    """The share of each class's examples that were recognised; NaN for a class without examples."""
+    total = confusion.sum(axis=1)
+    return np.divide(
+        confusion.diagonal(), total, out=np.full(len(total), np.nan), where=total > 0
+    )
 
 
 def covariance_eigenvalues(

@@ -1,6 +1,6 @@
 """Arrays -> matplotlib Figures; nothing here shows or saves one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -8,19 +8,33 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 TRAIN, TEST, YARDSTICK = "#8fb3d9", "#1b4f8a", "#a04000"
+ELBO_PANELS = {
+    "loss": "loss = reconstruction + KL",
+    "reconstruction": "half squared error",
+    "kl": "KL from the prior",
+}
+LARGEST_COUNTED = 25  # classes; for more, counts would be too small to read
 
 
 def training_curve(
-    history: Sequence[dict], yardsticks: dict[str, float], title: str
+    history: Sequence[dict],
+    yardsticks: dict[str, float],
+    title: str,
+    panels: Mapping[str, str] = ELBO_PANELS,
+    loss_scale: str = "linear",
 ) -> Figure:
-    """Loss of training and test over the epochs beside its two parts (the post's Figure 3).
+    """Loss of training and test over the epochs beside other metrics, such as its two parts (the post's Figure 3).
 
     Args:
         history: rows as in metrics.jsonl: `epoch`, and `train/loss`, `test/loss`, ... where known.
         yardsticks: losses drawn as dashed lines under their names.
+        panels: the metrics, `loss` first, and the title of each one's panel.
+        loss_scale: "linear" or "log".
     """
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    axes = figure.subplot_mosaic([["loss", "loss", "reconstruction", "kl"]])
+    others = [name for name in panels if name != "loss"]
+    axes = figure.subplot_mosaic([["loss"] * len(others) + others])
+    axes["loss"].set_yscale(loss_scale)
     for name, ax in axes.items():
         curves = {}
         for split in ("train", "test"):
@@ -40,6 +54,8 @@ def training_curve(
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_yscale() == "log":
+            continue
         # The first steps tower above everything else: show what comes after them.
         values = np.concatenate(
             [curves["test"][:, 1], curves["train"][len(curves["train"]) // 20 :, 1]]
@@ -59,11 +75,10 @@ def training_curve(
         axes["loss"].annotate(
             f"{label}: {value:.2f}", **place, ha="right", color=YARDSTICK, fontsize=9
         )
-    axes["loss"].set_title("loss = reconstruction + KL")
+    for name, ax in axes.items():
+        ax.set_title(panels[name])
     axes["loss"].set_ylabel("nats an image")
     axes["loss"].legend(frameon=False)
-    axes["reconstruction"].set_title("half squared error")
-    axes["kl"].set_title("KL from the prior")
     figure.suptitle(title)
     return figure
 
@@ -137,6 +152,59 @@ def image_grid(
             rows * (height + 2), columns * (width + 2), channels
         ),
     )
+    figure.suptitle(title)
+    return figure
+
+
+def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> Figure:
+    """The counts of each label (rows) and prediction (columns). Only the errors are coloured, and so seen beside the many hits."""
+    classes = len(counts)
+    errors = counts - np.diag(counts.diagonal())
+    figure = Figure(figsize=(8.2, 7.4), layout="constrained")
+    ax = figure.subplots()
+    shown = np.ma.masked_array(errors, np.eye(classes, dtype=bool))
+    image = ax.imshow(shown, cmap="Oranges", vmin=0, vmax=max(errors.max(), 1))
+    ax.set_facecolor("#e8eef5")
+    if classes <= LARGEST_COUNTED:
+        size = np.interp(classes, (10, LARGEST_COUNTED), (12, 6))
+        for row, column in np.argwhere(counts > 0):
+            count = counts[row, column]
+            strong = row != column and count > 0.6 * errors.max()
+            color = "white" if strong else "black"
+            place = {"ha": "center", "va": "center", "fontsize": size}
+            ax.text(column, row, str(count), color=color, **place)
+        ax.set(xticks=range(classes), yticks=range(classes))
+    ax.set(xlabel="predicted", ylabel="label")
+    ax.spines[:].set_visible(False)
+    bar = figure.colorbar(image, shrink=0.6, label="errors")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar.outline.set_visible(False)
+    figure.suptitle(f"{title}\n{errors.sum():,} errors in {counts.sum():,} images")
+    return figure
+
+
+def mistakes(
+    image: Float[np.ndarray, "n height width channel"],
+    label: Int[np.ndarray, " n"],
+    prediction: Int[np.ndarray, " n"],
+    confidence: Float[np.ndarray, " n"],
+    title: str,
+) -> Figure:
+    """Misclassified images in the given order, each under its label, prediction and the prediction's probability."""
+    columns = 6
+    rows = max(-(-len(image) // columns), 1)
+    figure = Figure(figsize=(1.75 * columns, 2.15 * rows + 0.6), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.set_axis_off()
+    for i, ax in enumerate(axes[: len(image)]):
+        _show(ax, image[i])
+        ax.set_title(
+            f"{label[i]} taken for {prediction[i]}\n{100 * confidence[i]:.1f} %",
+            fontsize=11,
+        )
+    if not len(image):
+        axes[columns // 2].set_title("none")
     figure.suptitle(title)
     return figure
 

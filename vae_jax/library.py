@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from vae_jax import generate
 from vae_jax.checkpoint import read_about, restore_variables, select
-from vae_jax.models import MODELS, VAE
+from vae_jax.models import MODELS, VAE, derive
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 
@@ -62,7 +62,11 @@ def make_model(about: dict):
         name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         for name, value in fields.items()
     }
-    return make(tuple(about["image_shape"]), **fields)
+    return derive(
+        functools.partial(make, **fields),
+        image_shape=tuple(about["image_shape"]),
+        num_classes=about["num_classes"],
+    )
 
 
 @dataclasses.dataclass(frozen=True)

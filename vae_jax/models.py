@@ -1,11 +1,15 @@
 """The networks, as Flax Linen modules: pure functions of their parameters. The only file that knows flax.linen."""
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 from vae_jax import convolution
 
@@ -62,6 +66,95 @@ class Spread(nn.Module):
         return jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1]) + bias.reshape(
             1, 1, 1, -1
         )
+
+
+class WindowConv(nn.Module):
+    """`Conv` of stride 1 whose output comes in the 2x2 windows that a max pooling reads, as 4 adjacent vectors each.
+
+    It is one convolution of stride 2: a window sees 4x4 inputs, so its kernel is the 3x3 one at four places. On the CPU
+    that moves less than half the memory. The last row or column of an odd size is in no window, and left out.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c_in"]
+    ) -> Float[Array, "batch h_out w_out 4 c_out"]:
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        places = [
+            jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)))
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        wide = jnp.stack(places, axis=3).reshape(4, 4, x.shape[-1], -1)
+        height, width = (size // 2 for size in x.shape[1:3])
+        y = convolution.conv(x, wide, stride=2)[:, :height, :width]
+        return y.reshape(*y.shape[:3], 4, -1) + bias.reshape(1, 1, 1, 1, -1)
+
+
+@jax.custom_jvp
+def window_extreme(
+    x: Float[Array, "batch h w window c"], largest: Bool[Array, " c"]
+) -> Float[Array, "batch h w c"]:
+    """The largest value of each window, or the smallest in channels where `largest` is false; ties share the gradient."""
+    return jnp.where(largest.reshape(1, 1, 1, -1), x.max(axis=3), x.min(axis=3))
+
+
+@window_extreme.defjvp
+def _window_extreme_jvp(primals, tangents):
+    # As JAX differentiates max, but with one comparison for both, and a selection where it multiplies.
+    x, y = primals[0], window_extreme(*primals)
+    hit = x == y[:, :, :, None]
+    count = hit.sum(axis=3).astype(x.dtype)
+    return y, jnp.where(hit, tangents[0], 0).sum(axis=3) / count
+
+
+class NormPool(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015); of an x in windows, then the maximum of each window.
+
+    Normalising is monotone in each channel, so the maximum is taken first, or the minimum where the scale is negative,
+    and a quarter of the values is left to normalise. Parameters and statistics are those of `nn.BatchNorm`.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w *window c"],
+        train: bool,
+        axis_name: str | None = None,
+    ) -> Float[Array, "batch h w c"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        stored_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if train:
+            mean, square = channel_mean(x), channel_mean(x * x)
+            if axis_name is not None:
+                mean, square = lax.pmean((mean, square), axis_name)
+            var = jnp.maximum(square - mean**2, 0)
+            if not self.is_initializing():
+                stored_mean.value += (1 - self.momentum) * (mean - stored_mean.value)
+                stored_var.value += (1 - self.momentum) * (var - stored_var.value)
+        else:
+            mean, var = stored_mean.value, stored_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        if x.ndim == 5:
+            x = window_extreme(x, scale >= 0)
+        return x * factor.reshape(1, 1, 1, -1) + (bias - mean * factor).reshape(
+            1, 1, 1, -1
+        )
+
+
+def channel_mean(x: Float[Array, "batch h w *window c"]) -> Float[Array, " c"]:
+    """The mean over all but channels, in two steps: XLA's CPU sums are slow where few channels are left."""
+    rows = x.reshape(math.prod(x.shape[:3]), -1)
+    return rows.mean(axis=0).reshape(-1, x.shape[-1]).mean(axis=0)
 
 
 class Encoder(nn.Module):
@@ -131,6 +224,31 @@ class VAE(nn.Module):
         return self.decode(self.encode(image)[0])
 
 
+class Classifier(nn.Module):
+    """Image -> logits: 3x3 convolutions with batch normalisation and ReLU, max pooling between them (the post, Table 4)."""
+
+    num_classes: int
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(
+        self,
+        image: Float[Array, "batch height width channel"],
+        train: bool = False,
+        axis_name: str | None = None,
+    ) -> Float[Array, "batch classes"]:
+        x = image
+        for i, features in enumerate(self.features, start=1):
+            if i < len(self.features):
+                x = WindowConv(features, name=f"conv{i}")(x)
+            else:
+                x = Conv(features, stride=1, name=f"conv{i}")(x)
+            x = relu(NormPool(name=f"norm{i}")(x, train, axis_name))
+        return nn.Dense(self.num_classes, kernel_init=kernel_init, name="fc")(
+            x.reshape(x.shape[0], -1)
+        )
+
+
 def make_vae(
     image_shape: tuple[int, int, int],
     *,
@@ -148,15 +266,11 @@ def make_vae(
     Raises ValueError if a size is below 1, or if the decoder, which doubles the size once for each of its features,
     cannot reach the image's height and width.
     """
-    for name, value in [
-        ("latent_dim", (latent_dim,)),
-        ("encoder_features", encoder_features),
-        ("decoder_features", decoder_features),
-    ]:
-        if not value or min(value) < 1:
-            raise ValueError(
-                f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1"
-            )
+    check_sizes(
+        latent_dim=(latent_dim,),
+        encoder_features=encoder_features,
+        decoder_features=decoder_features,
+    )
     height, width, _ = image_shape
     scale = 2 ** len(decoder_features)
     if height % scale or width % scale:
@@ -170,4 +284,48 @@ def make_vae(
     )
 
 
-MODELS = {"vae": make_vae}
+def make_classifier(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    features: tuple[int, ...] = (8, 16, 32),
+) -> Classifier:
+    """The post's classifier (its Table 4), with pooling after every convolution but the last.
+
+    Args:
+        features: channels after each convolution.
+
+    Raises ValueError if there are fewer than 2 classes, a size is below 1, or pooling leaves nothing of the image.
+    """
+    check_sizes(features=features)
+    if num_classes < 2:
+        raise ValueError(
+            f"the classifier needs labels of at least 2 classes, but the data have {num_classes}"
+        )
+    height, width, _ = image_shape
+    smallest = 2 ** (len(features) - 1)
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"images of {height}x{width} are below the {smallest}x{smallest} that {len(features) - 1} poolings need: "
+            "give model.features fewer entries"
+        )
+    return Classifier(num_classes, tuple(features))
+
+
+def check_sizes(**fields: tuple[int, ...]) -> None:
+    """Raise ValueError for a field that is empty or holds a size below 1."""
+    for name, value in fields.items():
+        if not value or min(value) < 1:
+            raise ValueError(
+                f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1"
+            )
+
+
+def derive(function: Callable, **known: Any) -> Any:
+    """`function` called with those of the known values that its positional parameters name."""
+    parameters = inspect.signature(function).parameters.values()
+    wanted = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    return function(**{name: known[name] for name in wanted})
+
+
+MODELS = {"vae": make_vae, "classifier": make_classifier}

@@ -35,7 +35,7 @@ def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
     """Images decoded from the prior, as a grid and as .npz."""
     vae = load_vae(workdir, checkpoint)
     image = vae.sample(count, seed)
-    title = f"{count} images decoded from z ~ N(0, 1): {make_title(vae.config)}"
+    title = f"{count} images decoded from z ~ N(0, 1): {make_title(vae.model, vae.config['data']['name'])}"
     return save(
         workdir,
         f"sample-step{vae.step}-count{count}-seed{seed}",
@@ -62,7 +62,7 @@ def reconstruct(
             image / np.float32(255),
             reconstruction,
             label,
-            f"Images of {split} and their reconstructions: {make_title(vae.config)}",
+            f"Images of {split} and their reconstructions: {make_title(vae.model, vae.config['data']['name'])}",
         ),
         image=image,
         label=label,
@@ -88,7 +88,7 @@ def interpolate(
             row[None],
             [""],
             ["input", *marks, "input"],
-            f"Between two images of {split}: {make_title(vae.config)}",
+            f"Between two images of {split}: {make_title(vae.model, vae.config['data']['name'])}",
         ),
         image=image,
         index=index,
@@ -116,7 +116,7 @@ def traverse(
             image,
             [f"z{latent}: {kl[latent]:.2f} nats" for latent in order],
             [f"{value:.1f}" for value in values],
-            f"One latent at a time, by its mean KL: {make_title(vae.config)}",
+            f"One latent at a time, by its mean KL: {make_title(vae.model, vae.config['data']['name'])}",
         ),
         image=image,
         latent=order,

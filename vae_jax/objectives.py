@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 
@@ -103,4 +105,106 @@ def elbo(
     }, {}
 
 
-OBJECTIVES = {"elbo": elbo}
+def rotate(
+    image: Float[Array, "batch height width channel"], degrees: Float[Array, " batch"]
+) -> Float[Array, "batch height width channel"]:
+    """Each image turned counterclockwise about its centre, bilinearly; what comes from outside is 0."""
+    _, height, width, _ = image.shape
+    row, column = jnp.mgrid[:height, :width]
+    down, right = row - (height - 1) / 2, column - (width - 1) / 2
+
+    def turn(image, angle):
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        sources = [
+            cos * down + sin * right + (height - 1) / 2,
+            cos * right - sin * down + (width - 1) / 2,
+        ]
+        return jax.vmap(lambda plane: map_coordinates(plane, sources, 1), -1, -1)(image)
+
+    return jax.vmap(turn)(image, jnp.deg2rad(degrees))
+
+
+def translate(
+    image: Float[Array, "batch height width channel"],
+    offset: Int[Array, "batch 2"],
+    furthest: int,
+) -> Float[Array, "batch height width channel"]:
+    """Each image moved by its (down, right) pixels, exactly, none above `furthest`; what comes from outside is 0."""
+    margin = (furthest, furthest)
+    padded = jnp.pad(image, ((0, 0), margin, margin, (0, 0)))
+
+    def cut(padded, offset):
+        down, right = furthest - offset
+        return lax.dynamic_slice(padded, (down, right, 0), image.shape[1:])
+
+    return jax.vmap(cut)(padded, offset)
+
+
+def augment(
+    image: Float[Array, "batch height width channel"],
+    keys: Key[Array, " batch"],
+    shift: int,
+    rotation: float,
+) -> Float[Array, "batch height width channel"]:
+    """Each image rotated by up to `rotation` degrees, then moved by up to `shift` pixels, uniformly by its own key."""
+
+    def draw(key):
+        turn, move = jax.random.split(key)
+        return (
+            jax.random.uniform(turn, minval=-rotation, maxval=rotation),
+            jax.random.randint(move, (2,), -shift, shift + 1),
+        )
+
+    degrees, offset = jax.vmap(draw)(keys)
+    if rotation:
+        image = rotate(image, degrees)
+    if shift:
+        image = translate(image, offset, shift)
+    return image
+
+
+def cross_entropy(
+    variables: Any,
+    batch: Batch,
+    keys: Key[Array, " batch"],
+    train: bool,
+    axis_name: str | None = None,
+    *,
+    apply: Callable,
+    label_smoothing: float = 0.0,
+    shift: int = 0,
+    rotation: float = 0.0,
+) -> tuple[dict[str, Float[Array, " batch"] | Int[Array, " batch"]], dict]:
+    """The negative log-likelihood of each label, in nats.
+
+        loss = -sum_k t_k log p_k,    t = (1 - label_smoothing) onehot(label) + label_smoothing / classes
+
+    Only training augments the images and smooths the labels (Szegedy et al. 2016).
+
+    Args:
+        apply: (variables, image, train, axis_name) -> (logits [batch, classes], model_state).
+        label_smoothing: share of a label that is spread evenly over the classes.
+        shift: pixels by which training images are moved at most, in each direction.
+        rotation: degrees by which they are rotated at most, either way.
+
+    Returns:
+        `loss` and `accuracy` of each example, in evaluation also the `prediction` and its probability, `confidence`; and
+        the model state.
+    """
+    image = augment(batch.image, keys, shift, rotation) if train else batch.image
+    logits, model_state = apply(variables, image, train, axis_name)
+    log_p = jax.nn.log_softmax(logits)
+    target = jax.nn.one_hot(batch.label, logits.shape[-1])
+    if train:
+        target = (1 - label_smoothing) * target + label_smoothing / logits.shape[-1]
+    prediction = logits.argmax(axis=-1).astype(jnp.int32)
+    metrics = {
+        "loss": -jnp.sum(target * log_p, axis=-1),
+        "accuracy": (prediction == batch.label).astype(logits.dtype),
+    }
+    if not train:
+        metrics |= {"prediction": prediction, "confidence": jnp.exp(log_p.max(axis=-1))}
+    return metrics, model_state
+
+
+OBJECTIVES = {"elbo": elbo, "cross_entropy": cross_entropy}

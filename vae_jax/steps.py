@@ -149,17 +149,20 @@ def make_adam(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
+    weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015).
 
     Args:
         steps: length of the training.
         learning_rate: the highest rate.
-        schedule: "constant", or "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017).
-        warmup: share of the steps, in [0, 1), in which the rate rises linearly from zero.
+        schedule: "constant"; "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017); or "onecycle": rises
+            from a 25th to the highest and falls to almost nothing, each along half a cosine (Smith & Topin 2018).
+        warmup: share of the steps, in [0, 1), in which the rate rises; linearly from zero, if not of "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.
         eps: added to the root of the latter.
+        weight_decay: each step also shrinks every parameter by this times the rate (AdamW, Loshchilov & Hutter 2019).
 
     Raises ValueError for a value out of range.
     """
@@ -169,17 +172,33 @@ def make_adam(
     for name, value in [("warmup", warmup), ("beta1", beta1), ("beta2", beta2)]:
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{name} is {value}, but must lie in [0, 1)")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(
+            f"optimizer.weight_decay is {weight_decay}, but must be at least 0"
+        )
     if schedule not in SCHEDULES:
         raise ValueError(
             f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}"
         )
-    rising = math.floor(warmup * steps)
-    rate = SCHEDULES[schedule](learning_rate, steps - rising)
-    if rising:
-        rate = optax.join_schedules(
-            [optax.linear_schedule(0.0, learning_rate, rising), rate], [rising]
+    rate = SCHEDULES[schedule](learning_rate, steps, warmup)
+    if not weight_decay:
+        return optax.adam(rate, beta1, beta2, eps)
+    return optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
+
+
+def warmed_up(schedule: Callable) -> Callable:
+    """`schedule(rate, steps)`, after a linear rise from zero in the first share `warmup` of the steps."""
+
+    def make_schedule(rate, steps, warmup):
+        rising = math.floor(warmup * steps)
+        falling = schedule(rate, steps - rising)
+        if not rising:
+            return falling
+        return optax.join_schedules(
+            [optax.linear_schedule(0.0, rate, rising), falling], [rising]
         )
-    return optax.adam(rate, beta1, beta2, eps)
+
+    return make_schedule
 
 
 def averaging(*, average: float = 0.0) -> float:
@@ -196,8 +215,11 @@ def averaging(*, average: float = 0.0) -> float:
 
 
 SCHEDULES = {
-    "constant": lambda rate, steps: optax.constant_schedule(rate),
-    "cosine": optax.cosine_decay_schedule,
+    "constant": warmed_up(lambda rate, steps: optax.constant_schedule(rate)),
+    "cosine": warmed_up(optax.cosine_decay_schedule),
+    "onecycle": lambda rate, steps, warmup: optax.cosine_onecycle_schedule(
+        steps, rate, warmup
+    ),
 }
 
 OPTIMIZERS = {"adam": make_adam}
