@@ -1,10 +1,14 @@
 """The modes on a trained model: the logged numbers again, and the arrays behind each picture."""
 
+import csv
+
 import numpy as np
 import pytest
+from PIL import Image
 from small_run import run_job, small_job
 
 import vae_jax
+from configs import classifier
 from vae_jax import modes
 
 
@@ -129,3 +133,96 @@ def test_bad_choices(run, act, message):
     with pytest.raises(ValueError, match=message) as error:
         act(run)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory):
+    """A run of the classifier, and ten test images as files."""
+    path = tmp_path_factory.mktemp("classifier")
+    config = classifier.get_config("smoke").to_dict()
+    job = modes.build(config)
+    _, directory = run_job(job._replace(report=lambda *_: ({}, {})), config, path)
+    image = job.dataset.splits["test"].image[:10]
+    for i, pixels in enumerate(image[..., 0]):
+        (path / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path / "photos" / str(i % 2) / f"{i}.png")
+    np.savez(path / "photos.npz", image=image)
+    return path, image, directory.history[-1]
+
+
+def read_csv(paths):
+    (path,) = paths
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predict(classified):
+    path, image, _ = classified
+    label, probability = vae_jax.load(str(path)).predict(image)
+    np.testing.assert_allclose(
+        probability, vae_jax.load(str(path)).probabilities(image).max(1)
+    )
+    rows = read_csv(modes.predict(str(path), "", str(path / "photos.npz")))
+    assert [row["file"] for row in rows] == [str(i) for i in range(10)]
+    assert [int(row["label"]) for row in rows] == label.tolist()
+    np.testing.assert_allclose(
+        [float(row["probability"]) for row in rows], probability, atol=1e-6
+    )
+
+
+def test_predict_a_folder_and_never_overwrite_other_predictions(classified):
+    path, image, _ = classified
+    label, _ = vae_jax.load(str(path)).predict(image)
+    name = str(path / "photos")
+    (path / "generated").mkdir(exist_ok=True)
+    for old in (path / "generated").glob("*.csv"):
+        old.unlink()
+    for _ in range(2):  # the same again is no matter
+        rows = read_csv(modes.predict(str(path), "", name))
+    assert {row["file"]: int(row["label"]) for row in rows} == {
+        f"{i % 2}/{i}.png": label[i] for i in range(10)
+    }
+    with pytest.raises(FileExistsError, match="holds other predictions: move it away"):
+        modes.predict(str(path), "", name + ".npz")
+
+
+def test_evaluate_a_classifier(classified):
+    path, _, logged = classified
+    config = classifier.get_config("smoke").to_dict()
+    found = modes.evaluate(str(path), config, "", "test")
+    expected = {name: v for name, v in logged.items() if name.startswith("test")}
+    assert found == {"step": 2} | expected
+
+
+def test_bad_images_to_predict(classified, run, tmp_path):
+    path = str(classified[0])
+    np.savez(tmp_path / "large.npz", image=np.zeros((2, 32, 32), np.uint8))
+    np.savez(tmp_path / "range.npz", image=np.full((2, 28, 28), 3.0))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no image")
+    for name, message in [
+        (
+            "large.npz",
+            r"large.npz does not fit the model: images of shape \(2, 32, 32, 1\)",
+        ),
+        (
+            "range.npz",
+            "image in .*range.npz is float64, but must be uint8, or float in",
+        ),
+        ("none.npz", "there is no file .*none.npz"),
+        ("empty", "empty holds no PNG or JPEG files"),
+        ("bad", "cannot read the image .*a.png"),
+        ("none", "there is no folder .*none"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            modes.predict(path, "", str(tmp_path / name))
+        assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match="holds a classifier, but this mode needs a vae"
+    ):
+        modes.sample(path, "", 3, 0)
+    with pytest.raises(
+        ValueError, match="holds a vae, but this mode needs a classifier"
+    ):
+        modes.predict(run[0], "", str(tmp_path))

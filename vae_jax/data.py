@@ -322,7 +322,33 @@ def _tfds(name, manual_dir):
     return read("train"), read(test)
 
 
+def read_images(path: str) -> tuple[list[str], UInt8[np.ndarray, "n h w channel"]]:
+    """All images of an .npz or a folder as `load` takes them, and a name for each: its position, or its file.
+
+    Raises ValueError, in one line, for whatever cannot be read.
+    """
+    if path.lower().endswith(".npz"):
+        image = _read_npz(path)[""].image
+        return [str(i) for i in range(len(image))], image
+    files, image, _ = _read_folder(path)
+    folder = Path(path).expanduser()
+    return [str(file.relative_to(folder)) for file in files], image
+
+
 def _npz(name, manual_dir):
+    splits = _read_npz(name)
+    if "test_" not in splits:
+        return _split_off_test(*splits[""])
+    train, test = splits[""], splits["test_"]
+    if test.image.shape[1:] != train.image.shape[1:]:
+        raise ValueError(
+            f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}"
+        )
+    return train, test
+
+
+def _read_npz(name):
+    """{prefix: Split}, the prefixes being "" and, where there is one, "test_"."""
     path = Path(name).expanduser()
     try:
         with zipfile.ZipFile(path) as archive:
@@ -369,18 +395,17 @@ def _npz(name, manual_dir):
             )
         return Split(image.reshape(*image.shape[:3], -1), label.astype(np.int32))
 
-    train = split("")
-    if "test_image" not in arrays:
-        return _split_off_test(*train)
-    test = split("test_")
-    if test.image.shape[1:] != train.image.shape[1:]:
-        raise ValueError(
-            f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}"
-        )
-    return train, test
+    prefixes = ("", "test_") if "test_image" in arrays else ("",)
+    return {prefix: split(prefix) for prefix in prefixes}
 
 
 def _folder(name, manual_dir):
+    _, image, label = _read_folder(name)
+    return _split_off_test(image, label)
+
+
+def _read_folder(name):
+    """Files, images and labels of the images in a folder, or in its subfolders."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
@@ -415,7 +440,8 @@ def _folder(name, manual_dir):
                 f"{path} is {_describe(pixels)}, but {files[0][0]} is {_describe(first)}: bring all images to one size and colour"
             )
         image[i] = pixels
-    return _split_off_test(image, np.array([label for _, label in files], np.int32))
+    files, label = zip(*files)
+    return files, image, np.array(label, np.int32)
 
 
 def _describe(pixels):

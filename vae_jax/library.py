@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from vae_jax import generate
 from vae_jax.checkpoint import read_about, restore_variables, select
-from vae_jax.models import MODELS, VAE, derive
+from vae_jax.models import MODELS, VAE, Classifier, derive
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 
@@ -36,7 +37,11 @@ def load(workdir: str, checkpoint: str = "", seed: int | None = None):
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
     return TRAINED[about["config"]["model"]["name"]](
-        make_model(about), jax.device_put(variables), about["step"], about["config"]
+        model=make_model(about),
+        variables=jax.device_put(variables),
+        image_shape=tuple(about["image_shape"]),
+        step=about["step"],
+        config=about["config"],
     )
 
 
@@ -79,6 +84,7 @@ class TrainedVAE:
 
     model: VAE
     variables: dict
+    image_shape: tuple[int, int, int]
     step: int
     config: dict
 
@@ -86,7 +92,7 @@ class TrainedVAE:
         self, image
     ) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""
-        return self._apply("encode", check_images(image, self.model.image_shape))
+        return self._apply("encode", check_images(image, self.image_shape))
 
     def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
         """Mean images of p(x | z), in [0, 1]."""
@@ -114,13 +120,44 @@ class TrainedVAE:
         return jax.jit(self.model.apply, static_argnames="method")
 
     def _apply(self, method, array):
-        parts = [
-            self._jitted(
-                self.variables, array[start : start + BATCH_SIZE], method=method
-            )
-            for start in range(0, len(array), BATCH_SIZE)
-        ]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return in_batches(
+            lambda part: self._jitted(self.variables, part, method=method), array
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier with its variables. `model.apply(variables, image)`, which gives logits, is the pure function below.
+
+    Images are as in `TrainedVAE`.
+    """
+
+    model: Classifier
+    variables: dict
+    image_shape: tuple[int, int, int]
+    step: int
+    config: dict
+
+    def probabilities(self, image) -> Float[np.ndarray, "n classes"]:
+        """p(label | image) of every class."""
+        image = check_images(image, self.image_shape)
+        return in_batches(lambda part: self._jitted(self.variables, part), image)
+
+    def predict(self, image) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """The most probable label of each image, and its probability."""
+        probabilities = self.probabilities(image)
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
+
+    @functools.cached_property
+    def _jitted(self):
+        return jax.jit(lambda *given: jax.nn.softmax(self.model.apply(*given)))
+
+
+def in_batches(function: Callable, array: np.ndarray) -> Any:
+    """`function` of an array, part by part, as NumPy arrays."""
+    starts = range(0, len(array), BATCH_SIZE)
+    parts = [function(array[start : start + BATCH_SIZE]) for start in starts]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
 def check_images(
@@ -146,4 +183,4 @@ def check_images(
     return image.astype(np.float32)
 
 
-TRAINED = {"vae": TrainedVAE}
+TRAINED = {"vae": TrainedVAE, "classifier": TrainedClassifier}

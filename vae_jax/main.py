@@ -10,7 +10,15 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-MODES = ("train", "evaluate", "sample", "reconstruct", "interpolate", "traverse")
+MODES = (
+    "train",
+    "evaluate",
+    "sample",
+    "reconstruct",
+    "interpolate",
+    "traverse",
+    "predict",
+)
 HELP = ("--help", "-help", "--helpfull", "-h")
 INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
@@ -30,7 +38,8 @@ _MODE = flags.DEFINE_enum(
     MODES,
     "train: train, or continue an interrupted training. The others use a trained model: evaluate: its metrics on a "
     "split. sample: images from the prior. reconstruct: images of a split beside their reconstructions. interpolate: "
-    "between two images. traverse: move each latent alone. Pictures and arrays go to generated/ in the run directory.",
+    "between two images. traverse: move each latent alone. predict: labels of the images in --input. What they make goes "
+    "to generated/ in the run directory.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -54,6 +63,9 @@ _DIGITS = flags.DEFINE_list(
     "digits",
     None,
     "Instead of --images: labels, of each of which the first image is taken.",
+)
+_INPUT = flags.DEFINE_string(
+    "input", None, "For predict: the path of an .npz with `image`, or of a folder."
 )
 
 
@@ -159,6 +171,10 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
                     "\n".join(f"{name} {value:.6g}" for name, value in metrics.items())
                 )
                 return
+            case "predict":
+                if _INPUT.value is None:
+                    raise ValueError("--mode=predict needs --input=FOLDER or FILE.npz")
+                paths = modes.predict(workdir, checkpoint, _INPUT.value)
             case "sample":
                 paths = modes.sample(workdir, checkpoint, count, _SAMPLE_SEED.value)
             case "reconstruct":

@@ -1,5 +1,7 @@
 """What `--mode` does with a run directory once it holds a checkpoint: numbers and pictures of the trained model."""
 
+import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 from vae_jax import data, figures, generate
 from vae_jax.build import bind, build, make_title
 from vae_jax.evaluate import make_evaluate, over_seeds
-from vae_jax.library import TrainedVAE, load, load_variables
+from vae_jax.library import load, load_variables
 from vae_jax.objectives import kl_to_standard_normal
 from vae_jax.rundir import save_figure
 
@@ -33,7 +35,7 @@ def evaluate(
 
 def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
     """Images decoded from the prior, as a grid and as .npz."""
-    vae = load_vae(workdir, checkpoint)
+    vae = load_model(workdir, checkpoint, "vae")
     image = vae.sample(count, seed)
     title = f"{count} images decoded from z ~ N(0, 1): {make_title(vae.model, vae.config['data']['name'])}"
     return save(
@@ -48,7 +50,7 @@ def reconstruct(
     workdir: str, config: dict, checkpoint: str, split: str, count: int
 ) -> list[Path]:
     """The first `count` images of a split beside their reconstructions."""
-    vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
+    vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
     if count > len(examples.label):
         raise ValueError(
             f"--count is {count}, but {split} has {len(examples.label)} images"
@@ -74,7 +76,7 @@ def interpolate(
     workdir: str, config: dict, checkpoint: str, split: str, count: int, chosen: dict
 ) -> list[Path]:
     """Images decoded from the line between the encodings of two images; `chosen` as in `choose_images`."""
-    vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
+    vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
     index = choose_images(examples, split, 2, **chosen)
     mean, _ = vae.encode(examples.image[index])
     image = vae.decode(generate.interpolate(*jnp.asarray(mean), count))
@@ -99,7 +101,7 @@ def traverse(
     workdir: str, config: dict, checkpoint: str, split: str, count: int, chosen: dict
 ) -> list[Path]:
     """An image's encoding decoded with one latent at a time moved, the latents that carry the most (KL) first."""
-    vae, examples = load_vae(workdir, checkpoint), load_split(config, split)
+    vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
     index = choose_images(examples, split, 1, **chosen)
     mean, logvar = vae.encode(examples.image)
     one_by_one = (jnp.asarray(part).reshape(-1, 1) for part in (mean, logvar))
@@ -125,11 +127,30 @@ def traverse(
     )
 
 
-def load_vae(workdir: str, checkpoint: str) -> TrainedVAE:
+def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
+    """A CSV of file, label and probability for the images of an .npz or a folder."""
+    classifier = load_model(workdir, checkpoint, "classifier")
+    names, image = data.read_images(images)
+    try:
+        label, probability = classifier.predict(image)
+    except ValueError as error:
+        raise ValueError(f"{images} does not fit the model: {error}") from None
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "label", "probability"])
+    rows.writerows(zip(names, label, (f"{value:.6f}" for value in probability)))
+    path = generated(workdir) / f"predict-step{classifier.step}-{Path(images).stem}.csv"
+    if path.exists() and path.read_text(encoding="utf-8") != text.getvalue():
+        raise FileExistsError(f"{path} holds other predictions: move it away")
+    path.write_text(text.getvalue(), encoding="utf-8")
+    return [path]
+
+
+def load_model(workdir: str, checkpoint: str, wanted: str) -> Any:
     trained = load(workdir, checkpoint)
-    if type(trained) is not TrainedVAE:
-        name = trained.config["model"]["name"]
-        raise ValueError(f"{workdir} holds a {name}, but this mode needs a vae")
+    name = trained.config["model"]["name"]
+    if name != wanted:
+        raise ValueError(f"{workdir} holds a {name}, but this mode needs a {wanted}")
     return trained
 
 
@@ -180,11 +201,15 @@ def choose_images(
     return np.arange(count)
 
 
-def save(workdir: str, name: str, figure: Any, **arrays) -> list[Path]:
-    """generated/NAME.png and .npz; the name says all that decides the content, so that nothing else is overwritten."""
+def generated(workdir: str) -> Path:
     folder = Path(workdir).expanduser() / "generated"
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{name}.png", folder / f"{name}.npz"]
+    return folder
+
+
+def save(workdir: str, name: str, figure: Any, **arrays) -> list[Path]:
+    """generated/NAME.png and .npz; the name says all that decides the content, so that nothing else is overwritten."""
+    paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz")]
     save_figure(figure, paths[0])
     with open(paths[1].with_suffix(".tmp"), "wb") as file:
         np.savez_compressed(file, **arrays)
