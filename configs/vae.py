@@ -65,9 +65,11 @@ VARIANTS = {
     "default": {},
     "matlab": {"data.shuffle": False},
     "best": {
-        "batch_size": 32,
+        "batch_size": 128,
+        "optimizer.name": "muon",
         "optimizer.learning_rate": 0.002,
         "optimizer.schedule": "cosine",
+        "optimizer.beta1": 0.95,
     },
     "digits": {
         "data.name": "digits",

@@ -50,11 +50,12 @@ def fields_and_defaults(name, section):
 
 def test_every_field_is_described():
     described = dict(build.describe())
-    names = {field.partition("=")[0] for field in described}
     configs = [module.get_config().to_dict() for module in CONFIGS.values()]
-    assert names == {name for config in configs for name in build.flatten(config)}
+    assert set(described) == {
+        name for config in configs for name in build.flatten(config)
+    }
     assert all(described.values()), described
-    assert described["model.latent_dim=20"] == "size of z."
+    assert described["model.latent_dim"] == "size of z."
 
 
 @pytest.mark.parametrize("section", SIGNATURES)
@@ -212,8 +213,6 @@ def refuse(config, field, value, message):
 
 def test_an_unknown_metric_for_the_best_checkpoint(config):
     config["run"]["best"] = "los"
-    build.build(config)  # without validation images it is not asked for
-    config["data"]["validation"] = 100
     with pytest.raises(
         ValueError, match="unknown metric run.best 'los': did you mean loss"
     ):
@@ -271,7 +270,7 @@ def test_epochs_may_not_be_raised_where_the_rate_depends_on_them(config):
         ("objective.shift", 28, "shift is 28, but must be from 0 to 27 pixels"),
         ("objective.shift", -1, "shift is -1"),
         ("objective.shift", 0.5, "objective.shift is 0.5, but must be of type int"),
-        ("objective.rotation", 181, r"is 181, but must lie in \[0, 180\] degrees"),
+        ("objective.rotation", 181, r"is 181.0, but must lie in \[0, 180\] degrees"),
         ("objective.rotation", math.nan, "rotation is nan"),
         ("model.features", (8, 0), "model.features is"),
         ("optimizer.weight_decay", -1.0, "weight_decay is -1.0"),

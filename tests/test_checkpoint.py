@@ -1,6 +1,8 @@
 """Checkpoints: what is restored is what was saved, or the damage is told; the latest and the best are kept."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import optax
 import pytest
 
 from vae_jax import checkpoint
-from vae_jax.checkpoint import Checkpoints, restore_states, restore_variables, select
+from vae_jax.checkpoint import Checkpoints, restore_variables, select
 from vae_jax.steps import init_state
 
 OPTIMIZER = optax.adam(optax.cosine_decay_schedule(1.0, 10))
@@ -45,6 +47,17 @@ def plain(state):
     return state.replace(key=jax.random.key_data(state.key))
 
 
+def restore(folder, like=None, keep=9, best="validation/loss"):
+    """The state that training would continue from, and what is told."""
+    told = []
+    checkpoints = Checkpoints(folder, {"config": {"seed": 1}}, keep, best)
+    like = jax.eval_shape(make_state) if like is None else like
+    try:
+        return checkpoints.restore(like, told.append), told
+    finally:
+        checkpoints.close()
+
+
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_what_is_restored_is_what_was_saved(tmp_path, average):
     state = make_state(3, average)
@@ -52,7 +65,8 @@ def test_what_is_restored_is_what_was_saved(tmp_path, average):
     checkpoints.save(3, state, {})
     checkpoints.close()
     like = jax.eval_shape(lambda: make_state(0, average))
-    (restored,) = restore_states(tmp_path, like)
+    restored, told = restore(tmp_path, like)
+    assert told == []
     assert_same(plain(restored), plain(state))
     variables = restore_variables(tmp_path, 3, jax.eval_shape(lambda: state.published))
     assert_same(variables, state.published)
@@ -78,7 +92,7 @@ def test_the_highest_accuracy_is_the_best(tmp_path):
 def test_without_a_best_one_the_latest_counts(tmp_path):
     write(tmp_path, {1: 5.0, 2: 1.0, 3: 4.0}, best=None)
     assert checkpoint.steps(tmp_path) == [3, 2] and select(tmp_path) == 3
-    with pytest.raises(ValueError, match="that takes validation images"):
+    with pytest.raises(ValueError, match="that takes an epoch with validation images"):
         select(tmp_path, "best")
     with pytest.raises(ValueError, match="'1' .* give latest, best, or one of 3, 2"):
         select(tmp_path, "1")
@@ -103,47 +117,104 @@ def truncate(path):
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
-def test_damage_to_any_file_is_told_and_the_one_before_is_offered(tmp_path, damage):
-    write(tmp_path, {1: None, 2: None})
-    like = jax.eval_shape(make_state)
-    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
-    assert len(files) > 10
-    for path in files:
-        whole = path.read_bytes()
-        if not whole and damage is not Path.unlink:
-            continue
-        damage(path)
-        latest, before = restore_states(tmp_path, like)
-        if path.name == "sha256.json" and damage is Path.unlink:  # costs the check only
-            assert_same(plain(latest), plain(make_state(2)))
+def test_damage_to_any_file_is_told_and_the_one_before_is_used(tmp_path, damage):
+    write(tmp_path / "whole", {1: None, 2: None})
+    names = [
+        path.relative_to(tmp_path / "whole")
+        for path in (tmp_path / "whole" / "2").rglob("*")
+        if path.is_file() and (path.stat().st_size or damage is Path.unlink)
+    ]
+    assert len(names) > 10
+    for name in names:
+        shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+        damage(tmp_path / "damaged" / name)
+        state, told = restore(tmp_path / "damaged")
+        if name.name == "sha256.json" and damage is Path.unlink:  # costs the check only
+            assert told == []
+            assert_same(plain(state), plain(make_state(2)))
         else:
-            assert re.match("checkpoint 2 is damaged: .*[^\n]*$", str(latest))
-        assert_same(plain(before), plain(make_state(1)))
-        path.write_bytes(whole)
+            (line,) = told
+            assert re.match("checkpoint 2 is damaged: .*[^\n]*$", line)
+            assert_same(plain(state), plain(make_state(1)))
+            assert (tmp_path / "damaged" / "damaged-2-1").is_dir()
+        shutil.rmtree(tmp_path / "damaged")
 
 
 def test_damage_without_the_list_of_files_is_told_too(tmp_path):
-    write(tmp_path, {1: None})
-    (tmp_path / "1" / "sha256.json").unlink()
-    (tmp_path / "1" / "state" / "_METADATA").write_text("")
-    (latest,) = restore_states(tmp_path, jax.eval_shape(make_state))
-    assert str(latest).startswith("checkpoint 1 cannot be read (")
-
-
-def test_a_damaged_checkpoint_stays_when_its_step_is_saved_again(tmp_path):
     write(tmp_path, {1: None, 2: None})
-    for path in (tmp_path / "2").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    write(tmp_path, {2: None, 3: None})
-    assert checkpoint.steps(tmp_path) == [3, 2]
-    assert (tmp_path / "damaged-2").is_dir()
-    _latest, before = restore_states(tmp_path, jax.eval_shape(make_state))
-    assert_same(plain(before), plain(make_state(2)))
+    (tmp_path / "2" / "sha256.json").unlink()
+    (tmp_path / "2" / "state" / "_METADATA").write_text("")
+    state, (told,) = restore(tmp_path)
+    assert told.startswith("checkpoint 2 cannot be read (")
+    assert_same(plain(state), plain(make_state(1)))
+
+
+def test_nothing_starts_from_scratch_where_all_are_damaged(tmp_path):
+    assert restore(tmp_path / "none") == (None, [])
+    write(tmp_path, {1: None, 2: None})
+    for step in (1, 2):
+        truncate(tmp_path / str(step) / "about" / "metadata")
+    with pytest.raises(
+        OSError, match="no checkpoint in .* can be read: move them away"
+    ):
+        restore(tmp_path)
+    assert checkpoint.steps(tmp_path) == [2, 1]
+
+
+def test_training_goes_on_after_a_damaged_checkpoint(tmp_path):
+    """Also at steps below it, and when the same step is damaged twice."""
+    write(tmp_path, {3: None, 5: None}, keep=9)
+    for attempt in (1, 2):
+        truncate(tmp_path / "5" / "about" / "metadata")
+        checkpoints = Checkpoints(tmp_path, {"config": {"seed": 1}}, 9)
+        checkpoints.restore(jax.eval_shape(make_state), lambda line: None)
+        if attempt == 1:
+            checkpoints.save(4, make_state(4), {})
+        checkpoints.save(5, make_state(5), {})
+        checkpoints.close()
+        assert checkpoint.steps(tmp_path) == [5, 4, 3]
+        assert (tmp_path / f"damaged-5-{attempt}").is_dir()
+    state, told = restore(tmp_path)
+    assert told == []
+    assert_same(plain(state), plain(make_state(5)))
+
+
+def test_of_equal_metrics_the_first_is_the_best_after_a_restart_too(tmp_path):
+    write(tmp_path, {1: 3.0, 2: 3.0}, keep=1)
+    assert select(tmp_path) == 1
+    write(tmp_path, {3: 3.0, 4: 5.0}, keep=1)
+    assert select(tmp_path) == 1 and checkpoint.steps(tmp_path) == [4, 1]
+
+
+def test_a_damaged_best_checkpoint_is_made_again(tmp_path):
+    write(tmp_path, {1: 5.0, 2: 3.0})
+    truncate(tmp_path / "2" / "about" / "metadata")
+    checkpoints = Checkpoints(tmp_path, {"config": {"seed": 1}}, 2, "validation/loss")
+    checkpoints.restore(jax.eval_shape(make_state), lambda line: None)
+    assert checkpoints.best == 1 and checkpoints.is_best({"validation/loss": 3.0})
+    checkpoints.close()
+
+
+def test_other_data_are_refused(tmp_path):
+    write(tmp_path, {1: None})
+    checkpoints = Checkpoints(tmp_path, {"data": {"train": 5}}, 1)
+    path = tmp_path / "1" / "about" / "metadata"
+    about = json.loads(path.read_text()) | {"data": {"train": 4}}
+    (tmp_path / "1" / "sha256.json").unlink()
+    path.write_text(json.dumps(about))
+    with pytest.raises(OSError, match="data is not what it was when checkpoint 1 was"):
+        checkpoints.restore(jax.eval_shape(make_state), print)
+    checkpoints.close()
 
 
 def test_another_model_does_not_fit(tmp_path):
     write(tmp_path, {1: None})
     like = jax.eval_shape(lambda: {"params": {"a": jnp.ones(3)}})
     with pytest.raises(ValueError, match="checkpoint 1 cannot be read"):
+        restore_variables(tmp_path, 1, like)
+    like = jax.eval_shape(lambda: make_state().variables)
+    like["params"]["b"] = jax.ShapeDtypeStruct((5,), jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"is of another model: params/b is \(3,\) there, \(5,\) here"
+    ):
         restore_variables(tmp_path, 1, like)

@@ -11,8 +11,7 @@ from small_run import run_job, small_job
 
 from configs import classifier
 from vae_jax import build, data
-from vae_jax import train as train_module
-from vae_jax.checkpoint import select, steps
+from vae_jax.checkpoint import Checkpoints, select, steps
 from vae_jax.rundir import Progress, RunDirectory, read_config
 from vae_jax.train import make_run_chunk
 
@@ -110,13 +109,13 @@ def test_a_restore_without_the_optimizer_state_would_be_noticed(
     whole, _ = whole
     job, config = small_job(chunk=2)
     run_job(job, config, tmp_path / "parts", stop_after(2))
-    restore = train_module.restore
+    restore = Checkpoints.restore
 
     def broken(*arguments):
         state = restore(*arguments)
         return state.replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state))
 
-    monkeypatch.setattr(train_module, "restore", broken)
+    monkeypatch.setattr(Checkpoints, "restore", broken)
     state, _ = run_job(job, config, tmp_path / "parts")
     with pytest.raises(AssertionError):
         assert_same_state(state, whole)
@@ -134,6 +133,15 @@ def test_rows_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
     )
 
 
+def test_a_damaged_row_is_told(tmp_path):
+    job, config = small_job(chunk=2)
+    run_job(job, config, tmp_path, stop_after(2))
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("x" + file.read_text())
+    with pytest.raises(OSError, match="line 1 of .*metrics.jsonl is damaged"):
+        run_job(job, config, tmp_path)
+
+
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, capsys):
     job, config = small_job(chunk=2, save_every=2)
     whole, _ = run_job(job, config, tmp_path)
@@ -142,6 +150,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path, capsy
     state, _ = run_job(job, config, tmp_path)
     assert_same_state(state, whole)
     assert "checkpoint 10 is damaged" in capsys.readouterr().err
+    assert (tmp_path / "checkpoints" / "damaged-10-1").is_dir()
     for step in steps(tmp_path / "checkpoints"):
         (tmp_path / "checkpoints" / str(step) / "about" / "metadata").write_bytes(b"")
     with pytest.raises(OSError, match="no checkpoint in .* can be read"):
@@ -186,6 +195,9 @@ def test_validation_images_mark_the_best_checkpoint(tmp_path):
     best = min(losses, key=losses.get)
     assert select(tmp_path / "checkpoints", "best") == best
     assert set(steps(tmp_path / "checkpoints")) == {best, max(losses)}
+    summary = (tmp_path / "summary.md").read_text()
+    assert f"| best step, used by default | {best} |" in summary
+    assert f"| validation/loss at the best step | {losses[best]:.4g} |" in summary
 
 
 def test_several_seeds_equal_each_alone(tmp_path):
@@ -272,17 +284,26 @@ def test_a_directory_that_is_no_run_or_is_in_use_is_refused(tmp_path):
     assert read_config(str(tmp_path / "none")) is None
     (tmp_path / "run").mkdir()
     assert read_config(str(tmp_path / "run")) is None
-    directory = RunDirectory(str(tmp_path / "run"), {"seed": 1}, "")
-    assert read_config(str(tmp_path / "run")) == {"seed": 1}
+    config = small_job()[1]
+    directory = RunDirectory(str(tmp_path / "run"), config, "")
+    assert read_config(str(tmp_path / "run"))["model"]["latent_dim"] == 20
     with pytest.raises(OSError, match="another process is training in"):
         RunDirectory(str(tmp_path / "run"), {}, "")
     directory.close()
-    RunDirectory(str(tmp_path / "run"), {"seed": 1}, "").close()
-    with pytest.raises(OSError, match="is not empty and holds no run"):
+    RunDirectory(str(tmp_path / "run"), config, "").close()
+
+    def check(stored, config):
+        raise ValueError("another run")
+
+    with pytest.raises(ValueError, match="another run"):
+        RunDirectory(str(tmp_path / "run"), config, "", check=check)
+    with pytest.raises(OSError, match="is not empty and has no config.json of a run"):
         read_config(str(tmp_path))
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is damaged"):
-        read_config(str(tmp_path / "run"))
+    for text in ("{", "{}", "[1]"):
+        (tmp_path / "run" / "config.json").write_text(text)
+        with pytest.raises(OSError, match="has no config.json of a run"):
+            RunDirectory(str(tmp_path / "run"), {}, "")
+        assert (tmp_path / "run" / "config.json").read_text() == text
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -37,7 +38,7 @@ def build(config: Mapping[str, Any]) -> Job:
     selects, `train.RunOptions`. Raises ValueError or OSError, in one line that names the field, for whatever is wrong.
     """
     job = bind("", make_job, config)()
-    if job.best and job.run.best not in (known := metric_names(job)):
+    if job.run.best not in (known := metric_names(job)):
         raise ValueError(
             f"unknown metric run.best {job.run.best!r}: {nearest(job.run.best, known)}"
         )
@@ -115,13 +116,24 @@ def make_job(
         about={
             "image_shape": dataset.image_shape,
             "num_classes": dataset.num_classes,
+            "data": fingerprint(dataset),
         },
         run=options,
     )
 
 
-def metric_names(job: Job) -> dict:
-    """What the job's objective tells of each example; nothing is computed."""
+def fingerprint(dataset: Dataset) -> dict:
+    """The sizes of the splits, and a SHA-256 of all their images and labels."""
+    total = hashlib.sha256()
+    for split in dataset.splits.values():
+        total.update(np.ascontiguousarray(split.image))
+        total.update(np.ascontiguousarray(split.label))
+    sizes = {name: len(split.label) for name, split in dataset.splits.items()}
+    return sizes | {"sha256": total.hexdigest()}
+
+
+def metric_names(job: Job) -> list[str]:
+    """The metrics of the job's objective; nothing is computed."""
     key = jax.random.key(0)
     variables = jax.eval_shape(job.init, key)
 
@@ -130,7 +142,8 @@ def metric_names(job: Job) -> dict:
         return make_eval_step(job.objective)(variables, batch, key)
 
     example = [array[:1] for array in job.dataset.splits["train"]]
-    return jax.eval_shape(metrics, variables, *example)
+    shapes = jax.eval_shape(metrics, variables, *example)
+    return [name for name, leaf in shapes.items() if leaf.dtype == jnp.float32]
 
 
 def make_title(network: Any, data_name: str) -> str:
@@ -141,13 +154,14 @@ def make_title(network: Any, data_name: str) -> str:
 def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
 
-    Left out is what a run may change as it continues: section `run`, `data.manual_dir`, and more epochs where the
-    optimizer does not depend on their number.
+    Left out is what a run may change as it continues: section `run` but for `best`, `data.manual_dir`, and more epochs
+    where the optimizer does not depend on their number.
     """
     old, new = flatten(stored), flatten(config)
     for fields_ in (old, new):
         for name in [*fields_]:
-            if name.startswith("run.") or name == "data.manual_dir":
+            free = name.startswith("run.") and name != "run.best"
+            if free or name == "data.manual_dir":
                 del fields_[name]
     if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
         old["epochs"] = max(old["epochs"], new["epochs"])
@@ -171,7 +185,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def describe() -> list[tuple[str, str]]:
-    """Every config field with its default, and what the function that takes it says of it."""
+    """Every config field, and what the function that takes it says of it."""
     sections = {
         "": [make_job],
         "data": [load],
@@ -188,10 +202,8 @@ def describe() -> list[tuple[str, str]]:
             docs = argument_docs(function)
             for name, parameter in fields(function).items():
                 if parameter.annotation is not Mapping:
-                    default = parameter.default
-                    value = "" if default is parameter.empty else f"={default!r}"
                     field = f"{section}.{name}" if section else name
-                    described.setdefault(field + value, docs.get(name, ""))
+                    described.setdefault(field, docs.get(name, ""))
     return list(described.items())
 
 
@@ -243,7 +255,11 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
         for name, parameter in expected.items()
         if parameter.default is not parameter.empty
     }
-    return functools.partial(function, **(defaults | values))
+    typed = {
+        name: float(value) if expected[name].annotation is float else value
+        for name, value in values.items()
+    }
+    return functools.partial(function, **(defaults | typed))
 
 
 def choose(section: str, values: Mapping) -> functools.partial:
@@ -371,6 +387,11 @@ def classifier_parts(
         if unlabelled:
             raise ValueError(
                 f"{unlabelled} of {len(split.label)} {name} images have no label, but the classifier needs all labels"
+            )
+        counts = np.bincount(split.label, minlength=dataset.num_classes)
+        if name == "train" and 0 in counts:
+            raise ValueError(
+                f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: number the classes without gaps"
             )
     test = dataset.splits["test"]
 

@@ -5,10 +5,12 @@ inference; and `about`: the config, what the model was built for, the metric tha
 does not notice a flipped bit, a list of its files' SHA-256 is kept with them.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ HIGHER_IS_BETTER = ("accuracy",)  # of the other metrics the lowest is the best
 
 
 class Checkpoints:
-    """The checkpoints that a training writes: it keeps the latest ones and the best one.
+    """The checkpoints that a training writes and continues from: the latest ones and the best one are kept.
 
     Args:
         folder: created if need be.
@@ -35,7 +37,7 @@ class Checkpoints:
 
     def __init__(self, folder, about: dict, keep: int, best: str | None = None):
         self._folder = epath.Path(folder).absolute()
-        self._about, self._best = about, best
+        self._about, self._metric = about, best
         self._policy = _LatestAndBest(keep, _best_step(self._folder))
         options = ocp.CheckpointManagerOptions(
             create=True,
@@ -45,39 +47,90 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+    def restore(
+        self, like: TrainState, note: Callable[[str], None]
+    ) -> TrainState | None:
+        """The latest state, of the shapes in `like`, all but the root key NumPy arrays; None if there is no checkpoint.
+
+        Damaged checkpoints are told by `note` and renamed, and the one before them is taken. Raises OSError if all of
+        them are damaged, or if what they were trained on is not what it is now.
+        """
+        found = steps(self._folder)
+        damaged = []
+        for step in found:
+            try:
+                about = read_about(self._folder, step)
+                state = _restore(
+                    self._folder, step, "state", jax.eval_shape(_plain, like)
+                )
+            except ValueError as error:
+                note(f"{error}; looking for an earlier one")
+                damaged.append(step)
+                continue
+            for name in self._about:
+                if name != "config" and about[name] != _through_json(self._about[name]):
+                    raise OSError(
+                        f"{name} is not what it was when checkpoint {step} was saved: continue with the same data, or name another --workdir"
+                    )
+            self._set_aside(damaged)
+            return state.replace(key=jax.random.wrap_key_data(state.key))
+        if found:
+            raise OSError(
+                f"no checkpoint in {self._folder} can be read: move them away to start again, or name another --workdir"
+            )
+        return None
+
+    def _set_aside(self, damaged):
+        """Training will come to their steps again, and Orbax takes no step below the latest."""
+        for step in damaged:
+            names = (f"damaged-{step}-{i}" for i in itertools.count(1))
+            free = next(name for name in names if not (self._folder / name).exists())
+            (self._folder / str(step)).rename(self._folder / free)
+        self._manager.reload()
+        self._policy.best = _best_step(self._folder)
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best checkpoint."""
+        return self._policy.best
+
     def is_best(self, metrics: dict) -> bool:
-        """Whether a checkpoint with these metrics would be the best one."""
-        if self._best is None:
+        """Whether a checkpoint with these metrics would be the best one; of equal ones it is the first."""
+        if self._metric is None:
             return False
-        best = self._policy.best
-        return best is None or _cost(self._best, metrics) < _cost_of(self._folder, best)
+        cost = _cost({"metric": self._metric, "value": metrics[self._metric]})
+        return self.best is None or cost < _cost(
+            read_about(self._folder, self.best)["best"]
+        )
 
     def save(self, step: int, state: TrainState, metrics: dict) -> None:
-        """Write the checkpoint of `step`, whole or not at all; `metrics` are those of its evaluation, if there was one."""
-        if self._best in metrics and self.is_best(metrics):
-            self._policy.best = step
-        taken = self._folder / str(step)
-        if taken.exists():  # damaged: training has come here again from an earlier one
-            taken.rename(self._folder / f"damaged-{step}")
-            self._manager.reload()
-        about = self._about | {
-            "step": step,
-            "best": {name: metrics[name] for name in metrics if name == self._best},
-        }
-        self._manager.save(
+        """Write the checkpoint of `step`, whole or not at all; `metrics` are those of its evaluation, if there was one.
+
+        Raises OSError where that cannot be.
+        """
+        best = None
+        if self._metric in metrics:
+            best = {"metric": self._metric, "value": metrics[self._metric]}
+            if self.is_best(metrics):
+                self._policy.best = step
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_to_host(state)),
                 variables=ocp.args.StandardSave(_to_host(state.published)),
-                about=ocp.args.JsonSave(about),
+                about=ocp.args.JsonSave(self._about | {"step": step, "best": best}),
             ),
         )
-        text = json.dumps(_digests(self._folder / str(step)), indent=1)
+        if not saved:
+            raise OSError(
+                f"checkpoint {step} was not saved: {self._folder} has later ones"
+            )
         part = self._folder / str(step) / f"{DIGESTS}.tmp"
-        part.write_text(text)
+        part.write_text(json.dumps(_digests(self._folder / str(step)), indent=1))
         part.rename(self._folder / str(step) / DIGESTS)
 
     def close(self) -> None:
+        """Release what Orbax holds."""
         self._manager.close()
 
 
@@ -99,6 +152,14 @@ def steps(folder) -> list[int]:
     return sorted(found, reverse=True)
 
 
+def latest_whole(folder) -> int:
+    """The step of the latest checkpoint that is not damaged; 0 if there is none."""
+    for step in steps(folder):
+        with contextlib.suppress(ValueError):
+            return read_about(folder, step)["step"]
+    return 0
+
+
 def select(folder, which: str = "") -> int:
     """The step that `which` means: "best", "latest", a number, or "" for the best where there is one, else the latest.
 
@@ -109,7 +170,7 @@ def select(folder, which: str = "") -> int:
         raise ValueError(f"there is no checkpoint in {folder}: train first")
     if which == "best" and best is None:
         raise ValueError(
-            f"none of the checkpoints in {folder} is the best: that takes validation images (data.validation)"
+            f"no checkpoint in {folder} is the best yet: that takes an epoch with validation images (data.validation)"
         )
     names = {"latest": found[0], "best": best, "": found[0] if best is None else best}
     names |= {str(step): step for step in found}
@@ -121,12 +182,13 @@ def select(folder, which: str = "") -> int:
 
 
 def read_about(folder, step: int) -> dict:
-    """What is stored about a checkpoint. Raises ValueError where it cannot be read."""
-    path = epath.Path(folder) / str(step) / "about" / "metadata"
+    """What is stored about a checkpoint. Raises ValueError, naming the file, if any of its files is damaged."""
+    path = epath.Path(folder).absolute() / str(step)
+    _check_files(path, step)
     try:
-        return json.loads(path.read_text())
+        return json.loads((path / "about" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {step} is damaged: {path}") from error
+        raise ValueError(f"checkpoint {step} is damaged: {path / 'about'}") from error
 
 
 def restore_variables(folder, step: int, like: Any) -> dict:
@@ -134,31 +196,25 @@ def restore_variables(folder, step: int, like: Any) -> dict:
     return _restore(folder, step, "variables", like)
 
 
-def restore_states(folder, like: TrainState) -> Iterator[TrainState | ValueError]:
-    """The states of the checkpoints, the latest first; a ValueError in the place of each damaged one.
-
-    They have the shapes in `like`; all but the root key are NumPy arrays.
-    """
-    for step in steps(folder):
-        try:
-            state = _restore(folder, step, "state", jax.eval_shape(_plain, like))
-        except ValueError as error:
-            yield error
-        else:
-            yield state.replace(key=jax.random.wrap_key_data(state.key))
-
-
 def _restore(folder, step, item, like):
     path = epath.Path(folder).absolute() / str(step)
-    _check_files(path, step)
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             args = {item: ocp.args.StandardRestore(like)}
-            return checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
+            tree = checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise ValueError(f"checkpoint {step} cannot be read ({reason})") from error
+    for (place, leaf), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)
+    ):
+        if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise ValueError(
+                f"checkpoint {step} is of another model: {name} is {leaf.shape} there, {wanted.shape} here"
+            )
+    return tree
 
 
 def _check_files(path, step):
@@ -190,23 +246,26 @@ def _files(path):
         yield from _files(child) if child.is_dir() else [child]
 
 
-def _cost(name, metrics):
-    return -metrics[name] if name.endswith(HIGHER_IS_BETTER) else metrics[name]
-
-
-def _cost_of(folder, step):
-    """Infinite where the checkpoint has no metric, or cannot be read."""
-    try:
-        metrics = read_about(folder, step)["best"]
-    except ValueError:
+def _cost(best):
+    """What is lowest for the best checkpoint; infinite where there is no metric."""
+    if best is None:
         return math.inf
-    return min((_cost(name, metrics) for name in metrics), default=math.inf)
+    sign = -1 if best["metric"].endswith(HIGHER_IS_BETTER) else 1
+    return sign * best["value"]
 
 
 def _best_step(folder):
-    costs = {step: _cost_of(folder, step) for step in steps(folder)}
-    best = min(costs, key=costs.get, default=None)
-    return None if best is None or costs[best] == math.inf else best
+    """The first step of the lowest cost; None where no whole checkpoint has a metric."""
+    costs = []
+    for step in steps(folder):
+        with contextlib.suppress(ValueError):
+            costs.append((_cost(read_about(folder, step)["best"]), step))
+    cost, step = min(costs, default=(math.inf, None))
+    return None if cost == math.inf else step
+
+
+def _through_json(value):
+    return json.loads(json.dumps(value))
 
 
 def _plain(tree):

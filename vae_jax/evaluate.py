@@ -73,7 +73,14 @@ def over_seeds(arrays: dict[str, np.ndarray], first_seed: int) -> dict[str, floa
     """
     if next(iter(arrays.values())).ndim == 1:
         return mean_metrics(arrays)
-    seeds = [mean_metrics(dict(zip(arrays, row))) for row in zip(*arrays.values())]
+    return combine_seeds(
+        [mean_metrics(dict(zip(arrays, row))) for row in zip(*arrays.values())],
+        first_seed,
+    )
+
+
+def combine_seeds(seeds: Sequence[dict], first_seed: int) -> dict[str, float]:
+    """Of the numbers of several seeds their mean, its interval, and each seed's, named as in `over_seeds`."""
     metrics = {}
     for name in seeds[0]:
         values = [of_seed[name] for of_seed in seeds]

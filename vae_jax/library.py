@@ -11,13 +11,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
-from vae_jax.checkpoint import read_about, restore_variables, select
+from vae_jax.checkpoint import read_about, restore_variables, select, steps
 from vae_jax.models import MODELS, VAE, Classifier, derive
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 
 
-def load(workdir: str, checkpoint: str = "", seed: int | None = None):
+def load(
+    workdir: str, checkpoint: str = "", seed: int | None = None
+) -> "TrainedVAE | TrainedClassifier":
     """The model that a run directory holds; the directory may have been moved from another machine.
 
     Args:
@@ -48,7 +50,13 @@ def load(workdir: str, checkpoint: str = "", seed: int | None = None):
 def load_variables(workdir: str, which: str = "") -> tuple[dict, dict]:
     """What is stored about a checkpoint, and its variables; those of several seeds have the seeds in front."""
     folder = Path(workdir).expanduser() / "checkpoints"
-    about = read_about(folder, select(folder, which))
+    step = select(folder, which)
+    try:
+        about = read_about(folder, step)
+    except ValueError as error:
+        others = [str(other) for other in steps(folder) if other != step]
+        hint = f", or choose another checkpoint: {', '.join(others)}" if others else ""
+        raise ValueError(f"{error}; train again{hint}") from error
     model = make_model(about)
     image = jax.ShapeDtypeStruct((1, *about["image_shape"]), np.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), image)
@@ -60,7 +68,8 @@ def load_variables(workdir: str, which: str = "") -> tuple[dict, dict]:
     return about, restore_variables(folder, about["step"], like)
 
 
-def make_model(about: dict):
+def make_model(about: dict) -> Any:
+    """The Flax module that a checkpoint says it is of."""
     fields = dict(about["config"]["model"])
     make = MODELS[fields.pop("name")]
     fields = {
@@ -97,7 +106,7 @@ class TrainedVAE:
     def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
         """Mean images of p(x | z), in [0, 1]."""
         z = np.asarray(z, np.float32)
-        if z.ndim != 2 or z.shape[1] != self.model.latent_dim:
+        if z.ndim != 2 or z.shape[1] != self.model.latent_dim or len(z) == 0:
             raise ValueError(
                 f"z has shape {z.shape}, but must be [n, {self.model.latent_dim}]"
             )
@@ -106,7 +115,9 @@ class TrainedVAE:
     def sample(
         self, count: int, seed: int = 0
     ) -> Float[np.ndarray, "count height width channel"]:
-        """Mean images of `count` draws z ~ N(0, 1)."""
+        """Mean images of `count` draws z ~ N(0, 1), in [0, 1]; count is at least 1."""
+        if count < 1:
+            raise ValueError(f"count is {count}, but must be at least 1")
         return self.decode(
             generate.prior(jax.random.key(seed), count, self.model.latent_dim)
         )

@@ -1,5 +1,6 @@
 """Train a model, or use one: `python -m vae_jax.main --config=configs/vae.py`. Flags -> one call."""
 
+import functools
 import shlex
 import signal
 import sys
@@ -10,15 +11,15 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-MODES = (
-    "train",
-    "evaluate",
-    "sample",
-    "reconstruct",
-    "interpolate",
-    "traverse",
-    "predict",
-)
+MODES = {  # and the flags that each takes beside config and workdir
+    "train": (),
+    "evaluate": ("checkpoint", "split"),
+    "sample": ("checkpoint", "count", "sample_seed"),
+    "reconstruct": ("checkpoint", "split", "count"),
+    "interpolate": ("checkpoint", "split", "count", "images", "digits"),
+    "traverse": ("checkpoint", "split", "count", "images", "digits"),
+    "predict": ("checkpoint", "input"),
+}
 HELP = ("--help", "-help", "--helpfull", "-h")
 INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
@@ -35,7 +36,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    MODES,
+    list(MODES),
     "train: train, or continue an interrupted training. The others use a trained model: evaluate: its metrics on a "
     "split. sample: images from the prior. reconstruct: images of a split beside their reconstructions. interpolate: "
     "between two images. traverse: move each latent alone. predict: labels of the images in --input. What they make goes "
@@ -53,7 +54,9 @@ _COUNT = flags.DEFINE_integer(
     "How many images; for interpolate and traverse how many in a row. Default: "
     + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
 )
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
+_SAMPLE_SEED = flags.DEFINE_integer(
+    "sample_seed", 0, "Seed of --mode=sample.", lower_bound=0, upper_bound=2**32 - 1
+)
 _IMAGES = flags.DEFINE_list(
     "images",
     None,
@@ -72,7 +75,10 @@ _INPUT = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; --help lists the flags", 2)
-    if _CONFIG.value is None and (_MODE.value == "train" or _WORKDIR.value is None):
+    for name in sorted({name for used in MODES.values() for name in used}):
+        if flags.FLAGS[name].present and name not in MODES[_MODE.value]:
+            fail(f"--{name} has no meaning with --mode={_MODE.value}", 2)
+    if _CONFIG.value is None and (_MODE.value == "train" or not _WORKDIR.value):
         fail("which model? Give a config, say --config=configs/vae.py:digits", 2)
     try:
         config = _CONFIG.value and _CONFIG.value.to_dict()
@@ -91,20 +97,22 @@ def main(argv: list[str]) -> None:
 def train(config: dict, workdir: str) -> None:
     """Train, or continue, and leave the run directory."""
     from vae_jax.build import build
-    from vae_jax.checkpoint import Checkpoints, steps
+    from vae_jax.checkpoint import Checkpoints, latest_whole
     from vae_jax.rundir import Progress, RunDirectory, read_config
     from vae_jax.train import train
 
     try:
-        stored = read_config(workdir)
-        check_same(stored or config, config, workdir)
+        check = functools.partial(check_same, workdir)
+        if (stored := read_config(workdir)) is not None:
+            check(stored, config)
         job = build(config)
         folder = Path(workdir).expanduser().absolute() / "checkpoints"
-        if max(steps(folder), default=0) >= job.steps:
+        if latest_whole(folder) >= job.steps:
             print(f"finished already: {folder.parent / 'summary.md'}")
             return
         command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
-        directory = RunDirectory(workdir, config, command, job.run.tensorboard)
+        board = job.run.tensorboard
+        directory = RunDirectory(workdir, config, command, board, check)
         checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
     except (ValueError, OSError) as error:
         fail(str(error), 1)
@@ -163,7 +171,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
                 f"there is no run in {workdir}: train one, or name another with --workdir"
             )
         config = (config or stored) | {"epochs": stored["epochs"]}
-        check_same(stored, config, workdir)
+        check_same(workdir, stored, config)
         match mode:
             case "evaluate":
                 metrics = modes.evaluate(workdir, config, checkpoint, split)
@@ -203,7 +211,7 @@ def numbers(flag: str) -> list[int] | None:
         ) from None
 
 
-def check_same(stored: dict, config: dict, workdir: str) -> None:
+def check_same(workdir: str, stored: dict, config: dict) -> None:
     """Raise ValueError if the run in the work directory has another config, naming the fields that differ."""
     from vae_jax.build import changes
 
@@ -240,11 +248,13 @@ def fail(message: str, code: int) -> NoReturn:
 def parse_flags(argv: list[str]) -> list[str]:
     """What absl and ml_collections raise for flags and config fields, as one line."""
     if any(argument in HELP for argument in argv[1:]):
-        print_help()
+        print_help(argv)
         sys.exit()
     try:
         argv = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            fail(f"--{error.flagname} needs a config to change: give --config too", 2)
         fail(f"{error}; --help lists the flags", 2)
     except (flags.Error, OSError) as error:
         fail(str(error), 1)
@@ -256,16 +266,25 @@ def parse_flags(argv: list[str]) -> list[str]:
     return argv
 
 
-def print_help() -> None:
+def print_help(argv: list[str]) -> None:
     """The flags, and the fields of a config."""
-    from vae_jax.build import describe
+    from vae_jax.build import describe, flatten
+
+    flags.FLAGS([argument for argument in argv if argument not in HELP])
+    values = flatten(_CONFIG.value.to_dict()) if _CONFIG.value else None
 
     print("python -m vae_jax.main --config=configs/vae.py [flags]\n\nFlags:")
     for flag in flags.FLAGS.flags_by_module_dict()[sys.argv[0]]:
         print(f"  --{flag.name}", textwrap.fill(flag.help, 100, **INDENT), sep="\n")
-    print("\nFields of a config, and their defaults:")
+    print(f"\nFields of {_CONFIG.value and 'this' or 'a'} config:")
     for field, text in describe():
-        print(f"  --config.{field}", textwrap.fill(text, 100, **INDENT), sep="\n")
+        if values is None or field in values:
+            value = "" if values is None else f"={values[field]}"
+            print(
+                f"  --config.{field}{value}",
+                textwrap.fill(text, 100, **INDENT),
+                sep="\n",
+            )
 
 
 def check_field_names(argv: list[str]) -> None:

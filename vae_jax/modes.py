@@ -14,23 +14,32 @@ from vae_jax.build import bind, build, make_title
 from vae_jax.evaluate import make_evaluate, over_seeds
 from vae_jax.library import load, load_variables
 from vae_jax.objectives import kl_to_standard_normal
-from vae_jax.rundir import save_figure
+from vae_jax.rundir import read_rows, save_figure
 
+MOST_SHOWN = 100  # images beside their reconstructions
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
 
 
 def evaluate(
     workdir: str, config: dict, checkpoint: str, split: str
 ) -> dict[str, float | int]:
-    """The metrics of a checkpoint on a split: those that training logged, where it is one that training evaluates."""
+    """The metrics of a checkpoint on a split, as training logged them; of the test split also what summary.md has."""
     about, variables = load_variables(workdir, checkpoint)
     job = build(config)
+    if about["data"] != job.about["data"]:
+        raise ValueError(f"the data are not those that {workdir} was trained on")
     examples = choose_split(job.dataset, split)
-    run = make_evaluate(job.objective, examples, job.map_seeds)
-    metrics = over_seeds(run(variables, job.root()), job.seed)
-    return {"step": about["step"]} | {
-        f"{split}/{name}": value for name, value in metrics.items()
+    arrays = make_evaluate(job.objective, examples, job.map_seeds)(
+        variables, job.root()
+    )
+    metrics = {
+        f"{split}/{name}": value for name, value in over_seeds(arrays, job.seed).items()
     }
+    numbers = {}
+    if split == "test":
+        rows = [row for row in read_rows(Path(workdir)) if row["step"] <= about["step"]]
+        _, numbers = job.reports(variables, {split: arrays}, rows)
+    return {"step": about["step"]} | metrics | numbers
 
 
 def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
@@ -51,10 +60,9 @@ def reconstruct(
 ) -> list[Path]:
     """The first `count` images of a split beside their reconstructions."""
     vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
-    if count > len(examples.label):
-        raise ValueError(
-            f"--count is {count}, but {split} has {len(examples.label)} images"
-        )
+    most = min(MOST_SHOWN, len(examples.label))
+    if count > most:
+        raise ValueError(f"--count is {count}, but can be at most {most} for {split}")
     image, label = examples.image[:count], examples.label[:count]
     reconstruction = vae.reconstruct(image)
     return save(
@@ -77,6 +85,8 @@ def interpolate(
 ) -> list[Path]:
     """Images decoded from the line between the encodings of two images; `chosen` as in `choose_images`."""
     vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
+    if count < 2:
+        raise ValueError(f"--count is {count}, but an interpolation has at least 2")
     index = choose_images(examples, split, 2, **chosen)
     mean, _ = vae.encode(examples.image[index])
     image = vae.decode(generate.interpolate(*jnp.asarray(mean), count))
@@ -142,11 +152,13 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
     path = generated(workdir) / f"predict-step{classifier.step}-{Path(images).stem}.csv"
     if path.exists() and path.read_text(encoding="utf-8") != text.getvalue():
         raise FileExistsError(f"{path} holds other predictions: move it away")
-    path.write_text(text.getvalue(), encoding="utf-8")
+    path.with_suffix(".tmp").write_text(text.getvalue(), encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
     return [path]
 
 
 def load_model(workdir: str, checkpoint: str, wanted: str) -> Any:
+    """`load`, of a model of the name that a mode needs. Raises ValueError if it is another."""
     trained = load(workdir, checkpoint)
     name = trained.config["model"]["name"]
     if name != wanted:
@@ -155,10 +167,12 @@ def load_model(workdir: str, checkpoint: str, wanted: str) -> Any:
 
 
 def load_split(config: dict, split: str) -> data.Split:
+    """A split of the config's data set."""
     return choose_split(bind("data", data.load, config["data"])(), split)
 
 
 def choose_split(dataset: data.Dataset, split: str) -> data.Split:
+    """A split by its name. Raises ValueError if there is none of that name."""
     if split not in dataset.splits:
         raise ValueError(
             f"there is no split {split!r}: this run has {', '.join(dataset.splits)}"
@@ -174,6 +188,8 @@ def choose_images(
     digits: list[int] | None,
 ) -> np.ndarray:
     """`count` positions in a split: those given, or the first image of each label given; the first ones by default."""
+    if images is not None and digits is not None:
+        raise ValueError("--images and --digits are both given: give one of them")
     given = images if images is not None else digits
     if given is not None and len(given) != count:
         name = "--images" if images is not None else "--digits"
@@ -202,6 +218,7 @@ def choose_images(
 
 
 def generated(workdir: str) -> Path:
+    """Where the modes write."""
     folder = Path(workdir).expanduser() / "generated"
     folder.mkdir(exist_ok=True)
     return folder

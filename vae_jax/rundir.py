@@ -8,40 +8,50 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
 
+SECTIONS = {"data", "model", "objective", "optimizer", "run", "epochs", "seed", "seeds"}
+BEGINNING = {"lock", "config.tmp"}  # all that a run killed in its first moment leaves
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def read_config(path: str) -> dict | None:
     """The config of the run in a directory; None if there is no directory, or nothing in it.
 
-    Raises FileExistsError if it holds something else, ValueError if the config cannot be read.
+    Raises FileExistsError if it holds something else.
     """
     folder = Path(path).expanduser()
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= BEGINNING:
         return None
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not SECTIONS <= config.keys():
         raise FileExistsError(
-            f"the work directory {path} is not empty and holds no run: name another with --workdir"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+            f"the work directory {path} is not empty and has no config.json of a run: name another with --workdir"
+        )
+    return config
 
 
 class RunDirectory:
     """Creates `path`, or opens the run that it holds, and writes into it.
 
-    Raises OSError where that cannot be, or where another process is writing there.
+    Raises OSError where that cannot be, or where another process is writing there; and what `check(stored, config)`
+    raises, where a run with the config `stored` is there.
     """
 
     def __init__(
-        self, path: str, config: dict, command: str, tensorboard: bool = False
+        self,
+        path: str,
+        config: dict,
+        command: str,
+        tensorboard: bool = False,
+        check: Callable[[dict, dict], None] = lambda stored, config: None,
     ):
         self.path = Path(path).expanduser()
         self.command = command
@@ -51,13 +61,22 @@ class RunDirectory:
         self._opened, self._before = time.time(), 0.0
         with contextlib.ExitStack() as undo:
             try:
-                (self.path / "figures").mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = undo.enter_context(open(self.path / "lock", "w"))
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (stored := read_config(path)) is not None:
+                    check(stored, config)
                 self._write("config.json", json.dumps(config, indent=2) + "\n")
+                (self.path / "figures").mkdir(exist_ok=True)
             except BlockingIOError as error:
                 raise OSError(
                     f"another process is training in the work directory {path}: name another with --workdir"
+                ) from error
+            except FileExistsError as error:
+                if error.strerror is None:  # what read_config says
+                    raise
+                raise OSError(
+                    f"the work directory {path} is a file: name another with --workdir"
                 ) from error
             except OSError as error:
                 raise OSError(
@@ -66,11 +85,12 @@ class RunDirectory:
             undo.pop_all()
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step`, and a last one that is torn: training continues from there."""
-        file = self.path / "metrics.jsonl"
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        lines = [line for line in text.splitlines(keepends=True) if line[-1:] == "\n"]
-        self.history = [row for row in map(json.loads, lines) if row["step"] <= step]
+        """Drop the rows after `step`, and a last one that is torn: training continues from there.
+
+        Raises OSError, naming the line, if another one is damaged.
+        """
+        rows = read_rows(self.path)
+        self.history = [row for row in rows if row["step"] <= step]
         self._write("metrics.jsonl", "".join(map(_line, self.history)))
         self._opened = time.time()
         self._before = self.history[-1]["seconds"] if self.history else 0.0
@@ -124,6 +144,7 @@ class RunDirectory:
         self._write("summary.md", "\n".join(lines))
 
     def close(self) -> None:
+        """Release the lock."""
         if self._board:
             self._board.close()
         self._lock.close()
@@ -133,6 +154,22 @@ class RunDirectory:
         path = self.path / name
         path.with_suffix(".tmp").write_text(text, encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl in a run directory, less a last one that is torn. Raises OSError, naming the line, for a damaged one."""
+    file = path / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    rows = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line) | {})
+            except (ValueError, TypeError) as error:
+                raise OSError(
+                    f"line {number} of {file} is damaged: remove that line to continue"
+                ) from error
+    return rows
 
 
 def save_figure(figure, path: Path) -> None:

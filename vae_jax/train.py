@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from vae_jax.checkpoint import Checkpoints, restore_states
+from vae_jax.checkpoint import Checkpoints
 from vae_jax.data import Dataset, epoch_order
-from vae_jax.evaluate import make_evaluate, mean_metrics, over_seeds
+from vae_jax.evaluate import combine_seeds, make_evaluate, mean_metrics, over_seeds
 from vae_jax.objectives import make_batch
 from vae_jax.rundir import Progress, RunDirectory
 from vae_jax.steps import TrainState, init_state, make_train_step
@@ -28,13 +28,14 @@ PROFILED = range(1, 4)  # chunks since the start, the first of which compiles
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run goes about it; nothing here changes its numbers.
+    """How a run goes about it; nothing here changes what is trained.
 
     Attributes:
         chunk: training steps in one call of the compiled program, and in one row of metrics.jsonl.
         save_every: training steps between two checkpoints; there is one at the end too, and at each best epoch.
         keep: how many of the latest checkpoints are kept, beside the best one.
-        best: the validation metric that marks the best checkpoint, where data.validation holds images out.
+        best: the validation metric that marks the best checkpoint, where data.validation holds images out: of accuracy
+            the highest, of all others the lowest. A run cannot change it as it continues.
         figures_every: epochs between two drawings of the figures; they are drawn after the first and last epoch too.
         tensorboard: also write the metrics for TensorBoard.
         profile: write a trace of three chunks into the run directory, for TensorBoard or Perfetto.
@@ -102,9 +103,20 @@ class Job(NamedTuple):
             np.arange(self.seed, self.seed + self.seeds, dtype=np.uint32)
         )
 
-    def first_seed(self, tree):
-        """What belongs to the first seed, of arrays as they are for all."""
-        return tree if self.seeds == 1 else jax.tree.map(lambda leaf: leaf[0], tree)
+    def reports(self, variables, arrays, history) -> tuple[dict, dict]:
+        """`report`; of several seeds the figures of the first, and the numbers of all as `over_seeds` gives them."""
+        if self.seeds == 1:
+            return self.report(variables, arrays, history)
+        reports = [
+            self.report(
+                *jax.tree.map(lambda leaf: leaf[i], (variables, arrays)),  # noqa: B023
+                history,
+            )
+            for i in range(self.seeds)
+        ]
+        return reports[0][0], combine_seeds(
+            [numbers for _, numbers in reports], self.seed
+        )
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of the training examples in an epoch, [size]; for several seeds [seeds, size]."""
@@ -167,13 +179,9 @@ def train(
         return init_state(job.init(root), job.optimizer, root, job.average)
 
     make_state = jax.jit(job.map_seeds(make_state, (0,)))
-    state = restore(
-        directory.path / "checkpoints", jax.eval_shape(make_state, job.root()), progress
-    )
-    if state is None:
-        state = make_state(job.root())
+    state = checkpoints.restore(jax.eval_shape(make_state, job.root()), progress.note)
+    state = make_state(job.root()) if state is None else jax.device_put(state)
     step = saved = int(np.max(state.step))
-    state = jax.device_put(state)
     directory.rewind(step)
     progress.skip(step * images_per_step)
 
@@ -234,22 +242,35 @@ def train(
             for row in directory.history
             if "train/loss" in row and epoch - 1 < row["epoch"] <= epoch
         ]
-        counts = np.diff([row["step"] for row in rows], prepend=(epoch - 1) * per_epoch)
+        weights = np.diff(
+            [row["step"] for row in rows], prepend=(epoch - 1) * per_epoch
+        )
         trained = {
-            name: float(np.average([row[name] for row in rows], weights=counts))
+            name: float(np.average([row[name] for row in rows], weights=weights))
             for name in rows[0]
             if name.startswith("train/")
         }
         progress.epoch_done(epoch, trained | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
-            figures, numbers = job.report(
-                *job.first_seed((state.published, arrays)), directory.history
-            )
+            figures, numbers = job.reports(state.published, arrays, directory.history)
             directory.save_figures(figures)
-        if epoch == job.epochs:
-            counts = {"epochs": epoch, "steps": job.steps}
-            directory.write_summary(job.title, counts | trained | tested | numbers)
+            summary = {"epochs": epoch, "steps": epoch * per_epoch, **trained, **tested}
+            summary |= numbers | best_so_far(epoch * per_epoch, tested)
+            directory.write_summary(job.title, summary)
         return tested
+
+    def best_so_far(step, tested):
+        """Of the best checkpoint, which is what is used where there is one, its step and metrics."""
+        if job.best is None:
+            return {}
+        best = step if checkpoints.is_best(tested) else checkpoints.best
+        row = next(
+            row for row in directory.history if row["step"] == best and job.best in row
+        )
+        metrics = {name: row[name] for name in tested if "/seed" not in name}
+        return {"best step, used by default": best} | {
+            f"{name} at the best step": value for name, value in metrics.items()
+        }
 
     order = unread = None
     chunks = 0
@@ -266,7 +287,7 @@ def train(
                 read(*unread)
             step, chunks = step + count, chunks + 1
             unread = (step, count, history)
-            if chunks == PROFILED.stop:
+            if job.run.profile and chunks == PROFILED.stop:
                 jax.block_until_ready(state)
                 profiler.close()
 
@@ -281,21 +302,6 @@ def train(
                 saved = step
             if stopping:
                 break
+    if job.run.profile and chunks <= PROFILED.start:
+        progress.note("too few chunks for a profile: lower run.chunk")
     return state
-
-
-def restore(folder, like: TrainState, progress: Progress) -> TrainState | None:
-    """The latest state in `folder`, or the one before it where that is damaged; None if there is none.
-
-    Raises OSError if all of them are damaged.
-    """
-    state = None
-    for state in restore_states(folder, like):
-        if isinstance(state, TrainState):
-            return state
-        progress.note(f"{state}; looking for an earlier one")
-    if state is not None:
-        raise OSError(
-            f"no checkpoint in {folder} can be read: move them away to start again, or name another --workdir"
-        )
-    return None
