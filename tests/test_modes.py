@@ -69,8 +69,7 @@ def test_reconstruct(run):
 
 def test_interpolate_begins_and_ends_at_the_reconstructions(run):
     path, config, _, splits = run
-    chosen = {"images": None, "digits": [3, 8]}
-    found = arrays(modes.interpolate(path, config, "latest", "test", 5, chosen))
+    found = arrays(modes.interpolate(path, config, "latest", "test", 5, None, [3, 8]))
     label = splits["test"].label
     assert label[found["index"]].tolist() == [3, 8]
     assert 3 not in label[: found["index"][0]]  # the first one
@@ -83,8 +82,7 @@ def test_interpolate_begins_and_ends_at_the_reconstructions(run):
 
 def test_traverse_moves_one_latent_at_a_time_the_one_with_most_kl_first(run):
     path, config, history, splits = run
-    chosen = {"images": [4], "digits": None}
-    found = arrays(modes.traverse(path, config, "latest", "test", 3, chosen))
+    found = arrays(modes.traverse(path, config, "latest", "test", 3, [4], None))
     assert found["image"].shape == (20, 3, 28, 28, 1)
     assert np.all(np.diff(found["kl"]) <= 0) and sorted(found["latent"]) == [*range(20)]
     assert found["kl"].sum() == pytest.approx(history[-1]["test/kl"], rel=1e-4)

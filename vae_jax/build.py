@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import jax
@@ -22,6 +21,7 @@ from vae_jax.evaluate import (
     expected_calibration_error,
     linear_vae_loss,
 )
+from vae_jax.library import make_title
 from vae_jax.models import MODELS, derive
 from vae_jax.objectives import OBJECTIVES, make_batch
 from vae_jax.steps import OPTIMIZERS, averaging, fixed_key, make_eval_step
@@ -144,11 +144,6 @@ def metric_names(job: Job) -> list[str]:
     example = [array[:1] for array in job.dataset.splits["train"]]
     shapes = jax.eval_shape(metrics, variables, *example)
     return [name for name, leaf in shapes.items() if leaf.dtype == jnp.float32]
-
-
-def make_title(network: Any, data_name: str) -> str:
-    """What is trained on what, for people."""
-    return f"{type(network).__name__} on {Path(data_name).name}"
 
 
 def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -97,6 +97,11 @@ class TrainedVAE:
     step: int
     config: dict
 
+    @property
+    def title(self) -> str:
+        """What was trained on what, for people."""
+        return make_title(self.model, self.config["data"]["name"])
+
     def encode(
         self, image
     ) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
@@ -162,6 +167,11 @@ class TrainedClassifier:
     @functools.cached_property
     def _jitted(self):
         return jax.jit(lambda *given: jax.nn.softmax(self.model.apply(*given)))
+
+
+def make_title(network: Any, data_name: str) -> str:
+    """What is trained on what, for people."""
+    return f"{type(network).__name__} on {Path(data_name).name}"
 
 
 def in_batches(function: Callable, array: np.ndarray) -> Any:

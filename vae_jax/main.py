@@ -164,7 +164,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     try:
         if count is not None and count < 1:
             raise ValueError(f"--count is {count}, but must be at least 1")
-        chosen = {"images": numbers("images"), "digits": numbers("digits")}
+        chosen = numbers("images"), numbers("digits")
         stored = read_config(workdir)
         if stored is None:
             raise ValueError(
@@ -189,11 +189,11 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
                 paths = modes.reconstruct(workdir, config, checkpoint, split, count)
             case "interpolate":
                 paths = modes.interpolate(
-                    workdir, config, checkpoint, split, count, chosen
+                    workdir, config, checkpoint, split, count, *chosen
                 )
             case "traverse":
                 paths = modes.traverse(
-                    workdir, config, checkpoint, split, count, chosen
+                    workdir, config, checkpoint, split, count, *chosen
                 )
     except (ValueError, OSError) as error:
         fail(str(error), 1)

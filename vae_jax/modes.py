@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import data, figures, generate
-from vae_jax.build import bind, build, make_title
+from vae_jax.build import bind, build
 from vae_jax.evaluate import make_evaluate, over_seeds
 from vae_jax.library import load, load_variables
 from vae_jax.objectives import kl_to_standard_normal
@@ -46,7 +46,7 @@ def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
     """Images decoded from the prior, as a grid and as .npz."""
     vae = load_model(workdir, checkpoint, "vae")
     image = vae.sample(count, seed)
-    title = f"{count} images decoded from z ~ N(0, 1): {make_title(vae.model, vae.config['data']['name'])}"
+    title = f"{count} images decoded from z ~ N(0, 1): {vae.title}"
     return save(
         workdir,
         f"sample-step{vae.step}-count{count}-seed{seed}",
@@ -72,7 +72,7 @@ def reconstruct(
             image / np.float32(255),
             reconstruction,
             label,
-            f"Images of {split} and their reconstructions: {make_title(vae.model, vae.config['data']['name'])}",
+            f"Images of {split} and their reconstructions: {vae.title}",
         ),
         image=image,
         label=label,
@@ -81,13 +81,19 @@ def reconstruct(
 
 
 def interpolate(
-    workdir: str, config: dict, checkpoint: str, split: str, count: int, chosen: dict
+    workdir: str,
+    config: dict,
+    checkpoint: str,
+    split: str,
+    count: int,
+    images: list[int] | None,
+    digits: list[int] | None,
 ) -> list[Path]:
-    """Images decoded from the line between the encodings of two images; `chosen` as in `choose_images`."""
+    """Images decoded from the line between the encodings of two images; those that `choose_images` chooses."""
     vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
-    index = choose_images(examples, split, 2, **chosen)
+    index = choose_images(examples, split, 2, images, digits)
     mean, _ = vae.encode(examples.image[index])
     image = vae.decode(generate.interpolate(*jnp.asarray(mean), count))
     ends = examples.image[index] / np.float32(255)
@@ -100,7 +106,7 @@ def interpolate(
             row[None],
             [""],
             ["input", *marks, "input"],
-            f"Between two images of {split}: {make_title(vae.model, vae.config['data']['name'])}",
+            f"Between two images of {split}: {vae.title}",
         ),
         image=image,
         index=index,
@@ -108,11 +114,17 @@ def interpolate(
 
 
 def traverse(
-    workdir: str, config: dict, checkpoint: str, split: str, count: int, chosen: dict
+    workdir: str,
+    config: dict,
+    checkpoint: str,
+    split: str,
+    count: int,
+    images: list[int] | None,
+    digits: list[int] | None,
 ) -> list[Path]:
     """An image's encoding decoded with one latent at a time moved, the latents that carry the most (KL) first."""
     vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
-    index = choose_images(examples, split, 1, **chosen)
+    index = choose_images(examples, split, 1, images, digits)
     mean, logvar = vae.encode(examples.image)
     one_by_one = (jnp.asarray(part).reshape(-1, 1) for part in (mean, logvar))
     kl = np.reshape(kl_to_standard_normal(*one_by_one), mean.shape).mean(axis=0)
@@ -128,7 +140,7 @@ def traverse(
             image,
             [f"z{latent}: {kl[latent]:.2f} nats" for latent in order],
             [f"{value:.1f}" for value in values],
-            f"One latent at a time, by its mean KL: {make_title(vae.model, vae.config['data']['name'])}",
+            f"One latent at a time, by its mean KL: {vae.title}",
         ),
         image=image,
         latent=order,

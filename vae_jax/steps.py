@@ -185,7 +185,7 @@ def make_muon(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024): a kernel's step is its momentum made orthogonal; all other parameters have Adam.
+    """Muon (Jordan et al. 2024): a kernel's step is its momentum made orthogonal; all other parameters have Adam, here with Nesterov's momentum.
 
     A kernel is taken as the matrix that maps what a place of its input gives to an output, or, in modules named
     "tconv...", what it makes of an input. Steps have the size of Adam's (Liu et al. 2025, section 2.2).
