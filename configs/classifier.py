@@ -64,7 +64,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
 VARIANTS = {
     "default": {},
-    "best": {"epochs": 40, "objective.shift": 2, "objective.rotation": 10.0},
+    "best": {"epochs": 40, "objective.shift": 2},
     "digits": {
         "data.name": "digits",
         "epochs": 30,
