@@ -38,7 +38,7 @@ class Checkpoints:
     def __init__(self, folder, about: dict, keep: int, best: str | None = None):
         self._folder = epath.Path(folder).absolute()
         self._about, self._metric = about, best
-        self._policy = _LatestAndBest(keep, _best_step(self._folder))
+        self._policy = _LatestAndBest(keep, *_best(self._folder))
         options = ocp.CheckpointManagerOptions(
             create=True,
             cleanup_tmp_directories=True,
@@ -68,7 +68,9 @@ class Checkpoints:
                 damaged.append(step)
                 continue
             for name in self._about:
-                if name != "config" and about[name] != _through_json(self._about[name]):
+                if name == "config":  # which may change in parts
+                    continue
+                if about.get(name) != json.loads(json.dumps(self._about[name])):
                     raise OSError(
                         f"{name} is not what it was when checkpoint {step} was saved: continue with the same data, or name another --workdir"
                     )
@@ -87,7 +89,7 @@ class Checkpoints:
             free = next(name for name in names if not (self._folder / name).exists())
             (self._folder / str(step)).rename(self._folder / free)
         self._manager.reload()
-        self._policy.best = _best_step(self._folder)
+        self._policy.cost, self._policy.best = _best(self._folder)
 
     @property
     def best(self) -> int | None:
@@ -96,23 +98,21 @@ class Checkpoints:
 
     def is_best(self, metrics: dict) -> bool:
         """Whether a checkpoint with these metrics would be the best one; of equal ones it is the first."""
-        if self._metric is None:
-            return False
-        cost = _cost({"metric": self._metric, "value": metrics[self._metric]})
-        return self.best is None or cost < _cost(
-            read_about(self._folder, self.best)["best"]
-        )
+        return _cost(self._marked(metrics)) < self._policy.cost
+
+    def _marked(self, metrics):
+        if self._metric not in metrics:
+            return None
+        return {"metric": self._metric, "value": metrics[self._metric]}
 
     def save(self, step: int, state: TrainState, metrics: dict) -> None:
         """Write the checkpoint of `step`, whole or not at all; `metrics` are those of its evaluation, if there was one.
 
         Raises OSError where that cannot be.
         """
-        best = None
-        if self._metric in metrics:
-            best = {"metric": self._metric, "value": metrics[self._metric]}
-            if self.is_best(metrics):
-                self._policy.best = step
+        best = self._marked(metrics)
+        if _cost(best) < self._policy.cost:
+            self._policy.cost, self._policy.best = _cost(best), step
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -135,8 +135,8 @@ class Checkpoints:
 
 
 class _LatestAndBest(PreservationPolicy):
-    def __init__(self, keep, best):
-        self.keep, self.best = keep, best
+    def __init__(self, keep, cost, best):
+        self.keep, self.cost, self.best = keep, cost, best
 
     def should_preserve(self, checkpoints, *, context):
         latest = len(checkpoints) - self.keep
@@ -165,7 +165,7 @@ def select(folder, which: str = "") -> int:
 
     Raises ValueError if there is no such checkpoint.
     """
-    found, best = steps(folder), _best_step(folder)
+    found, (_, best) = steps(folder), _best(folder)
     if not found:
         raise ValueError(f"there is no checkpoint in {folder}: train first")
     if which == "best" and best is None:
@@ -254,18 +254,14 @@ def _cost(best):
     return sign * best["value"]
 
 
-def _best_step(folder):
-    """The first step of the lowest cost; None where no whole checkpoint has a metric."""
-    costs = []
+def _best(folder):
+    """The lowest cost of the whole checkpoints that have a metric, and the first step with it."""
+    costs = [(math.inf, None)]
     for step in steps(folder):
         with contextlib.suppress(ValueError):
-            costs.append((_cost(read_about(folder, step)["best"]), step))
-    cost, step = min(costs, default=(math.inf, None))
-    return None if cost == math.inf else step
-
-
-def _through_json(value):
-    return json.loads(json.dumps(value))
+            best = read_about(folder, step)["best"]
+            costs += [(_cost(best), step)] if best else []
+    return min(costs)
 
 
 def _plain(tree):

@@ -297,7 +297,7 @@ def train(
                 read(*unread)
                 unread = None
             tested = evaluate(epoch + 1, state) if epoch_ended else {}
-            if due or (tested and checkpoints.is_best(tested)):
+            if due or checkpoints.is_best(tested):
                 checkpoints.save(step, state, tested)
                 saved = step
             if stopping:
