@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, Key
-from optax.contrib import MuonDimensionNumbers, muon
 
 from vae_jax.objectives import Batch, example_keys
 
@@ -167,64 +166,6 @@ def make_adam(
 
     Raises ValueError for a value out of range.
     """
-    check_adam(learning_rate, warmup, beta1, beta2, eps, weight_decay)
-    rate = make_rate(steps, learning_rate, schedule, warmup)
-    if not weight_decay:
-        return optax.adam(rate, beta1, beta2, eps)
-    return optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
-
-
-def make_muon(
-    steps: int,
-    *,
-    learning_rate: float = 0.001,
-    schedule: str = "constant",
-    warmup: float = 0.0,
-    beta1: float = 0.95,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024): a kernel's step is its momentum made orthogonal; all other parameters have Adam, here with Nesterov's momentum.
-
-    A kernel is taken as the matrix that maps what a place of its input gives to an output, or, in modules named
-    "tconv...", what it makes of an input. Steps have the size of Adam's (Liu et al. 2025, section 2.2).
-
-    Args:
-        steps: length of the training.
-        learning_rate, schedule, warmup, beta2, eps, weight_decay: as in `make_adam`.
-        beta1: decay of the momentum.
-
-    Raises ValueError for a value out of range.
-    """
-    check_adam(learning_rate, warmup, beta1, beta2, eps, weight_decay)
-
-    def matrices(params):
-        def matrix(path, leaf):
-            if leaf.ndim == 2:
-                return MuonDimensionNumbers(0, 1)
-            if leaf.ndim == 4:
-                transposed = "tconv" in jax.tree_util.keystr(path)
-                sides = (2, (0, 1, 3)) if transposed else ((0, 1, 2), 3)
-                return MuonDimensionNumbers(*sides)
-            return None
-
-        return jax.tree_util.tree_map_with_path(matrix, params)
-
-    return muon(
-        make_rate(steps, learning_rate, schedule, warmup),
-        beta=beta1,
-        eps=eps,
-        weight_decay=weight_decay,
-        adam_b2=beta2,
-        adam_weight_decay=weight_decay,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrices,
-    )
-
-
-def check_adam(learning_rate, warmup, beta1, beta2, eps, weight_decay) -> None:
-    """Raise ValueError for a value out of range."""
     for name, value in [("learning_rate", learning_rate), ("eps", eps)]:
         if not 0 < value < math.inf:
             raise ValueError(f"optimizer.{name} is {value}, but must be above 0")
@@ -235,17 +176,14 @@ def check_adam(learning_rate, warmup, beta1, beta2, eps, weight_decay) -> None:
         raise ValueError(
             f"optimizer.weight_decay is {weight_decay}, but must be at least 0"
         )
-
-
-def make_rate(
-    steps: int, learning_rate: float, schedule: str, warmup: float
-) -> optax.Schedule:
-    """The learning rate of each step. Raises ValueError for an unknown schedule."""
     if schedule not in SCHEDULES:
         raise ValueError(
             f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}"
         )
-    return SCHEDULES[schedule](learning_rate, steps, warmup)
+    rate = SCHEDULES[schedule](learning_rate, steps, warmup)
+    if not weight_decay:
+        return optax.adam(rate, beta1, beta2, eps)
+    return optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
 
 
 def warmed_up(schedule: Callable) -> Callable:
@@ -284,4 +222,4 @@ SCHEDULES = {
     ),
 }
 
-OPTIMIZERS = {"adam": make_adam, "muon": make_muon}
+OPTIMIZERS = {"adam": make_adam}
