@@ -101,7 +101,8 @@ def ours(network, objective, images, labels, batch_size, steps):
     """Our model in our loop: a chunk of steps in one program."""
     optimizer = optax.adam(1e-3)
     state = initial_state(network, optimizer)
-    run_chunk = make_run_chunk(make_train_step(objective, optimizer), batch_size, steps)
+    train_step = make_train_step(objective, optimizer)
+    run_chunk = jax.jit(make_run_chunk(train_step, batch_size, steps), donate_argnums=0)
     order = np.arange(len(images), dtype=np.int32)
     data = jax.device_put((order, images, labels))
 
