@@ -21,11 +21,11 @@ from vae_jax.evaluate import (
     expected_calibration_error,
     linear_vae_loss,
 )
-from vae_jax.library import make_title
 from vae_jax.models import MODELS, derive
 from vae_jax.objectives import OBJECTIVES, make_batch
 from vae_jax.steps import OPTIMIZERS, averaging, fixed_key, make_eval_step
 from vae_jax.train import Job, RunOptions
+from vae_jax.trained import make_title
 
 LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
 MISTAKES = 24  # misclassified images that are shown

@@ -74,7 +74,8 @@ class Checkpoints:
                     raise OSError(
                         f"{name} is not what it was when checkpoint {step} was saved: continue with the same data, or name another --workdir"
                     )
-            self._set_aside(damaged)
+            if damaged:
+                self._set_aside(damaged)
             return state.replace(key=jax.random.wrap_key_data(state.key))
         if found:
             raise OSError(

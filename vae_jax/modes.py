@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 from vae_jax import data, figures, generate
 from vae_jax.build import bind, build
 from vae_jax.evaluate import make_evaluate, over_seeds
-from vae_jax.library import load, load_variables
 from vae_jax.objectives import kl_to_standard_normal
-from vae_jax.rundir import read_rows, save_figure
+from vae_jax.rundir import read_rows, save_figure, whole_file
+from vae_jax.trained import load, load_variables
 
 MOST_SHOWN = 100  # images beside their reconstructions
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -164,8 +163,8 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
     path = generated(workdir) / f"predict-step{classifier.step}-{Path(images).stem}.csv"
     if path.exists() and path.read_text(encoding="utf-8") != text.getvalue():
         raise FileExistsError(f"{path} holds other predictions: move it away")
-    path.with_suffix(".tmp").write_text(text.getvalue(), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole_file(path) as part:
+        part.write_text(text.getvalue(), encoding="utf-8")
     return [path]
 
 
@@ -240,7 +239,6 @@ def save(workdir: str, name: str, figure: Any, **arrays) -> list[Path]:
     """generated/NAME.png and .npz; the name says all that decides the content, so that nothing else is overwritten."""
     paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz")]
     save_figure(figure, paths[0])
-    with open(paths[1].with_suffix(".tmp"), "wb") as file:
+    with whole_file(paths[1]) as part, open(part, "wb") as file:
         np.savez_compressed(file, **arrays)
-    os.replace(paths[1].with_suffix(".tmp"), paths[1])
     return paths

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -150,10 +150,8 @@ class RunDirectory:
         self._lock.close()
 
     def _write(self, name, text):
-        """At no moment leave half a file."""
-        path = self.path / name
-        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-        os.replace(path.with_suffix(".tmp"), path)
+        with whole_file(self.path / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -172,10 +170,18 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end: at no moment is there half a file."""
+    part = path.with_suffix(".tmp")
+    yield part
+    os.replace(part, path)
+
+
 def save_figure(figure, path: Path) -> None:
-    """Write a PNG, at no moment leaving half a file."""
-    figure.savefig(path.with_suffix(".tmp"), format="png", dpi=110)
-    os.replace(path.with_suffix(".tmp"), path)
+    """Write a PNG."""
+    with whole_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
 
 
 def _line(row):
