@@ -24,7 +24,11 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "validation": 0,
                 "shuffle": True,
             },
-            "model": {"name": "classifier", "features": (8, 16, 32)},
+            "model": {
+                "name": "classifier",
+                "features": (8, 16, 32),
+                "precision": "float32",
+            },
             "objective": {
                 "name": "cross_entropy",
                 "label_smoothing": 0.0,

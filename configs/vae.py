@@ -31,6 +31,7 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "encoder_features": (32, 64),
                 "decoder_features": (64, 32),
                 "pooling": False,
+                "precision": "float32",
             },
             "objective": {"name": "elbo", "beta": 1.0},
             "optimizer": {

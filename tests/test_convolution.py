@@ -92,19 +92,30 @@ def test_vmap_equals_lax(ours, theirs, axes):
     assert_close(per_seed(ours), per_seed(theirs))
 
 
+@pytest.mark.parametrize("channels", [3, convolution.FEW_CHANNELS + 1])
 @pytest.mark.parametrize("function", [convolution.conv, convolution.conv_transpose])
-def test_lowers_to_products_on_the_cpu_and_to_convolutions_elsewhere(function):
-    x, w = operands(4, 4, 3)
+def test_forms_by_platform(function, channels):
+    """Products on the CPU, convolutions on TPUs; on NVIDIA GPUs products where the large side has few channels."""
+    x, w = operands(4, 4, 3, c_in=channels, c_out=channels)
     gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(function(x, w, 2) ** 2), (0, 1)))
     lowered = {
         p: gradient.trace(x, w).lower(lowering_platforms=(p,)).as_text()
         for p in ("cpu", "cuda", "tpu")
     }
-    assert "stablehlo.convolution" not in lowered["cpu"]
-    assert (
-        "stablehlo.convolution" in lowered["cuda"]
-        and "stablehlo.convolution" in lowered["tpu"]
-    )
+    found = {p: "stablehlo.convolution" in text for p, text in lowered.items()}
+    many = channels > convolution.FEW_CHANNELS
+    assert found == {"cpu": False, "cuda": many, "tpu": True}
+
+
+@pytest.mark.parametrize("ours,theirs", PAIRS)
+def test_bfloat16_accumulates_in_float32(ours, theirs):
+    """The error is that of rounding operands and result once, however many terms are added."""
+    x, w = operands(14, 14, 3, c_in=64)
+    exact = theirs(x, w, 2)
+    ours = ours(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), 2)
+    assert ours.dtype == jnp.bfloat16
+    error = jnp.abs(ours.astype(jnp.float32) - exact).max() / jnp.abs(exact).max()
+    assert 0 < error < 0.01
 
 
 def test_lax_forms_equal_the_products():

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vae_jax.models import make_classifier, make_vae, relu, window_extreme
@@ -279,3 +280,53 @@ def test_window_extreme_differentiates_as_max_and_min():
 def test_bad_classifier(image_shape, num_classes, fields, message):
     with pytest.raises(ValueError, match=message):
         make_classifier(image_shape, num_classes, **fields)
+
+
+def test_pooling_halves_as_flax_layers_do():
+    network = make_vae((28, 28, 1), encoder_features=(4, 6), pooling=True)
+    image = jax.random.uniform(jax.random.key(0), (3, 28, 28, 1))
+    variables = network.init(jax.random.key(1), image)
+    params, x = variables["params"]["encoder"], image
+    for name, features in [("conv1", 4), ("conv2", 6)]:
+        x = nn.Conv(features, (3, 3)).apply({"params": params[name]}, x)
+        x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
+    expected = nn.Dense(40).apply({"params": params["fc"]}, x.reshape(3, -1))
+    found = network.apply(variables, image, method="encode")
+    np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="below the 4x4 that 2 poolings need"):
+        make_vae((2, 4, 1), decoder_features=(4,), pooling=True)
+
+
+@pytest.mark.parametrize(
+    "make", [make_vae, functools.partial(make_classifier, num_classes=10)]
+)
+def test_bfloat16_is_close_and_leaves_parameters_float32(make):
+    image = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))
+    networks = [make((28, 28, 1), precision=p) for p in ("float32", "bfloat16")]
+    variables = networks[0].init(jax.random.key(1), image)
+
+    def loss(network, params):
+        return jnp.mean(network.apply(variables | {"params": params}, image) ** 2)
+
+    (exact, grads), (rough, rough_grads) = (
+        jax.value_and_grad(functools.partial(loss, network))(variables["params"])
+        for network in networks
+    )
+    assert rough.dtype == jnp.float32 and 0 < abs(rough - exact) < 0.01 * exact
+    assert {leaf.dtype for leaf in jax.tree.leaves(rough_grads)} == {jnp.dtype("f4")}
+    error = optax.tree.norm(optax.tree.sub(rough_grads, grads))
+    assert error < 0.05 * optax.tree.norm(grads)
+    _, tangent = jax.jvp(
+        functools.partial(loss, networks[1]),
+        (variables["params"],),
+        (jax.tree.map(jnp.ones_like, grads),),
+    )
+    assert jnp.isfinite(tangent)
+
+
+def test_bad_precision():
+    with pytest.raises(
+        ValueError,
+        match="model.precision is 'half', but must be one of float32, bfloat16",
+    ):
+        make_vae((28, 28, 1), precision="half")

@@ -29,12 +29,18 @@ def _relu_jvp(primals, tangents):
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
+def cast(arrays: tuple, dtype: Any) -> tuple:
+    """What a layer computes with. Parameters stay float32, and their gradients come back as float32."""
+    return tuple(array.astype(dtype) for array in arrays)
+
+
 class Conv(nn.Module):
     """SAME convolution, or its transpose, with bias; parameters as `nn.Conv` and `nn.ConvTranspose` have them."""
 
     features: int
     stride: int
     transpose: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -43,6 +49,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = convolution.conv_transpose if self.transpose else convolution.conv
+        x, kernel, bias = cast((x, kernel, bias), self.dtype)
         return apply(x, kernel, self.stride) + bias.reshape(1, 1, 1, -1)
 
 
@@ -54,6 +61,7 @@ class Spread(nn.Module):
 
     size: tuple[int, int]
     features: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -63,9 +71,9 @@ class Spread(nn.Module):
             "kernel", kernel_init, (*self.size, z.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1]) + bias.reshape(
-            1, 1, 1, -1
-        )
+        z, kernel, bias = cast((z, kernel, bias), self.dtype)
+        y = jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1])
+        return y + bias.reshape(1, 1, 1, -1)
 
 
 class WindowConv(nn.Module):
@@ -76,6 +84,7 @@ class WindowConv(nn.Module):
     """
 
     features: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -83,6 +92,7 @@ class WindowConv(nn.Module):
     ) -> Float[Array, "batch h_out w_out 4 c_out"]:
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = cast((x, kernel, bias), self.dtype)
         places = [
             jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)))
             for i in (0, 1)
@@ -134,7 +144,8 @@ class NormPool(nn.Module):
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         stored_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         if train:
-            mean, square = channel_mean(x), channel_mean(x * x)
+            exact = x.astype(jnp.float32)
+            mean, square = channel_mean(exact), channel_mean(exact * exact)
             if axis_name is not None:
                 mean, square = lax.pmean((mean, square), axis_name)
             var = jnp.maximum(square - mean**2, 0)
@@ -146,9 +157,8 @@ class NormPool(nn.Module):
         factor = scale * lax.rsqrt(var + self.epsilon)
         if x.ndim == 5:
             x = window_extreme(x, scale >= 0)
-        return x * factor.reshape(1, 1, 1, -1) + (bias - mean * factor).reshape(
-            1, 1, 1, -1
-        )
+        offset = (bias - mean * factor).reshape(1, 1, 1, -1)
+        return (x * factor.reshape(1, 1, 1, -1) + offset).astype(x.dtype)
 
 
 def channel_mean(x: Float[Array, "batch h w *window c"]) -> Float[Array, " c"]:
@@ -166,6 +176,7 @@ class Encoder(nn.Module):
     latent_dim: int
     features: tuple[int, ...]
     pooling: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -174,13 +185,15 @@ class Encoder(nn.Module):
         x = image
         for i, features in enumerate(self.features):
             if self.pooling:
-                x = WindowConv(features, name=f"conv{i + 1}")(x)
+                x = WindowConv(features, self.dtype, name=f"conv{i + 1}")(x)
                 x = relu(window_extreme(x, jnp.ones(features, bool)))
             else:
-                x = relu(Conv(features, stride=2, name=f"conv{i + 1}")(x))
-        x = nn.Dense(2 * self.latent_dim, kernel_init=kernel_init, name="fc")(
-            x.reshape(x.shape[0], -1)
+                conv = Conv(features, 2, dtype=self.dtype, name=f"conv{i + 1}")
+                x = relu(conv(x))
+        dense = nn.Dense(
+            2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc"
         )
+        x = dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
         mean, logvar = jnp.split(x, 2, axis=-1)
         return mean, logvar
 
@@ -190,6 +203,7 @@ class Decoder(nn.Module):
 
     image_shape: tuple[int, int, int]
     features: tuple[int, ...]
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -197,17 +211,13 @@ class Decoder(nn.Module):
     ) -> Float[Array, "batch height width channel"]:
         height, width, channels = self.image_shape
         scale = 2 ** len(self.features)
-        x = relu(
-            Spread((height // scale, width // scale), self.features[0], name="tconv1")(
-                z
-            )
-        )
-        for i, features in enumerate(self.features):
-            x = relu(Conv(features, stride=2, transpose=True, name=f"tconv{i + 2}")(x))
-        x = Conv(
-            channels, stride=1, transpose=True, name=f"tconv{len(self.features) + 2}"
-        )(x)
-        return nn.sigmoid(x)
+        size = (height // scale, width // scale)
+        x = relu(Spread(size, self.features[0], self.dtype, name="tconv1")(z))
+        layers = [(features, 2) for features in self.features] + [(channels, 1)]
+        for i, (features, stride) in enumerate(layers, start=2):
+            layer = Conv(features, stride, True, self.dtype, name=f"tconv{i}")
+            x = layer(x) if i > len(layers) else relu(layer(x))
+        return nn.sigmoid(x.astype(jnp.float32))
 
 
 class VAE(nn.Module):
@@ -218,10 +228,13 @@ class VAE(nn.Module):
     encoder_features: tuple[int, ...]
     decoder_features: tuple[int, ...]
     pooling: bool = False
+    dtype: Any = jnp.float32
 
     def setup(self):
-        self.encoder = Encoder(self.latent_dim, self.encoder_features, self.pooling)
-        self.decoder = Decoder(self.image_shape, self.decoder_features)
+        self.encoder = Encoder(
+            self.latent_dim, self.encoder_features, self.pooling, self.dtype
+        )
+        self.decoder = Decoder(self.image_shape, self.decoder_features, self.dtype)
 
     def encode(self, image):
         return self.encoder(image)
@@ -238,6 +251,7 @@ class Classifier(nn.Module):
 
     num_classes: int
     features: tuple[int, ...]
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -249,13 +263,14 @@ class Classifier(nn.Module):
         x = image
         for i, features in enumerate(self.features, start=1):
             if i < len(self.features):
-                x = WindowConv(features, name=f"conv{i}")(x)
+                x = WindowConv(features, self.dtype, name=f"conv{i}")(x)
             else:
-                x = Conv(features, stride=1, name=f"conv{i}")(x)
+                x = Conv(features, 1, dtype=self.dtype, name=f"conv{i}")(x)
             x = relu(NormPool(name=f"norm{i}")(x, train, axis_name))
-        return nn.Dense(self.num_classes, kernel_init=kernel_init, name="fc")(
-            x.reshape(x.shape[0], -1)
+        dense = nn.Dense(
+            self.num_classes, dtype=self.dtype, kernel_init=kernel_init, name="fc"
         )
+        return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
 
 
 def make_vae(
@@ -265,6 +280,7 @@ def make_vae(
     encoder_features: tuple[int, ...] = (32, 64),
     decoder_features: tuple[int, ...] = (64, 32),
     pooling: bool = False,
+    precision: str = "float32",
 ) -> VAE:
     """The post's VAE for images of `image_shape` (height, width, channels).
 
@@ -273,6 +289,7 @@ def make_vae(
         encoder_features: channels after each convolution, of which every one halves the image.
         decoder_features: channels after each transposed convolution but the last; every one doubles the image.
         pooling: halve the image by max pooling instead of strided convolutions, which the post found to fail.
+        precision: "float32", or "bfloat16": what the layers compute in; parameters, statistics and the loss are float32.
 
     Raises ValueError if a size is below 1, if the decoder, which doubles the size once for each of its features,
     cannot reach the image's height and width, or if pooling leaves nothing of the image.
@@ -298,6 +315,7 @@ def make_vae(
         tuple(encoder_features),
         tuple(decoder_features),
         pooling,
+        check_precision(precision),
     )
 
 
@@ -306,11 +324,13 @@ def make_classifier(
     num_classes: int,
     *,
     features: tuple[int, ...] = (8, 16, 32),
+    precision: str = "float32",
 ) -> Classifier:
     """The post's classifier (its Table 4), with pooling after every convolution but the last.
 
     Args:
         features: channels after each convolution.
+        precision: as in `make_vae`.
 
     Raises ValueError if there are fewer than 2 classes, a size is below 1, or pooling leaves nothing of the image.
     """
@@ -320,7 +340,7 @@ def make_classifier(
             f"the classifier needs labels of at least 2 classes, but the data have {num_classes}"
         )
     check_pooling(image_shape, len(features) - 1, "features")
-    return Classifier(num_classes, tuple(features))
+    return Classifier(num_classes, tuple(features), check_precision(precision))
 
 
 def check_sizes(**fields: tuple[int, ...]) -> None:
@@ -330,6 +350,15 @@ def check_sizes(**fields: tuple[int, ...]) -> None:
             raise ValueError(
                 f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1"
             )
+
+
+def check_precision(precision: str) -> Any:
+    """The type of a precision's name. Raises ValueError for another name."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"model.precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}"
+        )
+    return PRECISIONS[precision]
 
 
 def check_pooling(image_shape: tuple[int, int, int], times: int, field: str) -> None:
@@ -350,4 +379,5 @@ def derive(function: Callable, **known: Any) -> Any:
     return function(**{name: known[name] for name in wanted})
 
 
+PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 MODELS = {"vae": make_vae, "classifier": make_classifier}
