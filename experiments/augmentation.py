@@ -230,6 +230,9 @@ class Study:
                 "".join(json.dumps(row) + "\n" for row in self.rows), "utf-8"
             )
 
+    def close(self) -> None:
+        os.close(self._lock)
+
     def result(self, name: dict, compute: Callable[[], dict]) -> dict:
         """The stored result of the run with this name, or else a computed one, which is then stored."""
         for row in self.rows:

@@ -112,7 +112,8 @@ def _table(cells, caption):
 
 def _cell(text):
     """Numbers are kept on one line and set to the right, so that they line up."""
-    number = re.fullmatch(r"[*]*[-+]?[\d.,]+( ?%)?( ± [\d.]+( ?%)?)?[*]*", text)
+    plain = text.replace("*", "")
+    number = re.fullmatch(r"[-+]?[\d.,]+( ?%)?( ± [\d.]+( ?%)?)?", plain)
     return f"<td{' class=number' if number else ''}>{_inline(text)}</td>"
 
 

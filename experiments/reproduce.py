@@ -333,6 +333,7 @@ def layers(model) -> list[list[str]]:
         found[" ".join(layer)] = (shape, count + leaf.size)
         total += leaf.size
     body = [[name, shape, f"{count:,}"] for name, (shape, count) in found.items()]
+    body.sort(key=lambda line: line[0].startswith("decoder"))
     return [["layer", "kernel", "parameters"], *body, ["all", "", f"{total:,}"]]
 
 

@@ -334,6 +334,7 @@ def pytorch_forms() -> dict[str, tuple]:
         print("PyTorch does not see the GPU, and is left out.")
         return {}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as JAX's default
     forms = {
         "eager": (False, None),
         "eager, channels_last": (True, None),

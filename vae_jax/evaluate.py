@@ -90,7 +90,9 @@ def combine_seeds(seeds: Sequence[dict], first_seed: int) -> dict[str, float]:
     return metrics
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_interval(
+    values: Sequence[float] | Float[np.ndarray, " n"],
+) -> tuple[float, float]:
     """The mean, and the half-width of its 95 % interval (Student's t), of at least two independent values."""
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     quantile = scipy.special.stdtrit(len(values) - 1, 0.975)
