@@ -1,10 +1,13 @@
 """Train a model, or use one: `python -m vae_jax.main --config=configs/vae.py`. Flags -> one call."""
 
 import functools
+import os
 import shlex
 import signal
+import socket
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -123,7 +126,9 @@ def train(config: dict, workdir: str) -> None:
     try:
         state = train(job, directory, checkpoints, progress, stop)
     except (FloatingPointError, OSError) as error:
-        fail(str(error), 1)
+        reason = getattr(error, "strerror", None)  # of what the system refuses
+        way_out = f"cannot go on in the work directory {workdir} ({reason}): the same command continues once it can be written to"
+        fail(way_out if reason else str(error), 1)
     finally:
         progress.close()
         checkpoints.close()
@@ -138,17 +143,28 @@ def train(config: dict, workdir: str) -> None:
 
 
 class Stop:
-    """Whether someone asked to stop, by SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
+    """Whether someone asked to stop, by SIGTERM or Ctrl-C; a second Ctrl-C ends the program at once.
+
+    A thread hears of the signals: Python's own handlers wait until a compiled program has returned.
+    """
 
     signal = 0
 
     def __init__(self):
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        signal.set_wakeup_fd(self._told.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _note(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _listen(self):
+        while True:
+            (number,) = self._heard.recv(1)
+            if self.signal and number == signal.SIGINT:
+                print("vae_jax: interrupted", file=sys.stderr, flush=True)
+                os._exit(128 + number)  # as safe as SIGKILL: no file is half there
+            self.signal = number
 
     def __call__(self) -> bool:
         return bool(self.signal)
