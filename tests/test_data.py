@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import struct
 import threading
 import types
@@ -88,9 +89,9 @@ def idx(array):
     )
 
 
-def test_parse_idx():
+def test_read_idx():
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    np.testing.assert_array_equal(data.parse_idx(idx(array)), array)
+    np.testing.assert_array_equal(data.read_idx(io.BytesIO(idx(array))), array)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_parse_idx():
 )
 def test_damaged_idx_is_refused(damage):
     with pytest.raises(ValueError, match="not an idx file"):
-        data.parse_idx(damage(idx(np.zeros((2, 3), np.uint8))))
+        data.read_idx(io.BytesIO(damage(idx(np.zeros((2, 3), np.uint8)))))
 
 
 @pytest.fixture
