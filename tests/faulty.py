@@ -43,8 +43,9 @@ def not_a_number(step, name):
             bad = jnp.where(state.step + 1 == step, jnp.nan, 0.0)
             state, metrics = train_step(state, batch)
             if name == "params":
-                params = jax.tree.map(lambda leaf: leaf + bad, state.params)
-                return state.replace(params=params), metrics
+                weights = state.params, state.average
+                params, average = jax.tree.map(lambda leaf: leaf + bad, weights)
+                return state.replace(params=params, average=average), metrics
             return state, metrics | {name: metrics[name] + bad}
 
         return broken

@@ -119,7 +119,9 @@ class Checkpoints:
             self._policy.cost, self._policy.best = _cost(best), step
         state, variables = _to_host(state), _to_host(state.published)
         _check_finite(state, step)
-        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables))))
+        self._check_room(
+            sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables)))
+        )
         try:
             saved = self._manager.save(
                 step,

@@ -226,7 +226,7 @@ def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
             values = file.read(count + 1)
             if len(values) == count:
                 return np.frombuffer(values, np.uint8).reshape(sizes)
-    except (OSError, EOFError, zlib.error) as error:  # gzip's, for damage
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"not an idx file of unsigned bytes: {error}") from error
     raise ValueError("not an idx file of unsigned bytes: wrong magic number or length")
 

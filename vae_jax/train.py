@@ -267,7 +267,9 @@ def train(
         best = step if checkpoints.is_best(tested) else checkpoints.best
         rows = [row for row in directory.history if row["step"] == best]
         row = next((row for row in rows if job.best in row), {})  # unless it was lost
-        metrics = {name: row[name] for name in tested if name in row and "/seed" not in name}
+        metrics = {
+            name: row[name] for name in tested if name in row and "/seed" not in name
+        }
         return {"best step, used by default": best} | {
             f"{name} at the best step": value for name, value in metrics.items()
         }
