@@ -1,9 +1,12 @@
 """The program with a fault put into it: `python tests/faulty.py FAULT STEP FLAG...`; what tests/test_robustness.py starts."""
 
 import sys
+import time
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
+import numpy as np
 from absl import app
 
 from vae_jax import checkpoint, main, rundir, train
@@ -32,6 +35,30 @@ def raises(step):
     rundir.RunDirectory.log = broken
 
 
+def slow(step):
+    """A compiled program that does not come back for a while, and says so."""
+    make = train.make_train_step
+
+    def wait(now):
+        if now + 1 == step:
+            print("waiting", flush=True)
+            time.sleep(30)
+        return np.float32(0)
+
+    def make_slow(*arguments, **options):
+        train_step = make(*arguments, **options)
+
+        def slowed(state, batch):
+            shape = jax.ShapeDtypeStruct((), np.float32)
+            nothing = jax.experimental.io_callback(wait, shape, state.step)
+            state, metrics = train_step(state, batch)
+            return state, metrics | {"loss": metrics["loss"] + nothing}
+
+        return slowed
+
+    train.make_train_step = make_slow
+
+
 def not_a_number(step, name):
     """A training step that ends with NaN: in the metric `name`, or in the parameters alone."""
     make = train.make_train_step
@@ -56,6 +83,7 @@ def not_a_number(step, name):
 FAULTS = {
     "without_optimizer": without_optimizer,
     "raises": raises,
+    "slow": slow,
     "loss": lambda step: not_a_number(step, "loss"),
     "grad_norm": lambda step: not_a_number(step, "grad_norm"),
     "params": lambda step: not_a_number(step, "params"),

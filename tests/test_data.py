@@ -377,7 +377,7 @@ IMAGE = np.zeros((4, 2, 2), np.uint8)
 @pytest.mark.parametrize(
     "arrays,message",
     [
-        ({"images": IMAGE}, "holds images, but must hold image"),
+        ({"images": IMAGE}, "holds 'images', but must hold image"),
         ({"image": IMAGE[0]}, r"has shape \(2, 2\)"),
         ({"image": IMAGE.astype(np.int64)}, "is int64, but must be uint8"),
         (
@@ -399,7 +399,7 @@ IMAGE = np.zeros((4, 2, 2), np.uint8)
         ({"image": IMAGE, "label": np.full(4, 2**33)}, "must be 4 whole numbers"),
         (
             {"image": IMAGE, "test_label": np.zeros(4, int)},
-            "holds image, test_label, but",
+            "holds 'image', 'test_label', but",
         ),
         ({"image": np.uint8(3)}, r"has shape \(\)"),
         ({"image": IMAGE[:1]}, "too few"),

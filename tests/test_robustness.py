@@ -279,18 +279,16 @@ def test_a_broken_restore_would_be_noticed(reference, interrupted, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_a_long_chunk_at_once(tmp_path, tally):
-    """Python's own handler would not be asked before the chunk is over."""
-    flags = ["--config.run.chunk=1000", "--config.run.save_every=1"]
-    flags += ["--config.batch_size=4", "--config.seeds=4"]
+    """Python's own handlers would not be asked before the compiled program is back, and know of one signal only."""
     with tally("interruptions"):
-        process = program(tmp_path, *flags)
-        wait_for(lambda: saves(tmp_path), process)  # the second chunk begins
-        time.sleep(0.5)
+        process = program(tmp_path, "--config.run.save_every=1", fault=("slow", 3))
+        assert process.stdout.readline() == "waiting\n", process.communicate()
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         assert tells_one_line(process, 130) == "vae_jax: interrupted\n"
-        assert len(saves(tmp_path)) == 1
+        assert saves(tmp_path) == [2, 1]
+        assert_nothing_is_lost(tmp_path)
 
 
 def flip_a_bit(path):

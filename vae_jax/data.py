@@ -366,7 +366,7 @@ def _read_npz(name):
     stray = "test_label" in arrays and "test_image" not in arrays
     if unknown or stray or "image" not in arrays:
         raise ValueError(
-            f"{name} holds {', '.join(arrays)}, but must hold image, and may hold label, or test_image and test_label"
+            f"{name} holds {', '.join(map(repr, arrays))}, but must hold image, and may hold label, or test_image and test_label"
         )
 
     def split(prefix):

@@ -278,7 +278,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         check_field_names(argv)
         raise
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = -1  # warnings: at absl's default JAX tells of backends
+        flags.FLAGS.verbosity = (
+            -2
+        )  # errors: JAX tells of backends, and Orbax of damage that we tell
     return argv
 
 

@@ -1,0 +1,30 @@
+"""Reads a list of flags a line (JSON), parses each in a fresh fork of the program, answers [exit code, stderr]; for tests/test_fuzz.py."""
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+from vae_jax import build, main
+
+assert build  # imported here, once for all forks
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as told:
+        if not (child := os.fork()):
+            os.dup2(told.fileno(), 2)
+            sys.argv = ["vae_jax.main", *json.loads(line)]
+            code = 0
+            try:
+                main.parse_flags(sys.argv)
+                json.dumps(main.flags.FLAGS.config.to_dict())
+            except SystemExit as stopped:
+                code = stopped.code
+            except BaseException:
+                traceback.print_exc()
+                code = 99
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        told.seek(0)
+        print(json.dumps([code, told.read().decode(errors="replace")]), flush=True)
