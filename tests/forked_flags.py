@@ -8,19 +8,25 @@ import traceback
 
 from vae_jax import build, main
 
-assert build  # imported here, once for all forks
+
+def do_nothing(*arguments):
+    """Instead of a training or another mode: the config could be stored."""
+    assert build  # imported once for all forks
+    json.dumps(arguments)
+
+
+main.train = main.use = do_nothing
 for line in sys.stdin:
     with tempfile.TemporaryFile() as told:
         if not (child := os.fork()):
             os.dup2(told.fileno(), 2)
             sys.argv = ["vae_jax.main", *json.loads(line)]
-            code = 0
             try:
-                main.parse_flags(sys.argv)
-                json.dumps(main.flags.FLAGS.config.to_dict())
+                main.main(main.parse_flags(sys.argv))
+                code = 0
             except SystemExit as stopped:
                 code = stopped.code
-            except BaseException:
+            except Exception:
                 traceback.print_exc()
                 code = 99
             sys.stderr.flush()

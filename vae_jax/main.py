@@ -1,5 +1,6 @@
 """Train a model, or use one: `python -m vae_jax.main --config=configs/vae.py`. Flags -> one call."""
 
+import contextlib
 import functools
 import os
 import shlex
@@ -274,9 +275,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"{error}; --help lists the flags", 2)
     except (flags.Error, OSError) as error:
         fail(str(error), 1)
-    except (AttributeError, KeyError, TypeError):  # ml_collections, for unknown fields
-        check_field_names(argv)
-        raise
+    except Exception as error:  # noqa: BLE001: of ml_collections for unknown fields, or of a config file
+        with contextlib.suppress(Exception):
+            check_field_names(argv)
+        fail(f"{type(error).__name__}: {error}", 1)
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = (
             -2
