@@ -26,7 +26,7 @@ for line in sys.stdin:
                 code = 0
             except SystemExit as stopped:
                 code = stopped.code
-            except Exception:
+            except Exception:  # noqa: BLE001
                 traceback.print_exc()
                 code = 99
             sys.stderr.flush()

@@ -120,7 +120,14 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, empty, Path.unlink])
+def make_unreadable(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, truncate, empty, Path.unlink, make_unreadable]
+)
 def test_damage_to_any_file_is_told_and_the_one_before_is_used(tmp_path, tally, damage):
     write(tmp_path / "whole", {1: None, 2: None})
     names = [

@@ -148,9 +148,10 @@ def test_npz_files(tally, contents, changes):
         for name, array in contents.items():
             with archive.open(f"{name}.npy", "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=True)
+    content = changes.draw(damaged(file.getvalue()))
     with tally("bad inputs"), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "own.npz"
-        path.write_bytes(changes.draw(damaged(file.getvalue())))
+        path.write_bytes(content)
         load_images(path)
         assert list(Path(folder).iterdir()) == [path]
 

@@ -257,9 +257,12 @@ def _check_files(path, step):
         expected = json.loads((path / DIGESTS).read_text())
     except FileNotFoundError:
         return
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {step} is damaged: {path / DIGESTS}") from error
-    found = _digests(path)
+    try:
+        found = _digests(path)
+    except OSError as error:  # a bad block, say
+        raise ValueError(f"checkpoint {step} is damaged: {error}") from error
     for name in expected:
         if found.get(name) != expected[name]:
             what = "changed" if name in found else "missing"

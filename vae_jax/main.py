@@ -275,7 +275,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"{error}; --help lists the flags", 2)
     except (flags.Error, OSError) as error:
         fail(str(error), 1)
-    except Exception as error:  # noqa: BLE001: of ml_collections for unknown fields, or of a config file
+    except Exception as error:  # noqa: BLE001
+        # ml_collections shows unknown fields as almost anything, and a config file may raise what it likes.
         with contextlib.suppress(Exception):
             check_field_names(argv)
         fail(f"{type(error).__name__}: {error}", 1)
