@@ -221,7 +221,7 @@ def copy(workdir, to):
 
 
 def test_interrupted_in_every_other_way(reference, interrupted, tmp_path, tally):
-    """One run, after SIGTERM: Ctrl-C, a full disk, an exception, NaN in gradients, parameters, loss; and to the end."""
+    """One run, after SIGTERM: Ctrl-C, a full disk, an exception, NaN in loss, gradients and parameters; and to the end."""
     workdir = copy(interrupted, tmp_path)
     with tally("interruptions", 7):
         begun = saves(workdir)[0]
@@ -248,6 +248,7 @@ def test_interrupted_in_every_other_way(reference, interrupted, tmp_path, tally)
 
         for fault, where in [
             ("raises", "RuntimeError: put in by faulty.py"),
+            ("loss", "train/loss is nan at step {}: try a lower"),
             ("grad_norm", "train/grad_norm is nan at step {}: try a lower"),
             ("params", "is not finite at step {}: try a lower"),
         ]:
