@@ -52,11 +52,7 @@ def table(workdir: Path, test: data.Split) -> list[list[str]]:
     """Test loss and its parts after the last epoch, and how many latents are in use."""
     cells = [["model", "loss", "reconstruction", "KL", "active latents"]]
     for name in VARIANTS:
-        last = [
-            row
-            for row in read_rows(workdir / name / "metrics.jsonl")
-            if "test/loss" in row
-        ][-1]
+        last = [row for row in read_rows(workdir / name) if "test/loss" in row][-1]
         vae = vae_jax.load(str(workdir / name))
         active = active_units(vae.encode(test.image)[0])
         metrics = [

@@ -33,7 +33,7 @@ from vae_jax.evaluate import make_evaluate, mean_and_interval
 from vae_jax.figures import show_image
 from vae_jax.models import make_classifier
 from vae_jax.objectives import cross_entropy, example_keys
-from vae_jax.rundir import read_rows, save_figure, whole_file
+from vae_jax.rundir import read_objects, save_figure, whole_file
 from vae_jax.steps import fixed_key, init_state, make_adam, make_train_step
 from vae_jax.train import make_run_chunk
 from vae_jax.trained import TrainedVAE
@@ -224,7 +224,7 @@ class Study:
         with whole_file(file) as part:
             part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
         self._file = self.path / "results.jsonl"
-        self.rows = read_rows(self._file)
+        self.rows = read_objects(self._file)
         with whole_file(self._file) as part:  # without a line torn by a crash
             part.write_text(
                 "".join(json.dumps(row) + "\n" for row in self.rows), "utf-8"
@@ -262,7 +262,7 @@ def read_study(path: Path) -> tuple[list[dict], dict]:
     if not (path / "summary.md").exists():
         raise ValueError(f"{path} is missing or not finished: run its part first")
     settings = json.loads((path / "settings.json").read_text("utf-8"))
-    return read_rows(path / "results.jsonl"), settings
+    return read_objects(path / "results.jsonl"), settings
 
 
 def check_settings(path, stored: dict, settings: dict) -> None:

@@ -35,7 +35,7 @@ from vae_jax.evaluate import (
     linear_vae_loss,
     mean_and_interval,
 )
-from vae_jax.rundir import read_config, read_rows, save_figure, whole_file
+from vae_jax.rundir import read_config, read_objects, read_rows, save_figure, whole_file
 
 PARTS = ("vae", "ablations", "classifier", "augmentation", "report")
 POST_LOSS, POST_ACCURACY = 18.5, 99.21
@@ -291,7 +291,7 @@ class Report:
             if line.startswith(("- device", "- versions", "- matmul"))
         ]
         seconds = {}
-        for row in read_rows(self._workdir / "parts.jsonl"):
+        for row in read_objects(self._workdir / "parts.jsonl"):
             seconds[row["part"]] = seconds.get(row["part"], 0) + row["seconds"]
         time_table = [["part", "minutes"]]
         for part in (*seconds, None):
@@ -316,7 +316,7 @@ class Report:
 
 def last_test(run: Path) -> dict:
     """The last evaluation of a run. Raises ValueError if there is none."""
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "test/loss" in row]
+    rows = [row for row in read_rows(run) if "test/loss" in row]
     if not rows:
         raise ValueError(f"{run} is missing or not finished: run its part first")
     return rows[-1]

@@ -1,5 +1,7 @@
 """JAX made strict while testing: 8 CPU devices, no silent rank promotion, no key used twice, full precision."""
 
+import collections
+import contextlib
 import os
 import tempfile
 
@@ -33,3 +35,29 @@ def mnist_dir():
             "VAE_JAX_MANUAL_DIR does not name a folder with the four MNIST files"
         )
     return folder
+
+
+TRIED, HELD = collections.Counter(), collections.Counter()
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """`with tally("interruptions", 3):` counts what a test tries, and whether the promise held."""
+
+    @contextlib.contextmanager
+    def count(kind, times=1):
+        TRIED[kind] += times
+        yield
+        HELD[kind] += times
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What robustness tests tried."""
+    if TRIED:
+        terminalreporter.section("nothing is lost")
+        terminalreporter.write_line(f"{'':15} tried   lost data")
+        for kind, times in sorted(TRIED.items()):
+            lost = times - HELD[kind]
+            terminalreporter.write_line(f"{kind:15} {times:5} {lost:11}")

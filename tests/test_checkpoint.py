@@ -116,8 +116,19 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
-def test_damage_to_any_file_is_told_and_the_one_before_is_used(tmp_path, damage):
+def empty(path):
+    path.write_bytes(b"")
+
+
+def make_unreadable(path):
+    path.unlink()
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, truncate, empty, Path.unlink, make_unreadable]
+)
+def test_damage_to_any_file_is_told_and_the_one_before_is_used(tmp_path, tally, damage):
     write(tmp_path / "whole", {1: None, 2: None})
     names = [
         path.relative_to(tmp_path / "whole")
@@ -128,15 +139,16 @@ def test_damage_to_any_file_is_told_and_the_one_before_is_used(tmp_path, damage)
     for name in names:
         shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
         damage(tmp_path / "damaged" / name)
-        state, told = restore(tmp_path / "damaged")
-        if name.name == "sha256.json" and damage is Path.unlink:  # costs the check only
-            assert told == []
-            assert_same(plain(state), plain(make_state(2)))
-        else:
-            (line,) = told
-            assert re.match("checkpoint 2 is damaged: .*[^\n]*$", line)
-            assert_same(plain(state), plain(make_state(1)))
-            assert (tmp_path / "damaged" / "damaged-2-1").is_dir()
+        with tally("corruptions"):
+            state, told = restore(tmp_path / "damaged")
+            if name.name == "sha256.json" and damage is Path.unlink:
+                assert told == []  # it costs the check only
+                assert_same(plain(state), plain(make_state(2)))
+            else:
+                (line,) = told
+                assert re.match("checkpoint 2 is damaged: .*[^\n]*$", line)
+                assert_same(plain(state), plain(make_state(1)))
+                assert (tmp_path / "damaged" / "damaged-2-1").is_dir()
         shutil.rmtree(tmp_path / "damaged")
 
 

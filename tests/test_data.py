@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import struct
 import threading
 import types
@@ -88,9 +89,9 @@ def idx(array):
     )
 
 
-def test_parse_idx():
+def test_read_idx():
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    np.testing.assert_array_equal(data.parse_idx(idx(array)), array)
+    np.testing.assert_array_equal(data.read_idx(io.BytesIO(idx(array))), array)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_parse_idx():
 )
 def test_damaged_idx_is_refused(damage):
     with pytest.raises(ValueError, match="not an idx file"):
-        data.parse_idx(damage(idx(np.zeros((2, 3), np.uint8))))
+        data.read_idx(io.BytesIO(damage(idx(np.zeros((2, 3), np.uint8)))))
 
 
 @pytest.fixture
@@ -376,7 +377,7 @@ IMAGE = np.zeros((4, 2, 2), np.uint8)
 @pytest.mark.parametrize(
     "arrays,message",
     [
-        ({"images": IMAGE}, "holds images, but must hold image"),
+        ({"images": IMAGE}, "holds 'images', but must hold image"),
         ({"image": IMAGE[0]}, r"has shape \(2, 2\)"),
         ({"image": IMAGE.astype(np.int64)}, "is int64, but must be uint8"),
         (
@@ -398,7 +399,7 @@ IMAGE = np.zeros((4, 2, 2), np.uint8)
         ({"image": IMAGE, "label": np.full(4, 2**33)}, "must be 4 whole numbers"),
         (
             {"image": IMAGE, "test_label": np.zeros(4, int)},
-            "holds image, test_label, but",
+            "holds 'image', 'test_label', but",
         ),
         ({"image": np.uint8(3)}, r"has shape \(\)"),
         ({"image": IMAGE[:1]}, "too few"),

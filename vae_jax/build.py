@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from vae_jax import figures, generate
 from vae_jax.data import Dataset, load
@@ -28,6 +29,7 @@ from vae_jax.train import Job, RunOptions
 from vae_jax.trained import make_title
 
 LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
+LARGEST = {int: 2**32, float: float(np.finfo(np.float32).max)}  # numbers in a config
 MISTAKES = 24  # misclassified images that are shown
 
 
@@ -38,6 +40,7 @@ def build(config: Mapping[str, Any]) -> Job:
     selects, `train.RunOptions`. Raises ValueError or OSError, in one line that names the field, for whatever is wrong.
     """
     job = bind("", make_job, config)()
+    check_model_fits(job, jax.local_devices()[0])
     if job.run.best not in (known := metric_names(job)):
         raise ValueError(
             f"unknown metric run.best {job.run.best!r}: {nearest(job.run.best, known)}"
@@ -242,6 +245,13 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
             raise ValueError(
                 f"config field {prefix}{name} is {value!r}, but must be of type {wanted}"
             )
+        items = value if isinstance(value, tuple | list) else [value]
+        for item in items:
+            largest = LARGEST.get(type(item), math.inf)
+            if isinstance(item, int | float) and abs(item) > largest:
+                raise ValueError(
+                    f"config field {prefix}{name} is beyond the largest number, {largest:.10g}"
+                )
     for name, parameter in expected.items():
         if name not in values and parameter.default is parameter.empty:
             raise ValueError(f"config field {prefix}{name} is missing")
@@ -307,6 +317,20 @@ def check_fits(dataset: Dataset, device) -> None:
         raise ValueError(
             f"the images take {needed / 2**30:.1f} GiB, but {device.device_kind} has {limit / 2**30:.1f} GiB: data sets "
             "are held on the device, so take fewer or smaller images"
+        )
+
+
+def check_model_fits(job: Job, device) -> None:
+    """Raise ValueError if weights, gradients and Adam's two averages are more than the device's memory, or the host's."""
+    leaves = jax.tree.leaves(jax.eval_shape(job.init, jax.random.key(0)))
+    numbers = sum(math.prod(leaf.shape) for leaf in leaves)
+    needed = 4 * 4 * numbers * job.seeds
+    free = psutil.virtual_memory().available
+    limit = (device.memory_stats() or {}).get("bytes_limit", free)
+    if needed > limit:
+        raise ValueError(
+            f"training {job.seeds} models of {numbers:,} weights takes {needed / 2**30:.1f} GiB, but {device.device_kind} has "
+            f"{limit / 2**30:.1f} GiB: make the model smaller, or seeds fewer"
         )
 
 

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 from vae_jax.steps import TrainState
 
 DIGESTS = "sha256.json"
+OVERHEAD = 2**20  # bytes of a checkpoint that are not numbers
+BLOCK = bytes(2**16)
 HIGHER_IS_BETTER = ("accuracy",)  # of the other metrics the lowest is the best
 
 
@@ -109,19 +112,29 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: dict) -> None:
         """Write the checkpoint of `step`, whole or not at all; `metrics` are those of its evaluation, if there was one.
 
-        Raises OSError where that cannot be.
+        Raises FloatingPointError where a value is not finite, and OSError where it cannot be written.
         """
         best = self._marked(metrics)
         if _cost(best) < self._policy.cost:
             self._policy.cost, self._policy.best = _cost(best), step
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_to_host(state)),
-                variables=ocp.args.StandardSave(_to_host(state.published)),
-                about=ocp.args.JsonSave(self._about | {"step": step, "best": best}),
-            ),
+        state, variables = _to_host(state), _to_host(state.published)
+        _check_finite(state, step)
+        self._check_room(
+            sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables)))
         )
+        try:
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    variables=ocp.args.StandardSave(variables),
+                    about=ocp.args.JsonSave(self._about | {"step": step, "best": best}),
+                ),
+            )
+        except Exception as error:  # a full disk shows as almost anything
+            raise OSError(
+                f"checkpoint {step} was not saved ({_reason(error)}): the same command continues from the one before it"
+            ) from error
         if not saved:
             raise OSError(
                 f"checkpoint {step} was not saved: {self._folder} has later ones"
@@ -129,6 +142,12 @@ class Checkpoints:
         part = self._folder / str(step) / f"{DIGESTS}.tmp"
         part.write_text(json.dumps(_digests(self._folder / str(step)), indent=1))
         part.rename(self._folder / str(step) / DIGESTS)
+
+    def _check_room(self, nbytes):
+        """Write as much, and raise the system's OSError: of a full disk Orbax's threads tell in a hundred lines."""
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            for _ in range(0, nbytes + OVERHEAD, len(BLOCK)):
+                file.write(BLOCK)
 
     def close(self) -> None:
         """Release what Orbax holds."""
@@ -205,8 +224,9 @@ def _restore(folder, step, item, like):
             args = {item: ocp.args.StandardRestore(like)}
             tree = checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise ValueError(f"checkpoint {step} cannot be read ({reason})") from error
+        raise ValueError(
+            f"checkpoint {step} cannot be read ({_reason(error)})"
+        ) from error
     for (place, leaf), wanted in zip(
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)
     ):
@@ -218,15 +238,31 @@ def _restore(folder, step, item, like):
     return tree
 
 
+def _reason(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
+def _check_finite(state, step):
+    for place, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if not np.isfinite(leaf).all():
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise FloatingPointError(
+                f"{name} is not finite at step {step}: try a lower optimizer.learning_rate"
+            )
+
+
 def _check_files(path, step):
     """Raise ValueError if a file is not what was saved. A run killed before it could write the list has none."""
     try:
         expected = json.loads((path / DIGESTS).read_text())
     except FileNotFoundError:
         return
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {step} is damaged: {path / DIGESTS}") from error
-    found = _digests(path)
+    try:
+        found = _digests(path)
+    except OSError as error:  # a bad block, say
+        raise ValueError(f"checkpoint {step} is damaged: {error}") from error
     for name in expected:
         if found.get(name) != expected[name]:
             what = "changed" if name in found else "missing"

@@ -4,13 +4,16 @@ import difflib
 import gzip
 import hashlib
 import http.client
+import io
 import math
 import os
 import queue
 import threading
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +25,10 @@ from jaxtyping import Int, UInt8
 SPLIT_SEED = 0  # splits are part of a data set: the same whatever a run's seed
 TEST_SHARE = 0.2  # of images that come without a test set
 LARGEST_LABEL = 65_535
+LARGEST_RANK = 4
 NETWORK_TIMEOUT = 8  # seconds
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_FORMATS = ("PNG", "JPEG")  # for others Pillow would start other programs
 
 
 class Split(NamedTuple):
@@ -186,16 +191,15 @@ def _mnist_family(name, manual_dir):
             os.replace(path, folder / filename)
 
     def read(filename):
-        content = (folder / filename).read_bytes()
-        digest, expected = (
-            hashlib.sha256(content).hexdigest(),
-            infos[filename][1].checksum,
-        )
-        if digest != expected:
+        path, info = folder / filename, infos[filename][1]
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != info.checksum:
             raise ValueError(
-                f"{folder / filename} has SHA-256 {digest[:12]}..., but {name} has {expected[:12]}...: replace or remove it"
+                f"{path} has SHA-256 {digest[:12]}..., but {name} has {info.checksum[:12]}...: replace or remove it"
             )
-        return parse_idx(gzip.decompress(content))
+        with gzip.open(path) as file:
+            return read_idx(file)
 
     return tuple(
         Split(
@@ -206,26 +210,25 @@ def _mnist_family(name, manual_dir):
     )
 
 
-def parse_idx(content: bytes) -> UInt8[np.ndarray, "..."]:
-    """The array in an idx file of unsigned bytes: magic 0 0 8 rank, big-endian sizes, then the values."""
-    rank = content[3] if len(content) >= 4 else 0
-    sizes = (
-        np.frombuffer(content, ">u4", count=rank, offset=4)
-        if len(content) >= 4 + 4 * rank
-        else np.zeros(0)
-    )
-    count = math.prod(int(size) for size in sizes)
-    if (
-        content[:3] != b"\0\0\x08"
-        or len(sizes) != rank
-        or len(content) != 4 + 4 * rank + count
-    ):
-        raise ValueError(
-            "not an idx file of unsigned bytes: wrong magic number or length"
-        )
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(
-        sizes.astype(int)
-    )
+def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
+    """The array in an idx file of unsigned bytes: magic 0 0 8 rank, big-endian sizes, then the values.
+
+    Reads one byte more than the sizes say at most, so that no compressed file takes more memory than it declares.
+    Raises ValueError for sizes that memory cannot hold, and for whatever is no idx file.
+    """
+    try:
+        magic = file.read(4)
+        rank = magic[3] if len(magic) == 4 and magic[:3] == b"\0\0\x08" else 0
+        sizes = np.frombuffer(file.read(4 * rank), ">u4").astype(int)
+        count = math.prod(sizes.tolist())
+        if 1 <= rank == len(sizes) <= LARGEST_RANK:
+            _check_size("an idx file", count)
+            values = file.read(count + 1)
+            if len(values) == count:
+                return np.frombuffer(values, np.uint8).reshape(sizes)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"not an idx file of unsigned bytes: {error}") from error
+    raise ValueError("not an idx file of unsigned bytes: wrong magic number or length")
 
 
 def _check_network(name, url):
@@ -350,20 +353,20 @@ def _npz(name, manual_dir):
 def _read_npz(name):
     """{prefix: Split}, the prefixes being "" and, where there is one, "test_"."""
     path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no file {name}")
     try:
         with zipfile.ZipFile(path) as archive:
             _check_size(name, sum(info.file_size for info in archive.infolist()))
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: np.asarray(archive[key]) for key in archive.files}
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {name}") from None
     except Exception as error:  # damage shows as anything from zlib.error to TokenError
         raise ValueError(f"cannot read {name}: {error}") from error
     unknown = set(arrays) - {"image", "label", "test_image", "test_label"}
     stray = "test_label" in arrays and "test_image" not in arrays
     if unknown or stray or "image" not in arrays:
         raise ValueError(
-            f"{name} holds {', '.join(arrays)}, but must hold image, and may hold label, or test_image and test_label"
+            f"{name} holds {', '.join(map(repr, arrays))}, but must hold image, and may hold label, or test_image and test_label"
         )
 
     def split(prefix):
@@ -459,8 +462,14 @@ def _image_files(folder):
 def _read_image(path):
     from PIL import Image, ImageOps
 
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"cannot read the image {path}: it is no file")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            # Pillow's limit, against images that are small only while compressed.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        with image:
             mode = image.mode
             upright = ImageOps.exif_transpose(image)
             pixels = np.asarray(

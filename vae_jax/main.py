@@ -1,10 +1,14 @@
 """Train a model, or use one: `python -m vae_jax.main --config=configs/vae.py`. Flags -> one call."""
 
+import contextlib
 import functools
+import os
 import shlex
 import signal
+import socket
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -123,7 +127,9 @@ def train(config: dict, workdir: str) -> None:
     try:
         state = train(job, directory, checkpoints, progress, stop)
     except (FloatingPointError, OSError) as error:
-        fail(str(error), 1)
+        reason = getattr(error, "strerror", None)  # of what the system refuses
+        way_out = f"cannot go on in the work directory {workdir} ({reason}): the same command continues once it can be written to"
+        fail(way_out if reason else str(error), 1)
     finally:
         progress.close()
         checkpoints.close()
@@ -138,17 +144,28 @@ def train(config: dict, workdir: str) -> None:
 
 
 class Stop:
-    """Whether someone asked to stop, by SIGTERM or Ctrl-C; a second Ctrl-C interrupts at once."""
+    """Whether someone asked to stop, by SIGTERM or Ctrl-C; a second Ctrl-C ends the program at once.
+
+    A thread hears of the signals: Python's own handlers wait until a compiled program has returned.
+    """
 
     signal = 0
 
     def __init__(self):
+        self._heard, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        signal.set_wakeup_fd(self._told.fileno())
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _note(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _listen(self):
+        while True:
+            (number,) = self._heard.recv(1)
+            if self.signal and number == signal.SIGINT:
+                print("vae_jax: interrupted", file=sys.stderr, flush=True)
+                os._exit(128 + number)  # as safe as SIGKILL: no file is half there
+            self.signal = number
 
     def __call__(self) -> bool:
         return bool(self.signal)
@@ -258,11 +275,15 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"{error}; --help lists the flags", 2)
     except (flags.Error, OSError) as error:
         fail(str(error), 1)
-    except (AttributeError, KeyError, TypeError):  # ml_collections, for unknown fields
-        check_field_names(argv)
-        raise
+    except Exception as error:  # noqa: BLE001
+        # ml_collections shows unknown fields as almost anything, and a config file may raise what it likes.
+        with contextlib.suppress(Exception):
+            check_field_names(argv)
+        fail(f"{type(error).__name__}: {error}", 1)
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = -1  # warnings: at absl's default JAX tells of backends
+        flags.FLAGS.verbosity = (
+            -2
+        )  # errors: JAX tells of backends, and Orbax of damage that we tell
     return argv
 
 

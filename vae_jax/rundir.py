@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 SECTIONS = {"data", "model", "objective", "optimizer", "run", "epochs", "seed", "seeds"}
 BEGINNING = {"lock", "config.tmp"}  # all that a run killed in its first moment leaves
+LARGEST = 1e300  # in metrics.jsonl; this refuses NaN and infinity too
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -84,13 +85,16 @@ class RunDirectory:
                 ) from error
             undo.pop_all()
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, note: Callable[[str], None]) -> None:
         """Drop the rows after `step`, and a last one that is torn: training continues from there.
 
-        Raises OSError, naming the line, if another one is damaged.
+        Rows up to `step` that are missing are told by `note`. Raises OSError, naming the line, if one is damaged.
         """
-        rows = read_rows(self.path / "metrics.jsonl")
+        rows = read_rows(self.path)
         self.history = [row for row in rows if row["step"] <= step]
+        last = self.history[-1]["step"] if self.history else 0
+        if last < step:
+            note(f"metrics.jsonl has lost its rows after step {last}, up to {step}")
         self._write("metrics.jsonl", "".join(map(_line, self.history)))
         self._opened = time.time()
         self._before = self.history[-1]["seconds"] if self.history else 0.0
@@ -154,19 +158,41 @@ class RunDirectory:
             part.write_text(text, encoding="utf-8")
 
 
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a file such as metrics.jsonl, less a last one that is torn. Raises OSError, naming the line, for a damaged one."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    rows = []
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                rows.append(json.loads(line) | {})
-            except (ValueError, TypeError) as error:
-                raise OSError(
-                    f"line {number} of {file} is damaged: remove that line to continue"
-                ) from error
+def read_rows(path: Path) -> list[dict]:
+    """The rows of metrics.jsonl in a run directory, as `read_objects` gives them."""
+    return read_objects(path / "metrics.jsonl", _check_row)
+
+
+def read_objects(
+    file: Path, check: Callable[[dict, int], dict] = lambda row, last: row | {}
+) -> list[dict]:
+    """The objects of a file with one a line, less a last one that is torn; of no file, none.
+
+    Raises OSError, naming the line, for one that is damaged, or that `check(object, step of the one before)` refuses by
+    a ValueError.
+    """
+    *lines, _torn = (file.read_bytes() if file.exists() else b"").split(b"\n")
+    rows, last = [], 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(check(json.loads(line), last))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OSError(
+                f"line {number} of {file} is damaged: remove that line to continue"
+            ) from error
+        last = rows[-1].get("step", 0)
     return rows
+
+
+def _check_row(row, last):
+    """Raise ValueError unless it is finite numbers by name, of a step that is not before the last one."""
+    if not isinstance(row, dict) or not {"step", "epoch", "seconds"} <= row.keys():
+        raise ValueError("no row of a run")
+    if not all(type(v) in (int, float) and abs(v) < LARGEST for v in row.values()):
+        raise ValueError("not numbers")
+    if type(row["step"]) is not int or row["step"] < last:
+        raise ValueError("not in order")
+    return row
 
 
 @contextlib.contextmanager

@@ -172,7 +172,8 @@ def train(
     When `stop()` is true after a chunk, the state is saved and returned early. Raises FloatingPointError, with the step
     and the metric's name, when a metric is not finite.
     """
-    dataset, per_epoch, chunk = job.dataset, job.steps_per_epoch, job.run.chunk
+    dataset, per_epoch = job.dataset, job.steps_per_epoch
+    chunk = min(job.run.chunk, per_epoch)  # it ends with an epoch
     images_per_step = job.batch_size * job.seeds
 
     def make_state(root):
@@ -182,7 +183,7 @@ def train(
     state = checkpoints.restore(jax.eval_shape(make_state, job.root()), progress.note)
     state = make_state(job.root()) if state is None else jax.device_put(state)
     step = saved = int(np.max(state.step))
-    directory.rewind(step)
+    directory.rewind(step, progress.note)
     progress.skip(step * images_per_step)
 
     train_step = make_train_step(job.objective, job.optimizer, average=job.average)
@@ -264,10 +265,11 @@ def train(
         if job.best is None:
             return {}
         best = step if checkpoints.is_best(tested) else checkpoints.best
-        row = next(
-            row for row in directory.history if row["step"] == best and job.best in row
-        )
-        metrics = {name: row[name] for name in tested if "/seed" not in name}
+        rows = [row for row in directory.history if row["step"] == best]
+        row = next((row for row in rows if job.best in row), {})  # unless it was lost
+        metrics = {
+            name: row[name] for name in tested if name in row and "/seed" not in name
+        }
         return {"best step, used by default": best} | {
             f"{name} at the best step": value for name, value in metrics.items()
         }

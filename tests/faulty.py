@@ -1,0 +1,95 @@
+"""The program with a fault put into it: `python tests/faulty.py FAULT STEP FLAG...`; what tests/test_robustness.py starts."""
+
+import sys
+import time
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+from absl import app
+
+from vae_jax import checkpoint, main, rundir, train
+
+
+def without_optimizer(step):
+    """A broken restore: the optimizer's state begins anew."""
+    restore = checkpoint.Checkpoints.restore
+
+    def broken(*arguments):
+        state = restore(*arguments)
+        return state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+
+    checkpoint.Checkpoints.restore = broken
+
+
+def raises(step):
+    """An exception that nobody expects, in the middle of the loop."""
+    log = rundir.RunDirectory.log
+
+    def broken(directory, row):
+        if row["step"] == step:
+            raise RuntimeError("put in by faulty.py")
+        log(directory, row)
+
+    rundir.RunDirectory.log = broken
+
+
+def slow(step):
+    """A compiled program that does not come back for a while, and says so."""
+    make = train.make_train_step
+
+    def wait(now):
+        if now + 1 == step:
+            print("waiting", flush=True)
+            time.sleep(30)
+        return np.float32(0)
+
+    def make_slow(*arguments, **options):
+        train_step = make(*arguments, **options)
+
+        def slowed(state, batch):
+            shape = jax.ShapeDtypeStruct((), np.float32)
+            nothing = jax.experimental.io_callback(wait, shape, state.step)
+            state, metrics = train_step(state, batch)
+            return state, metrics | {"loss": metrics["loss"] + nothing}
+
+        return slowed
+
+    train.make_train_step = make_slow
+
+
+def not_a_number(step, name):
+    """A training step that ends with NaN: in the metric `name`, or in the parameters alone."""
+    make = train.make_train_step
+
+    def make_broken(*arguments, **options):
+        train_step = make(*arguments, **options)
+
+        def broken(state, batch):
+            bad = jnp.where(state.step + 1 == step, jnp.nan, 0.0)
+            state, metrics = train_step(state, batch)
+            if name == "params":
+                weights = state.params, state.average
+                params, average = jax.tree.map(lambda leaf: leaf + bad, weights)
+                return state.replace(params=params, average=average), metrics
+            return state, metrics | {name: metrics[name] + bad}
+
+        return broken
+
+    train.make_train_step = make_broken
+
+
+FAULTS = {
+    "without_optimizer": without_optimizer,
+    "raises": raises,
+    "slow": slow,
+    "loss": lambda step: not_a_number(step, "loss"),
+    "grad_norm": lambda step: not_a_number(step, "grad_norm"),
+    "params": lambda step: not_a_number(step, "params"),
+}
+
+if __name__ == "__main__":
+    fault, step = sys.argv[1:3]
+    FAULTS[fault](int(step))
+    app.run(main.main, [sys.argv[0], *sys.argv[3:]], flags_parser=main.parse_flags)
