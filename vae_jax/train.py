@@ -20,6 +20,7 @@ from vae_jax.checkpoint import Checkpoints
 from vae_jax.data import Dataset, epoch_order
 from vae_jax.evaluate import combine_seeds, make_evaluate, mean_metrics, over_seeds
 from vae_jax.objectives import make_batch
+from vae_jax.parallel import Devices
 from vae_jax.rundir import Progress, RunDirectory
 from vae_jax.steps import TrainState, init_state, make_train_step
 
@@ -128,19 +129,24 @@ class Job(NamedTuple):
         return orders[0] if self.seeds == 1 else np.stack(orders)
 
 
-def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callable:
-    """`run_chunk(state, order, first, count, image, label) -> (state, {name: [chunk] array})`, to be jitted.
+def make_run_chunk(
+    train_step: Callable, batch_size: int, chunk: int, shards: int = 1
+) -> Callable:
+    """`run_chunk(state, order, first, count, image, label, shard=0) -> (state, {name: [chunk] array})`, to be jitted.
 
     Runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, at most `chunk`,
-    may differ from call to call of one compiled program.
+    may differ from call to call of one compiled program. Of each batch it takes the share `shard`, of `shards` equal
+    ones, and `train_step` must add them up.
     """
+    share = batch_size // shards
 
-    def run_chunk(state, order, first, count, image, label):
-        weight = jnp.ones(batch_size)
+    def run_chunk(state, order, first, count, image, label, shard=0):
+        weight = jnp.ones(share)
 
         def one_step(i, carry):
             state, history = carry
-            rows = lax.dynamic_slice(order, ((first + i) * batch_size,), (batch_size,))
+            start = (first + i) * batch_size + shard * share
+            rows = lax.dynamic_slice(order, (start,), (share,))
             state, metrics = train_step(
                 state, make_batch(image[rows], label[rows], weight, rows)
             )
@@ -148,9 +154,7 @@ def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callabl
                 name: history[name].at[i].set(value) for name, value in metrics.items()
             }
 
-        batch = make_batch(
-            image[:batch_size], label[:batch_size], weight, order[:batch_size]
-        )
+        batch = make_batch(image[:share], label[:share], weight, order[:share])
         shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
         history = {
             name: jnp.zeros(chunk, shape.dtype) for name, shape in shapes.items()
@@ -166,13 +170,18 @@ def train(
     checkpoints: Checkpoints,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> TrainState:
-    """Train to the end, from the latest checkpoint where there is one. Returns the last state, on the device.
+    """Train to the end, from the latest checkpoint where there is one. Returns the last state, on the devices.
+
+    It takes one device where none are given; the numbers are the same on several, but for rounding.
 
     When `stop()` is true after a chunk, the state is saved and returned early. Raises FloatingPointError, with the step
     and the metric's name, when a metric is not finite.
     """
     dataset, per_epoch, chunk = job.dataset, job.steps_per_epoch, job.run.chunk
+    devices = devices or Devices(1)
+    devices.check_divide(job.batch_size)
     images_per_step = job.batch_size * job.seeds
 
     def make_state(root):
@@ -180,22 +189,21 @@ def train(
 
     make_state = jax.jit(job.map_seeds(make_state, (0,)))
     state = checkpoints.restore(jax.eval_shape(make_state, job.root()), progress.note)
-    state = make_state(job.root()) if state is None else jax.device_put(state)
+    state = devices.place(make_state(job.root()) if state is None else state)
     step = saved = int(np.max(state.step))
     directory.rewind(step)
     progress.skip(step * images_per_step)
 
-    train_step = make_train_step(job.objective, job.optimizer, average=job.average)
-    run_chunk = jax.jit(
-        job.map_seeds(
-            make_run_chunk(train_step, job.batch_size, chunk),
-            (0, 0, None, None, None, None),
-        ),
-        donate_argnums=0,
+    train_step = make_train_step(
+        job.objective, job.optimizer, devices.axis_name, job.average
     )
-    image, label = jax.device_put(dataset.splits["train"])
+    run_chunk = make_run_chunk(train_step, job.batch_size, chunk, devices.count)
+    run_chunk = devices.compile(
+        job.map_seeds(run_chunk, (0, 0, None, None, None, None, None)), donate=True
+    )
+    image, label = devices.place(dataset.splits["train"])
     evaluations = {
-        name: make_evaluate(job.objective, split, job.map_seeds)
+        name: make_evaluate(job.objective, split, job.map_seeds, devices=devices)
         for name, split in dataset.splits.items()
         if name != "train"
     }
@@ -252,7 +260,8 @@ def train(
         }
         progress.epoch_done(epoch, trained | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
-            figures, numbers = job.reports(state.published, arrays, directory.history)
+            published = devices.single(state.published)
+            figures, numbers = job.reports(published, arrays, directory.history)
             directory.save_figures(figures)
             summary = {"epochs": epoch, "steps": epoch * per_epoch, **trained, **tested}
             summary |= numbers | best_so_far(epoch * per_epoch, tested)
@@ -278,7 +287,7 @@ def train(
         while step < job.steps:
             epoch, first = divmod(step, per_epoch)
             if order is None or first == 0:
-                order = jax.device_put(job.order(epoch + 1))
+                order = devices.place(job.order(epoch + 1))
             if job.run.profile and chunks == PROFILED.start:
                 profiler.enter_context(jax.profiler.trace(directory.path / "profile"))
             count = min(chunk, per_epoch - first)
