@@ -176,7 +176,8 @@ def train(
 
     It takes one device where none are given; the numbers are the same on several, but for rounding.
 
-    When `stop()` is true after a chunk, the state is saved and returned early. Raises FloatingPointError, with the step
+    When `stop()` is true after a chunk, the state is saved and returned early. On several hosts all call this, with
+    `rundir.Silent` for what only the first one does, and a `stop` that all agree on. Raises FloatingPointError, with the step
     and the metric's name, when a metric is not finite.
     """
     dataset, per_epoch, chunk = job.dataset, job.steps_per_epoch, job.run.chunk
@@ -188,7 +189,10 @@ def train(
         return init_state(job.init(root), job.optimizer, root, job.average)
 
     make_state = jax.jit(job.map_seeds(make_state, (0,)))
-    state = checkpoints.restore(jax.eval_shape(make_state, job.root()), progress.note)
+    shapes = jax.eval_shape(make_state, job.root())
+    state = devices.from_first(
+        lambda: checkpoints.restore(shapes, progress.note), shapes
+    )
     state = devices.place(make_state(job.root()) if state is None else state)
     step = saved = int(np.max(state.step))
     directory.rewind(step)
@@ -229,10 +233,10 @@ def train(
                 end - count + bad + 1,
                 {name: float(values[bad]) for name, values in history.items()},
             )
-        log(end, mean_metrics(history))
+        means = mean_metrics(history)
+        log(end, means)
         epoch = (end - 1) // per_epoch + 1
-        loss = directory.history[-1]["train/loss"]
-        progress.update(count * images_per_step, epoch, loss)
+        progress.update(count * images_per_step, epoch, means["train/loss"])
 
     def evaluate(epoch, state):
         """Log and draw what there is at the end of an epoch."""
@@ -245,6 +249,8 @@ def train(
             for name, value in over_seeds(values, job.seed).items()
         }
         log(epoch * per_epoch, tested)
+        if not devices.first:
+            return tested
         rows = [
             row
             for row in directory.history
@@ -282,13 +288,14 @@ def train(
         }
 
     order = unread = None
+    profiled = job.run.profile and devices.first
     chunks = 0
     with contextlib.ExitStack() as profiler:
         while step < job.steps:
             epoch, first = divmod(step, per_epoch)
             if order is None or first == 0:
                 order = devices.place(job.order(epoch + 1))
-            if job.run.profile and chunks == PROFILED.start:
+            if profiled and chunks == PROFILED.start:
                 profiler.enter_context(jax.profiler.trace(directory.path / "profile"))
             count = min(chunk, per_epoch - first)
             state, history = run_chunk(state, order, first, count, image, label)
@@ -296,7 +303,7 @@ def train(
                 read(*unread)
             step, chunks = step + count, chunks + 1
             unread = (step, count, history)
-            if job.run.profile and chunks == PROFILED.stop:
+            if profiled and chunks == PROFILED.stop:
                 jax.block_until_ready(state)
                 profiler.close()
 
@@ -307,10 +314,11 @@ def train(
                 unread = None
             tested = evaluate(epoch + 1, state) if epoch_ended else {}
             if due or checkpoints.is_best(tested):
+                directory.upload()
                 checkpoints.save(step, state, tested)
                 saved = step
             if stopping:
                 break
-    if job.run.profile and chunks <= PROFILED.start:
+    if profiled and chunks <= PROFILED.start:
         progress.note("too few chunks for a profile: lower run.chunk")
     return state
