@@ -34,6 +34,8 @@ def get_config(variant: str = "default") -> ConfigDict:
             "optimizer": {
                 "name": "adam",
                 "learning_rate": 0.01,
+                "base_batch_size": 0,
+                "scaling": "sqrt",
                 "schedule": "onecycle",
                 "warmup": 0.3,
                 "beta1": 0.9,

@@ -33,6 +33,8 @@ def get_config(variant: str = "default") -> ConfigDict:
             "optimizer": {
                 "name": "adam",
                 "learning_rate": 0.001,
+                "base_batch_size": 0,
+                "scaling": "sqrt",
                 "schedule": "constant",
                 "warmup": 0.0,
                 "beta1": 0.9,
