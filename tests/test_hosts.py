@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vae_jax import rundir
 from vae_jax.checkpoint import steps
+from vae_jax.rundir import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 # The program itself, which at the end also writes down what this host has.
@@ -69,7 +71,8 @@ def start(tmp_path_factory):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +225,29 @@ def test_bad_input_is_told_in_one_line(tmp_path, start, arguments, code, message
     assert process.returncode == code and stderr.count("\n") == 1, stderr
     assert stderr.startswith("vae_jax: ") and message in stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch):
+    """A folder stands for one on gs://. What was copied at the last save is what a second start begins with."""
+    monkeypatch.setattr(rundir, "is_remote", lambda path: True)
+    remote = tmp_path / "remote"
+    directory = RunDirectory(str(remote), {"epochs": 1}, "")
+    assert {path.name for path in remote.iterdir()} == {"config.json"}
+    assert directory.path != remote
+    directory.rewind(0)
+    directory.log({"step": 1, "epoch": 1.0, "train/loss": 2.0})
+    directory.upload()
+    directory.log({"step": 2, "epoch": 2.0, "train/loss": 1.0})
+    directory.close()
+    assert [row["step"] for row in rundir.read_rows(remote)] == [1]
+
+    monkeypatch.setattr(rundir, "read_config", lambda path: {"epochs": 1})
+    directory = RunDirectory(str(remote), {"epochs": 1}, "")
+    directory.rewind(1)
+    assert [row["step"] for row in directory.history] == [1]
+    directory.close()
+
+
+def test_a_remote_directory_that_cannot_be_reached_is_told():
+    with pytest.raises(ValueError, match="cannot reach gs://no-such/run"):
+        rundir.check_reachable("gs://no-such/run")

@@ -127,7 +127,7 @@ def test_a_batch_that_devices_do_not_divide_is_refused(batch_size, nearest):
         return
     with pytest.raises(
         ValueError,
-        match=f"batch_size {batch_size} is not divisible by 8 devices.*{nearest}$",
+        match=f"batch_size {batch_size} is not divisible by 8 devices: give {nearest},",
     ):
         Devices().check_divide(batch_size)
 

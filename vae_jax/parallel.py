@@ -70,7 +70,7 @@ class Devices:
                 fewer if fewer and batch_size - fewer <= more - batch_size else more
             )
             raise ValueError(
-                f"batch_size {batch_size} is not divisible by {self.count} devices: the nearest that is, is {nearest}"
+                f"batch_size {batch_size} is not divisible by {self.count} devices: give {nearest}, or fewer --devices"
             )
 
     def place(self, tree: Any) -> Any:
@@ -97,7 +97,17 @@ class Devices:
             devices=self._all,
             donate_argnums=donated,
         )
-        return lambda first, *others: mapped(first, others, self._shards)
+        compiled = jax.process_count() == 1
+
+        def call(first, *others):
+            nonlocal compiled
+            if not compiled:
+                # Hosts that begin a program wait for each other, those with CPUs only 30 s: less than compiling may take.
+                mapped.lower(first, others, self._shards).compile()
+                compiled = bool(gather(True))
+            return mapped(first, others, self._shards)
+
+        return call
 
     def single(self, tree: Any) -> Any:
         """Of placed arrays the copy on the first of this host's devices."""
