@@ -185,6 +185,8 @@ def is_remote(path: str) -> bool:
 
 def check_reachable(path: str) -> None:
     """Raise ValueError if `path` is remote and this machine cannot reach it."""
+    if not is_remote(path):
+        return
     try:
         epath.Path(path).exists()
     except Exception as error:  # of gcsfs, of its credentials, of the network

@@ -269,8 +269,9 @@ def train(
             published = devices.single(state.published)
             figures, numbers = job.reports(published, arrays, directory.history)
             directory.save_figures(figures)
-            summary = {"epochs": epoch, "steps": epoch * per_epoch, **trained, **tested}
-            summary |= numbers | best_so_far(epoch * per_epoch, tested)
+            summary = {"epochs": epoch, "steps": epoch * per_epoch}
+            summary |= {"devices": devices.count, **trained, **tested, **numbers}
+            summary |= best_so_far(epoch * per_epoch, tested)
             directory.write_summary(job.title, summary)
         return tested
 
