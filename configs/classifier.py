@@ -66,7 +66,12 @@ def get_config(variant: str = "default") -> ConfigDict:
 
 VARIANTS = {
     "default": {},
-    "best": {"epochs": 40, "objective.shift": 2},
+    "best": {
+        "epochs": 80,
+        "objective.shift": 2,
+        "objective.rotation": 8.0,
+        "objective.label_smoothing": 0.05,
+    },
     "digits": {
         "data.name": "digits",
         "epochs": 30,

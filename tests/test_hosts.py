@@ -240,7 +240,7 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     directory.upload()
     directory.log({"step": 2, "epoch": 2.0, "train/loss": 1.0})
     directory.close()
-    assert [row["step"] for row in rundir.read_rows(remote)] == [1]
+    assert [row["step"] for row in rundir.read_rows(remote / "metrics.jsonl")] == [1]
 
     monkeypatch.setattr(rundir, "read_config", lambda path: {"epochs": 1})
     directory = RunDirectory(str(remote), {"epochs": 1}, "")

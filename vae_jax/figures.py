@@ -101,8 +101,8 @@ def reconstructions(
     for i in range(len(image)):
         row, column = divmod(i, columns)
         above, below = axes[2 * row : 2 * row + 2, column]
-        _show(above, image[i])
-        _show(below, reconstruction[i])
+        show_image(above, image[i])
+        show_image(below, reconstruction[i])
         if label[i] >= 0:
             above.set_title(str(label[i]))
         if column == 0:
@@ -126,7 +126,7 @@ def image_rows(
     axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         for column in range(columns):
-            _show(axes[row, column], image[row, column])
+            show_image(axes[row, column], image[row, column])
         axes[row, 0].set_ylabel(row_labels[row], rotation=0, ha="right", va="center")
     for column in range(columns):
         axes[0, column].set_title(column_labels[column], fontsize=10)
@@ -146,7 +146,7 @@ def image_grid(
         rows, columns, height + 2, width + 2, channels
     )
     figure = Figure(figsize=(7, 7 * rows / columns + 0.5), layout="constrained")
-    _show(
+    show_image(
         figure.subplots(),
         tiles.swapaxes(1, 2).reshape(
             rows * (height + 2), columns * (width + 2), channels
@@ -198,7 +198,7 @@ def mistakes(
     for ax in axes:
         ax.set_axis_off()
     for i, ax in enumerate(axes[: len(image)]):
-        _show(ax, image[i])
+        show_image(ax, image[i])
         ax.set_title(
             f"{label[i]} taken for {prediction[i]}\n{100 * confidence[i]:.1f} %",
             fontsize=11,
@@ -209,7 +209,8 @@ def mistakes(
     return figure
 
 
-def _show(ax, image):
+def show_image(ax, image: Float[np.ndarray, "height width channel"]) -> None:
+    """Draw one image in [0, 1] and nothing around it."""
     ax.imshow(
         image.squeeze(-1) if image.shape[-1] == 1 else image,
         cmap="gray",

@@ -25,6 +25,40 @@ def prior(
     return jax.random.normal(key, (count, latent_dim))
 
 
+def perturb(
+    z: Float[Array, "batch latent"],
+    keys: Key[Array, " batch"],
+    share: float,
+    scale: float,
+) -> Float[Array, "batch latent"]:
+    """z + scale * e with e ~ N(0, 1) in `share` of the latents, rounded to a whole number and drawn for each row; else z.
+
+    Source: the post, section "Experiment and Evaluation", which says neither how many latents nor how much noise.
+    """
+    count = round(share * z.shape[1])
+
+    def one(z, key):
+        choose, draw = jax.random.split(key)
+        chosen = jax.random.permutation(choose, len(z)) < count
+        return z + jnp.where(chosen, scale * jax.random.normal(draw, z.shape), 0)
+
+    return jax.vmap(one)(z, keys)
+
+
+def variations(
+    encode: Callable,
+    decode: Callable,
+    variables: dict,
+    image: Float[Array, "batch height width channel"],
+    keys: Key[Array, " batch"],
+    share: float,
+    scale: float,
+) -> Float[Array, "batch height width channel"]:
+    """decode(perturb(mean of q(z | image))), in [0, 1]: new images that are to keep the labels of their sources."""
+    mean, _ = encode(variables, image)
+    return decode(variables, perturb(mean, keys, share, scale))
+
+
 def interpolate(
     start: Float[Array, " latent"], end: Float[Array, " latent"], count: int
 ) -> Float[Array, "count latent"]:

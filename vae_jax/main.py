@@ -186,7 +186,9 @@ def train(config: dict, workdir: str) -> None:
     stop = parallel.StopTogether() if several else Stop()
     try:
         state = train(job, directory, checkpoints, progress, stop, devices)
-        parallel.gather("done")  # hosts that left while the first one saves would end it
+        parallel.gather(
+            "done"
+        )  # hosts that left while the first one saves would end it
     except (FloatingPointError, OSError) as error:
         fail(str(error), 1)
     except jax.errors.JaxRuntimeError as error:

@@ -158,10 +158,14 @@ def channel_mean(x: Float[Array, "batch h w *window c"]) -> Float[Array, " c"]:
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log-variance of q(z | x): 3x3 convolutions of stride 2, then one dense layer (the post, Table 1)."""
+    """Image -> mean and log-variance of q(z | x): 3x3 convolutions of stride 2, then one dense layer (the post, Table 1).
+
+    With `pooling` the convolutions have stride 1, and 2x2 max pooling halves the image (the post, Figure 6).
+    """
 
     latent_dim: int
     features: tuple[int, ...]
+    pooling: bool = False
 
     @nn.compact
     def __call__(
@@ -169,7 +173,11 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
         x = image
         for i, features in enumerate(self.features):
-            x = relu(Conv(features, stride=2, name=f"conv{i + 1}")(x))
+            if self.pooling:
+                x = WindowConv(features, name=f"conv{i + 1}")(x)
+                x = relu(window_extreme(x, jnp.ones(features, bool)))
+            else:
+                x = relu(Conv(features, stride=2, name=f"conv{i + 1}")(x))
         x = nn.Dense(2 * self.latent_dim, kernel_init=kernel_init, name="fc")(
             x.reshape(x.shape[0], -1)
         )
@@ -209,9 +217,10 @@ class VAE(nn.Module):
     latent_dim: int
     encoder_features: tuple[int, ...]
     decoder_features: tuple[int, ...]
+    pooling: bool = False
 
     def setup(self):
-        self.encoder = Encoder(self.latent_dim, self.encoder_features)
+        self.encoder = Encoder(self.latent_dim, self.encoder_features, self.pooling)
         self.decoder = Decoder(self.image_shape, self.decoder_features)
 
     def encode(self, image):
@@ -255,6 +264,7 @@ def make_vae(
     latent_dim: int = 20,
     encoder_features: tuple[int, ...] = (32, 64),
     decoder_features: tuple[int, ...] = (64, 32),
+    pooling: bool = False,
 ) -> VAE:
     """The post's VAE for images of `image_shape` (height, width, channels).
 
@@ -262,9 +272,10 @@ def make_vae(
         latent_dim: size of z.
         encoder_features: channels after each convolution, of which every one halves the image.
         decoder_features: channels after each transposed convolution but the last; every one doubles the image.
+        pooling: halve the image by max pooling instead of strided convolutions, which the post found to fail.
 
-    Raises ValueError if a size is below 1, or if the decoder, which doubles the size once for each of its features,
-    cannot reach the image's height and width.
+    Raises ValueError if a size is below 1, if the decoder, which doubles the size once for each of its features,
+    cannot reach the image's height and width, or if pooling leaves nothing of the image.
     """
     check_sizes(
         latent_dim=(latent_dim,),
@@ -279,8 +290,14 @@ def make_vae(
             f"images of {height}x{width} are not divisible by {scale}, as a decoder with {len(decoder_features)} "
             f"doublings needs: pad them to {near[0]}x{near[1]} or give model.decoder_features fewer entries"
         )
+    if pooling:
+        check_pooling(image_shape, len(encoder_features), "encoder_features")
     return VAE(
-        tuple(image_shape), latent_dim, tuple(encoder_features), tuple(decoder_features)
+        tuple(image_shape),
+        latent_dim,
+        tuple(encoder_features),
+        tuple(decoder_features),
+        pooling,
     )
 
 
@@ -302,13 +319,7 @@ def make_classifier(
         raise ValueError(
             f"the classifier needs labels of at least 2 classes, but the data have {num_classes}"
         )
-    height, width, _ = image_shape
-    smallest = 2 ** (len(features) - 1)
-    if min(height, width) < smallest:
-        raise ValueError(
-            f"images of {height}x{width} are below the {smallest}x{smallest} that {len(features) - 1} poolings need: "
-            "give model.features fewer entries"
-        )
+    check_pooling(image_shape, len(features) - 1, "features")
     return Classifier(num_classes, tuple(features))
 
 
@@ -319,6 +330,17 @@ def check_sizes(**fields: tuple[int, ...]) -> None:
             raise ValueError(
                 f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1"
             )
+
+
+def check_pooling(image_shape: tuple[int, int, int], times: int, field: str) -> None:
+    """Raise ValueError if an image cannot be halved so often."""
+    height, width, _ = image_shape
+    smallest = 2**times
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"images of {height}x{width} are below the {smallest}x{smallest} that {times} poolings need: "
+            f"give model.{field} fewer entries"
+        )
 
 
 def derive(function: Callable, **known: Any) -> Any:

@@ -36,7 +36,11 @@ def evaluate(
     }
     numbers = {}
     if split == "test":
-        rows = [row for row in read_rows(Path(workdir)) if row["step"] <= about["step"]]
+        rows = [
+            row
+            for row in read_rows(Path(workdir) / "metrics.jsonl")
+            if row["step"] <= about["step"]
+        ]
         _, numbers = job.reports(variables, {split: arrays}, rows)
     return {"step": about["step"]} | metrics | numbers
 

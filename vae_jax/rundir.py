@@ -99,7 +99,7 @@ class RunDirectory:
 
         Raises OSError, naming the line, if another one is damaged.
         """
-        rows = read_rows(self.path)
+        rows = read_rows(self.path / "metrics.jsonl")
         self.history = [row for row in rows if row["step"] <= step]
         self._write("metrics.jsonl", "".join(map(_line, self.history)))
         self._opened = time.time()
@@ -201,9 +201,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of metrics.jsonl in a run directory, less a last one that is torn. Raises OSError, naming the line, for a damaged one."""
-    file = path / "metrics.jsonl"
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file such as metrics.jsonl, less a last one that is torn. Raises OSError, naming the line, for a damaged one."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     rows = []
     for number, line in enumerate(text.splitlines(keepends=True), start=1):

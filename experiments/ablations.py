@@ -1,0 +1,129 @@
+"""What fails, side by side: the post's Figure 6.
+
+    python -m experiments.ablations --workdir=runs/ablations [--data=mnist] [--epochs=10]
+
+Trains the reference, pooling instead of strided convolutions, and latents shorter than 20, all for the same epochs; draws
+their samples and reconstructions; and splits their losses. Each is a run directory, and the same command continues.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+
+import vae_jax
+from configs import vae as vae_config
+from experiments import launch
+from experiments.report import markdown_table
+from vae_jax import data
+from vae_jax.evaluate import active_units
+from vae_jax.figures import show_image
+from vae_jax.rundir import read_rows, save_figure, whole_file
+
+VARIANTS = ("default", "pooling", "latent10", "latent5", "latent2")  # of configs/vae.py
+NAMES = {
+    "default": "the post's model",
+    "pooling": "pooling",
+    "latent10": "10 latents",
+    "latent5": "5 latents",
+    "latent2": "2 latents",
+}
+SIDE = 6  # samples in a row and in a column
+
+
+def commands(workdir: Path, base: str, epochs: int, manual_dir: str, **fields) -> dict:
+    """{variant: command}: the config `base` with the fields of each variant."""
+    return {
+        name: launch.make_command(
+            base,
+            str(workdir / name),
+            manual_dir,
+            epochs=epochs,
+            **fields,
+            **vae_config.VARIANTS[name],
+        )
+        for name in VARIANTS
+    }
+
+
+def table(workdir: Path, test: data.Split) -> list[list[str]]:
+    """Test loss and its parts after the last epoch, and how many latents are in use."""
+    cells = [["model", "loss", "reconstruction", "KL", "active latents"]]
+    for name in VARIANTS:
+        last = [
+            row
+            for row in read_rows(workdir / name / "metrics.jsonl")
+            if "test/loss" in row
+        ][-1]
+        vae = vae_jax.load(str(workdir / name))
+        active = active_units(vae.encode(test.image)[0])
+        metrics = [
+            f"{last[f'test/{part}']:.2f}" for part in ("loss", "reconstruction", "kl")
+        ]
+        cells.append([NAMES[name], *metrics, f"{active} of {vae.model.latent_dim}"])
+    return cells
+
+
+def draw(workdir: Path, test: data.Split, title: str) -> Figure:
+    """Samples of every model, and ten test images each followed by its reconstruction."""
+    shown = np.unique(test.label, return_index=True)[1][:10]
+    image = test.image[shown] / np.float32(255)
+    figure = Figure(figsize=(15, 7.6), layout="constrained")
+    above, below = figure.subplots(2, len(VARIANTS))
+    for i, name in enumerate(VARIANTS):
+        vae = vae_jax.load(str(workdir / name))
+        pairs = np.stack([image, vae.reconstruct(image)], axis=1)
+        show_image(above[i], mosaic(vae.sample(SIDE**2), SIDE))
+        show_image(below[i], mosaic(pairs.reshape(-1, *image.shape[1:]), 4))
+        above[i].set_title(NAMES[name], fontsize=14)
+    above[0].set_ylabel("samples from the prior", fontsize=12)
+    below[0].set_ylabel("test images, each before\nits reconstruction", fontsize=12)
+    figure.suptitle(title, fontsize=15)
+    return figure
+
+
+def mosaic(image: np.ndarray, columns: int) -> np.ndarray:
+    """Images [n, height, width, channel] in rows, as one image; the last row is filled up with black."""
+    _, height, width, channels = image.shape
+    rows = -(-len(image) // columns)
+    full = np.zeros((rows * columns, height, width, channels), image.dtype)
+    full[: len(image)] = image
+    grid = full.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
+    workdir = Path(flags.FLAGS.workdir).expanduser()
+    name, epochs = flags.FLAGS.data, flags.FLAGS.epochs
+    try:
+        test = data.load(name=name, manual_dir=flags.FLAGS.manual_dir).splits["test"]
+    except (ValueError, OSError) as error:
+        sys.exit(f"ablations: {error}")
+    base = launch.config_for("vae", name)
+    manual_dir = flags.FLAGS.manual_dir
+    for command in commands(
+        workdir, base, epochs, manual_dir, data__name=name
+    ).values():
+        launch.run(command)
+    cells = table(workdir, test)
+    title = f"What fails: {name}, {epochs} epochs each"
+    save_figure(draw(workdir, test, title), workdir / "ablations.png")
+    with whole_file(workdir / "summary.md") as part:
+        part.write_text(
+            f"# {title}\n\n{markdown_table(cells)}\n\n![Samples and reconstructions](ablations.png)\n",
+            "utf-8",
+        )
+    print((workdir / "summary.md").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/ablations", "Where the runs go.")
+    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.main.")
+    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    flags.DEFINE_integer("epochs", 10, "Of every model.", lower_bound=1)
+    app.run(main)

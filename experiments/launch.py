@@ -1,0 +1,55 @@
+"""The main program as a part of a study: the same command that a person would type."""
+
+import shlex
+import signal
+import subprocess
+import sys
+
+
+def make_command(config: str, workdir: str, manual_dir: str = "", **fields) -> list:
+    """`python -m vae_jax.main` for a config, with "__" in the names of `fields` for the dots in the config's."""
+    if manual_dir:
+        fields["data__manual_dir"] = manual_dir
+    overrides = [
+        f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()
+    ]
+    return [
+        *("python", "-m", "vae_jax.main"),
+        *(f"--config={config}", f"--workdir={workdir}", *overrides),
+    ]
+
+
+def config_for(model: str, data_name: str) -> str:
+    """The config of a model for a data set: the variant of the data set's name where there is one."""
+    variant = ":digits" if data_name == "digits" else ""
+    return f"configs/{model}.py{variant}"
+
+
+def shown(command: list) -> str:
+    """The command for people. Left out is where files lie that others would download: it changes no number."""
+    return shlex.join(
+        part for part in command if not part.startswith("--config.data.manual_dir=")
+    )
+
+
+def run(command: list) -> None:
+    """Run a command made by `make_command` to its end; if it fails or is stopped, exit as it does.
+
+    Ctrl-C reaches it through the terminal, SIGTERM is passed on: it saves, and this process waits for that.
+    """
+    print(f"\n$ {shown(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, *command[1:]])
+    handlers = {
+        signal.SIGINT: signal.SIG_IGN,
+        signal.SIGTERM: lambda number, frame: process.send_signal(number),
+    }
+    before = {
+        number: signal.signal(number, handler) for number, handler in handlers.items()
+    }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(code)
