@@ -38,6 +38,8 @@ def get_config(variant: str = "default") -> ConfigDict:
             "optimizer": {
                 "name": "adam",
                 "learning_rate": 0.01,
+                "base_batch_size": 0,
+                "scaling": "sqrt",
                 "schedule": "onecycle",
                 "warmup": 0.3,
                 "beta1": 0.9,
@@ -68,12 +70,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
 VARIANTS = {
     "default": {},
-    "best": {
-        "epochs": 80,
-        "objective.shift": 2,
-        "objective.rotation": 8.0,
-        "objective.label_smoothing": 0.05,
-    },
+    "best": {"epochs": 40, "objective.shift": 2},
     "digits": {
         "data.name": "digits",
         "epochs": 30,

@@ -18,12 +18,13 @@ def small_job(changes=None, drawn=False, **run):
     return job if drawn else job._replace(report=lambda *_: ({}, {})), config
 
 
-def run_job(job, config, path, stop=lambda: False):
+def run_job(job, config, path, stop=lambda: False, devices=None):
     directory = RunDirectory(str(path), config, "python -m vae_jax.main")
     folder = directory.path / "checkpoints"
     checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
     try:
-        state = train(job, directory, checkpoints, Progress(1, job.epochs), stop)
+        progress = Progress(1, job.epochs)
+        state = train(job, directory, checkpoints, progress, stop, devices)
     finally:
         checkpoints.close()
         directory.close()

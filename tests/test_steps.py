@@ -277,6 +277,16 @@ def test_onecycle_rises_from_a_25th_and_falls_to_nothing():
     np.testing.assert_allclose(rates, expected, rtol=1e-3, atol=1e-8)
 
 
+@pytest.mark.parametrize(
+    "base_batch_size,scaling,factor",
+    [(128, "sqrt", 2), (128, "linear", 4), (1024, "linear", 0.5), (0, "linear", 1)],
+)
+def test_the_rate_grows_with_the_batch(base_batch_size, scaling, factor):
+    fields = {"base_batch_size": base_batch_size, "scaling": scaling}
+    rates = learning_rates(make_adam(10, 512, warmup=0.5, **fields), 7)
+    np.testing.assert_allclose(rates[[1, 6]], 0.001 * factor * np.array([0.2, 1]), 1e-4)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_weight_decay_is_decoupled(weight_decay):
     """With constant gradients Adam moves by the rate; AdamW by the rate times (1 + weight_decay * parameter)."""
@@ -304,6 +314,8 @@ def test_weight_decay_is_decoupled(weight_decay):
         ({"learning_rate": np.inf}, "learning_rate is inf"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"base_batch_size": -1}, "base_batch_size is -1, but must be at least 0"),
+        ({"scaling": "square"}, "scaling is 'square', but must be one of sqrt, linear"),
     ],
 )
 def test_bad_optimizer(fields, message):

@@ -113,7 +113,7 @@ def make_job(
             fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))
         ),
         objective=loss,
-        optimizer=make_optimizer(epochs * (size // batch_size)),
+        optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
         average=average,
         report=report,
         about={

@@ -26,24 +26,31 @@ DIGESTS = "sha256.json"
 OVERHEAD = 2**20  # bytes of a checkpoint that are not numbers
 BLOCK = bytes(2**16)
 HIGHER_IS_BETTER = ("accuracy",)  # of the other metrics the lowest is the best
+FIRST_HOST = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+)
 
 
 class Checkpoints:
     """The checkpoints that a training writes and continues from: the latest ones and the best one are kept.
 
+    Of several hosts only the first one may have it.
+
     Args:
-        folder: created if need be.
+        folder: created if need be; of a file system, or on gs://.
         about: stored with each, as JSON.
         keep: how many of the latest are kept.
         best: name of the metric that marks the best one, such as "validation/loss"; None: there is no best one.
     """
 
     def __init__(self, folder, about: dict, keep: int, best: str | None = None):
-        self._folder = epath.Path(folder).absolute()
+        self._folder = epath.Path(folder).resolve()
         self._about, self._metric = about, best
         self._policy = _LatestAndBest(keep, *_best(self._folder))
+        self._folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            create=True,
+            create=False,  # which Orbax refuses where it shall not wait for other hosts
+            multiprocessing_options=FIRST_HOST,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
             preservation_policy=self._policy,
@@ -203,7 +210,7 @@ def select(folder, which: str = "") -> int:
 
 def read_about(folder, step: int) -> dict:
     """What is stored about a checkpoint. Raises ValueError, naming the file, if any of its files is damaged."""
-    path = epath.Path(folder).absolute() / str(step)
+    path = epath.Path(folder).resolve() / str(step)
     _check_files(path, step)
     try:
         return json.loads((path / "about" / "metadata").read_text())
@@ -217,10 +224,15 @@ def restore_variables(folder, step: int, like: Any) -> dict:
 
 
 def _restore(folder, step, item, like):
-    path = epath.Path(folder).absolute() / str(step)
+    path = epath.Path(folder).resolve() / str(step)
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=FIRST_HOST)
+        )
+        with ocp.Checkpointer(
+            handler, multiprocessing_options=FIRST_HOST
+        ) as checkpointer:
             args = {item: ocp.args.StandardRestore(like)}
             tree = checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything

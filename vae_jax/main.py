@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import os
 import shlex
 import signal
@@ -16,7 +17,15 @@ from absl import app, flags
 from ml_collections import config_flags
 
 MODES = {  # and the flags that each takes beside config and workdir
-    "train": (),
+    "train": (
+        "devices",
+        "distributed",
+        "coordinator",
+        "num_processes",
+        "process_id",
+        "start_timeout",
+        "heartbeat_timeout",
+    ),
     "evaluate": ("checkpoint", "split"),
     "sample": ("checkpoint", "count", "sample_seed"),
     "reconstruct": ("checkpoint", "split", "count"),
@@ -75,6 +84,34 @@ _INPUT = flags.DEFINE_string(
     "input", None, "For predict: the path of an .npz with `image`, or of a folder."
 )
 
+_DEVICES = flags.DEFINE_integer(
+    "devices", 0, "How many devices train, of each host's; 0: all of them."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "This command was started on several hosts, which find each other: on Cloud TPU, Slurm, Open MPI or Kubernetes (GKE).",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "Elsewhere: ADDRESS:PORT of the first host, the same on all, with --num_processes and --process_id.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many hosts.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which host this is, from 0.")
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout",
+    300,
+    "Seconds that hosts wait for each other at the start.",
+    lower_bound=1,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout",
+    100,
+    "Seconds of silence after which a host is lost, and the others end.",
+    lower_bound=1,
+)
+
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -89,6 +126,10 @@ def main(argv: list[str]) -> None:
     except OSError as error:  # a file that is not there shows itself only here
         fail(str(error), 1)
     workdir = _WORKDIR.value or default_workdir()
+    if _DISTRIBUTED.value or _COORDINATOR.value:
+        join_hosts()
+    elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
+        fail("--num_processes and --process_id need --coordinator=ADDRESS:PORT", 2)
     try:
         if _MODE.value == "train":
             train(config, workdir)
@@ -100,36 +141,66 @@ def main(argv: list[str]) -> None:
 
 def train(config: dict, workdir: str) -> None:
     """Train, or continue, and leave the run directory."""
+    import jax
+    from etils import epath
+
+    from vae_jax import parallel
     from vae_jax.build import build
     from vae_jax.checkpoint import Checkpoints, latest_whole
-    from vae_jax.rundir import Progress, RunDirectory, read_config
+    from vae_jax.rundir import (
+        Progress,
+        RunDirectory,
+        Silent,
+        check_reachable,
+        read_config,
+    )
     from vae_jax.train import train
 
+    several = jax.process_count() > 1
+    directory = checkpoints = progress = Silent()
     try:
-        check = functools.partial(check_same, workdir)
-        if (stored := read_config(workdir)) is not None:
-            check(stored, config)
-        job = build(config)
-        folder = Path(workdir).expanduser().absolute() / "checkpoints"
-        if latest_whole(folder) >= job.steps:
+        parallel.check_alike(facts(config))
+        with parallel.together():
+            devices = parallel.Devices(_DEVICES.value)
+            check_reachable(workdir)
+            check = functools.partial(check_same, workdir)
+            if devices.first and (stored := read_config(workdir)) is not None:
+                check(stored, config)
+            job = build(config)
+            devices.check_divide(job.batch_size)
+            folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
+            finished = devices.first and latest_whole(folder) >= job.steps
+        if parallel.gather(finished)[0]:
             print(f"finished already: {folder.parent / 'summary.md'}")
             return
-        command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
-        board = job.run.tensorboard
-        directory = RunDirectory(workdir, config, command, board, check)
-        checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
+        parallel.check_alike({"data": job.about["data"]})
+        with parallel.together():
+            if devices.first:
+                command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
+                board = job.run.tensorboard
+                directory = RunDirectory(workdir, config, command, board, check)
+                checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
     except (ValueError, OSError) as error:
         fail(str(error), 1)
     if job.run.compilation_cache:
         enable_compilation_cache()
-    progress = Progress(job.steps * job.batch_size * job.seeds, job.epochs)
-    stop = Stop()
+    if devices.first:
+        progress = Progress(job.steps * job.batch_size * job.seeds, job.epochs)
+    stop = parallel.StopTogether() if several else Stop()
     try:
-        state = train(job, directory, checkpoints, progress, stop)
+        state = train(job, directory, checkpoints, progress, stop, devices)
+        # A host that left while the first one still saves would end it.
+        parallel.gather("done")
     except (FloatingPointError, OSError) as error:
         reason = getattr(error, "strerror", None)  # of what the system refuses
         way_out = f"cannot go on in the work directory {workdir} ({reason}): the same command continues once it can be written to"
         fail(way_out if reason else str(error), 1)
+    except jax.errors.JaxRuntimeError as error:
+        if not several:
+            raise
+        print(f"vae_jax: a host was lost ({error})".splitlines()[0], file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # leaving properly would wait for the lost one
     finally:
         progress.close()
         checkpoints.close()
@@ -140,7 +211,47 @@ def train(config: dict, workdir: str) -> None:
             f"stopped and saved at step {step} of {job.steps}: the same command continues",
             128 + stop.signal,
         )
-    print(f"done: {directory.path / 'summary.md'}")
+    if devices.first:
+        print(f"done: {(directory.remote or directory.path) / 'summary.md'}")
+
+
+def join_hosts() -> None:
+    """Meet the other hosts, before anything touches a device."""
+    from vae_jax.parallel import connect
+
+    try:
+        connect(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _START_TIMEOUT.value,
+            _HEARTBEAT_TIMEOUT.value,
+        )
+    except (ValueError, RuntimeError) as error:
+        fail(str(error), 1)
+
+
+def facts(config: dict) -> dict:
+    """In what all hosts must agree: the config, the versions, the package's source, the devices."""
+    import jax
+
+    from vae_jax.build import flatten
+    from vae_jax.rundir import versions
+
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(file.read_bytes())
+    device = jax.local_devices()[0].device_kind
+    return (
+        {f"config field {name}": value for name, value in flatten(config).items()}
+        | versions()
+        | {
+            "config field data.manual_dir": "",  # which may differ
+            "the source of vae_jax": source.hexdigest()[:12],
+            "--devices": _DEVICES.value,
+            "a host's devices": f"{jax.local_device_count()} of {device}",
+        }
+    )
 
 
 class Stop:
@@ -174,13 +285,17 @@ class Stop:
 def use(mode: str, config: dict | None, workdir: str) -> None:
     """Do with a trained model what the mode says."""
     from vae_jax import modes
-    from vae_jax.rundir import read_config
+    from vae_jax.rundir import is_remote, read_config
 
     count, checkpoint, split = _COUNT.value, _CHECKPOINT.value, _SPLIT.value
     count = COUNTS.get(mode) if count is None else count
     try:
         if count is not None and count < 1:
             raise ValueError(f"--count is {count}, but must be at least 1")
+        if is_remote(workdir):
+            raise ValueError(
+                f"--mode={mode} takes a run on this machine: copy {workdir} here (gcloud storage cp -r) and name the copy"
+            )
         chosen = numbers("images"), numbers("digits")
         stored = read_config(workdir)
         if stored is None:

@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from etils import epath
 from tqdm import tqdm
 
 SECTIONS = {"data", "model", "objective", "optimizer", "run", "epochs", "seed", "seeds"}
@@ -25,7 +27,7 @@ def read_config(path: str) -> dict | None:
 
     Raises FileExistsError if it holds something else.
     """
-    folder = Path(path).expanduser()
+    folder = epath.Path(path).expanduser()
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= BEGINNING:
         return None
     try:
@@ -42,6 +44,9 @@ def read_config(path: str) -> dict | None:
 class RunDirectory:
     """Creates `path`, or opens the run that it holds, and writes into it.
 
+    Where `path` is on gs://, files are written into a temporary folder, `self.path`, and `upload` copies them; nothing
+    then keeps a second process from writing there.
+
     Raises OSError where that cannot be, or where another process is writing there; and what `check(stored, config)`
     raises, where a run with the config `stored` is there.
     """
@@ -54,7 +59,9 @@ class RunDirectory:
         tensorboard: bool = False,
         check: Callable[[dict, dict], None] = lambda stored, config: None,
     ):
-        self.path = Path(path).expanduser()
+        self.remote = epath.Path(path) if is_remote(path) else None
+        local = tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path
+        self.path = Path(local).expanduser()
         self.command = command
         self.history: list[dict] = []
         self._open_board = _tensorboard() if tensorboard else None
@@ -69,6 +76,9 @@ class RunDirectory:
                     check(stored, config)
                 self._write("config.json", json.dumps(config, indent=2) + "\n")
                 (self.path / "figures").mkdir(exist_ok=True)
+                if self.remote and (rows := self.remote / "metrics.jsonl").exists():
+                    self._write(rows.name, rows.read_text(encoding="utf-8"))
+                self.upload()
             except BlockingIOError as error:
                 raise OSError(
                     f"another process is training in the work directory {path}: name another with --workdir"
@@ -123,14 +133,11 @@ class RunDirectory:
         """Write summary.md: what was trained, its numbers, how to repeat it, the figures."""
         minutes, seconds = divmod(round(self.history[-1]["seconds"]), 60)
         device = jax.devices()[0]
-        versions = ", ".join(
-            f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES
-        )
         facts = {
             "command": f"`{self.command}`",
             "time": f"{minutes} min {seconds} s",
             "device": f"{device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, {platform.platform()}",
-            "versions": f"Python {platform.python_version()}, {versions}",
+            "versions": ", ".join(map(" ".join, versions().items())),
             "matmul precision": f"{jax.config.jax_default_matmul_precision or 'default'}",
         }
         lines = [f"# {title}", "", "| number | value |", "|---|---|"]
@@ -147,6 +154,16 @@ class RunDirectory:
         ]
         self._write("summary.md", "\n".join(lines))
 
+    def upload(self) -> None:
+        """Copy every file to where `path` is remote: those of a folder there are whole and of one moment."""
+        if self.remote is None:
+            return
+        for file in self.path.rglob("*"):
+            if file.is_file() and file.name != "lock":
+                target = self.remote / file.relative_to(self.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
     def close(self) -> None:
         """Release the lock."""
         if self._board:
@@ -156,6 +173,36 @@ class RunDirectory:
     def _write(self, name, text):
         with whole_file(self.path / name) as part:
             part.write_text(text, encoding="utf-8")
+
+
+class Silent:
+    """In the place of run directory, checkpoints and progress on all hosts but the first: whatever it is asked, it does nothing."""
+
+    def __getattr__(self, name):
+        return lambda *arguments, **keywords: None
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is on Google Cloud Storage."""
+    return path.startswith("gs://")
+
+
+def check_reachable(path: str) -> None:
+    """Raise ValueError if `path` is remote and this machine cannot reach it."""
+    if not is_remote(path):
+        return
+    try:
+        epath.Path(path).exists()
+    except Exception as error:  # of gcsfs, of its credentials, of the network
+        install = ": pip install -e '.[gcs]'" if isinstance(error, ImportError) else ""
+        raise ValueError(f"cannot reach {path} ({error}){install}") from error
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that decide the numbers."""
+    return {"Python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in LIBRARIES
+    }
 
 
 def read_rows(path: Path) -> list[dict]:

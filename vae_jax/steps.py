@@ -142,8 +142,11 @@ def make_eval_step(
 
 def make_adam(
     steps: int,
+    batch_size: int = 1,
     *,
     learning_rate: float = 0.001,
+    base_batch_size: int = 0,
+    scaling: str = "sqrt",
     schedule: str = "constant",
     warmup: float = 0.0,
     beta1: float = 0.9,
@@ -155,7 +158,11 @@ def make_adam(
 
     Args:
         steps: length of the training.
+        batch_size: of all devices together.
         learning_rate: the highest rate.
+        base_batch_size: the batch size that the rate is for; for another one it is scaled. 0: it is taken as it is.
+        scaling: how it grows with the batch: "sqrt", by the root of the ratio (Krizhevsky 2014; for Adam Malladi et al.
+            2022, whose rule also moves beta1, beta2 and eps, which stay here), or "linear" (Goyal et al. 2017, for SGD).
         schedule: "constant"; "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017); or "onecycle": rises
             from a 25th to the highest and falls to almost nothing, each along half a cosine (Smith & Topin 2018).
         warmup: share of the steps, in [0, 1), in which the rate rises; linearly from zero, if not of "onecycle".
@@ -176,6 +183,16 @@ def make_adam(
         raise ValueError(
             f"optimizer.weight_decay is {weight_decay}, but must be at least 0"
         )
+    if base_batch_size < 0:
+        raise ValueError(
+            f"optimizer.base_batch_size is {base_batch_size}, but must be at least 0"
+        )
+    if scaling not in SCALINGS:
+        raise ValueError(
+            f"optimizer.scaling is {scaling!r}, but must be one of {', '.join(SCALINGS)}"
+        )
+    if base_batch_size:
+        learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
     if schedule not in SCHEDULES:
         raise ValueError(
             f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}"
@@ -221,5 +238,7 @@ SCHEDULES = {
         steps, rate, warmup
     ),
 }
+
+SCALINGS = {"sqrt": math.sqrt, "linear": float}
 
 OPTIMIZERS = {"adam": make_adam}

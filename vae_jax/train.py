@@ -20,6 +20,7 @@ from vae_jax.checkpoint import Checkpoints
 from vae_jax.data import Dataset, epoch_order
 from vae_jax.evaluate import combine_seeds, make_evaluate, mean_metrics, over_seeds
 from vae_jax.objectives import make_batch
+from vae_jax.parallel import Devices
 from vae_jax.rundir import Progress, RunDirectory
 from vae_jax.steps import TrainState, init_state, make_train_step
 
@@ -128,19 +129,24 @@ class Job(NamedTuple):
         return orders[0] if self.seeds == 1 else np.stack(orders)
 
 
-def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callable:
-    """`run_chunk(state, order, first, count, image, label) -> (state, {name: [chunk] array})`, to be jitted.
+def make_run_chunk(
+    train_step: Callable, batch_size: int, chunk: int, shards: int = 1
+) -> Callable:
+    """`run_chunk(state, order, first, count, image, label, shard=0) -> (state, {name: [chunk] array})`, to be jitted.
 
     Runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, at most `chunk`,
-    may differ from call to call of one compiled program.
+    may differ from call to call of one compiled program. Of each batch it takes the share `shard`, of `shards` equal
+    ones, and `train_step` must add them up.
     """
+    share = batch_size // shards
 
-    def run_chunk(state, order, first, count, image, label):
-        weight = jnp.ones(batch_size)
+    def run_chunk(state, order, first, count, image, label, shard=0):
+        weight = jnp.ones(share)
 
         def one_step(i, carry):
             state, history = carry
-            rows = lax.dynamic_slice(order, ((first + i) * batch_size,), (batch_size,))
+            start = (first + i) * batch_size + shard * share
+            rows = lax.dynamic_slice(order, (start,), (share,))
             state, metrics = train_step(
                 state, make_batch(image[rows], label[rows], weight, rows)
             )
@@ -148,9 +154,7 @@ def make_run_chunk(train_step: Callable, batch_size: int, chunk: int) -> Callabl
                 name: history[name].at[i].set(value) for name, value in metrics.items()
             }
 
-        batch = make_batch(
-            image[:batch_size], label[:batch_size], weight, order[:batch_size]
-        )
+        batch = make_batch(image[:share], label[:share], weight, order[:share])
         shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
         history = {
             name: jnp.zeros(chunk, shape.dtype) for name, shape in shapes.items()
@@ -166,37 +170,45 @@ def train(
     checkpoints: Checkpoints,
     progress: Progress,
     stop: Callable[[], bool] = lambda: False,
+    devices: Devices | None = None,
 ) -> TrainState:
-    """Train to the end, from the latest checkpoint where there is one. Returns the last state, on the device.
+    """Train to the end, from the latest checkpoint where there is one. Returns the last state, on the devices.
 
-    When `stop()` is true after a chunk, the state is saved and returned early. Raises FloatingPointError, with the step
+    It takes one device where none are given; the numbers are the same on several, but for rounding.
+
+    When `stop()` is true after a chunk, the state is saved and returned early. On several hosts all call this, with
+    `rundir.Silent` for what only the first one does, and a `stop` that all agree on. Raises FloatingPointError, with the step
     and the metric's name, when a metric is not finite.
     """
     dataset, per_epoch = job.dataset, job.steps_per_epoch
     chunk = min(job.run.chunk, per_epoch)  # it ends with an epoch
+    devices = devices or Devices(1)
+    devices.check_divide(job.batch_size)
     images_per_step = job.batch_size * job.seeds
 
     def make_state(root):
         return init_state(job.init(root), job.optimizer, root, job.average)
 
     make_state = jax.jit(job.map_seeds(make_state, (0,)))
-    state = checkpoints.restore(jax.eval_shape(make_state, job.root()), progress.note)
-    state = make_state(job.root()) if state is None else jax.device_put(state)
+    shapes = jax.eval_shape(make_state, job.root())
+    state = devices.from_first(
+        lambda: checkpoints.restore(shapes, progress.note), shapes
+    )
+    state = devices.place(make_state(job.root()) if state is None else state)
     step = saved = int(np.max(state.step))
     directory.rewind(step, progress.note)
     progress.skip(step * images_per_step)
 
-    train_step = make_train_step(job.objective, job.optimizer, average=job.average)
-    run_chunk = jax.jit(
-        job.map_seeds(
-            make_run_chunk(train_step, job.batch_size, chunk),
-            (0, 0, None, None, None, None),
-        ),
-        donate_argnums=0,
+    train_step = make_train_step(
+        job.objective, job.optimizer, devices.axis_name, job.average
     )
-    image, label = jax.device_put(dataset.splits["train"])
+    run_chunk = make_run_chunk(train_step, job.batch_size, chunk, devices.count)
+    run_chunk = devices.compile(
+        job.map_seeds(run_chunk, (0, 0, None, None, None, None, None)), donate=True
+    )
+    image, label = devices.place(dataset.splits["train"])
     evaluations = {
-        name: make_evaluate(job.objective, split, job.map_seeds)
+        name: make_evaluate(job.objective, split, job.map_seeds, devices=devices)
         for name, split in dataset.splits.items()
         if name != "train"
     }
@@ -222,10 +234,10 @@ def train(
                 end - count + bad + 1,
                 {name: float(values[bad]) for name, values in history.items()},
             )
-        log(end, mean_metrics(history))
+        means = mean_metrics(history)
+        log(end, means)
         epoch = (end - 1) // per_epoch + 1
-        loss = directory.history[-1]["train/loss"]
-        progress.update(count * images_per_step, epoch, loss)
+        progress.update(count * images_per_step, epoch, means["train/loss"])
 
     def evaluate(epoch, state):
         """Log and draw what there is at the end of an epoch."""
@@ -238,6 +250,8 @@ def train(
             for name, value in over_seeds(values, job.seed).items()
         }
         log(epoch * per_epoch, tested)
+        if not devices.first:
+            return tested
         rows = [
             row
             for row in directory.history
@@ -253,10 +267,12 @@ def train(
         }
         progress.epoch_done(epoch, trained | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
-            figures, numbers = job.reports(state.published, arrays, directory.history)
+            published = devices.single(state.published)
+            figures, numbers = job.reports(published, arrays, directory.history)
             directory.save_figures(figures)
-            summary = {"epochs": epoch, "steps": epoch * per_epoch, **trained, **tested}
-            summary |= numbers | best_so_far(epoch * per_epoch, tested)
+            summary = {"epochs": epoch, "steps": epoch * per_epoch}
+            summary |= {"devices": devices.count, **trained, **tested, **numbers}
+            summary |= best_so_far(epoch * per_epoch, tested)
             directory.write_summary(job.title, summary)
         return tested
 
@@ -275,13 +291,14 @@ def train(
         }
 
     order = unread = None
+    profiled = job.run.profile and devices.first
     chunks = 0
     with contextlib.ExitStack() as profiler:
         while step < job.steps:
             epoch, first = divmod(step, per_epoch)
             if order is None or first == 0:
-                order = jax.device_put(job.order(epoch + 1))
-            if job.run.profile and chunks == PROFILED.start:
+                order = devices.place(job.order(epoch + 1))
+            if profiled and chunks == PROFILED.start:
                 profiler.enter_context(jax.profiler.trace(directory.path / "profile"))
             count = min(chunk, per_epoch - first)
             state, history = run_chunk(state, order, first, count, image, label)
@@ -289,7 +306,7 @@ def train(
                 read(*unread)
             step, chunks = step + count, chunks + 1
             unread = (step, count, history)
-            if job.run.profile and chunks == PROFILED.stop:
+            if profiled and chunks == PROFILED.stop:
                 jax.block_until_ready(state)
                 profiler.close()
 
@@ -300,10 +317,11 @@ def train(
                 unread = None
             tested = evaluate(epoch + 1, state) if epoch_ended else {}
             if due or checkpoints.is_best(tested):
+                directory.upload()
                 checkpoints.save(step, state, tested)
                 saved = step
             if stopping:
                 break
-    if job.run.profile and chunks <= PROFILED.start:
+    if profiled and chunks <= PROFILED.start:
         progress.note("too few chunks for a profile: lower run.chunk")
     return state

@@ -1,0 +1,138 @@
+"""Devices: however a batch is divided the numbers are the same, and the comparison notices where they are not."""
+
+import itertools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small_run import run_job, small_job
+
+from configs import classifier, vae
+from vae_jax import build
+from vae_jax.evaluate import make_evaluate
+from vae_jax.parallel import Devices
+from vae_jax.steps import init_state, make_train_step
+from vae_jax.train import make_run_chunk
+
+
+def sgd_job(config, **changes):
+    """Steps by plain SGD, whose updates are the gradients themselves: Adam hides a wrong scale.
+
+    They are small: a pooled maximum that changes place by rounding moves the classifier's gradient by 1e-3.
+    """
+    config = config.get_config("smoke").to_dict() | {"batch_size": 256} | changes
+    for name in config["model"]:
+        if "features" in name:
+            config["model"][name] = (4,)
+    return build.build(config)._replace(optimizer=optax.sgd(1e-3))
+
+
+JOBS = {
+    "vae": lambda: sgd_job(vae),
+    "classifier": lambda: sgd_job(classifier),
+    "two seeds": lambda: sgd_job(vae, seeds=2),
+}
+
+
+def ten_steps(job, devices, axis_name):
+    """The state after ten steps of one order, and the arrays of the test set."""
+
+    def make_state(root):
+        return init_state(job.init(root), job.optimizer, root)
+
+    state = devices.place(jax.jit(job.map_seeds(make_state, (0,)))(job.root()))
+    train_step = make_train_step(job.objective, job.optimizer, axis_name)
+    run_chunk = make_run_chunk(train_step, job.batch_size, 5, devices.count)
+    run_chunk = devices.compile(
+        job.map_seeds(run_chunk, (0, 0, None, None, None, None, None)), donate=True
+    )
+    image, label = devices.place(job.dataset.splits["train"])
+    for epoch in (1, 2):
+        order = devices.place(job.order(epoch))
+        state, _ = run_chunk(state, order, 0, 5, image, label)
+    evaluate = make_evaluate(
+        job.objective, job.dataset.splits["test"], job.map_seeds, devices=devices
+    )
+    return state, evaluate(state.variables, state.key)
+
+
+def assert_close(tree, other, tolerance=1e-6):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance),
+        *jax.device_get((tree, other)),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The ten steps of a job on one device."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = ten_steps(JOBS[name](), Devices(1), None)
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "name,count", [("vae", 8), ("classifier", 8), ("two seeds", 2)]
+)
+def test_several_devices_equal_one(alone, name, count):
+    """Parameters, BatchNorm's statistics and what evaluation gives; 360 test images are not divisible by 256."""
+    state, arrays = alone(name)
+    devices = Devices(count)
+    other, other_arrays = ten_steps(JOBS[name](), devices, devices.axis_name)
+    assert len(jax.tree.leaves(other.params)[0].sharding.device_set) == count
+    assert_close(state.variables, other.variables)
+    assert other_arrays["loss"].shape == arrays["loss"].shape
+    for values, other_values in zip(arrays.values(), other_arrays.values()):
+        np.testing.assert_allclose(values, other_values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vae", "classifier"])
+def test_a_step_that_does_not_add_up_is_noticed(alone, name):
+    other, _ = ten_steps(JOBS[name](), Devices(8), axis_name=None)
+    with pytest.raises(AssertionError):
+        assert_close(alone(name)[0].params, other.params)
+    if name == "classifier":
+        with pytest.raises(AssertionError):
+            assert_close(alone(name)[0].model_state, other.model_state)
+
+
+def test_a_run_continues_on_other_devices(tmp_path):
+    """From 1 to 8 and to 1 again, stopped after five of ten steps and after seven."""
+    job, config = small_job(chunk=2)
+    job = job._replace(optimizer=optax.sgd(1e-3))
+    whole, expected = run_job(job, config, tmp_path / "whole")
+    for count, chunks in [(1, 3), (8, 1), (1, 9)]:
+        stop = itertools.chain([False] * (chunks - 1), itertools.repeat(True)).__next__
+        state, directory = run_job(
+            job, config, tmp_path / "parts", stop, Devices(count)
+        )
+    assert_close(whole.published, state.published, 1e-5)
+    row, last = expected.history[-1], directory.history[-1]
+    assert row["step"] == last["step"] == 10
+    assert last["test/loss"] == pytest.approx(row["test/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "batch_size,nearest", [(101, 104), (100, 96), (3, 8), (512, None)]
+)
+def test_a_batch_that_devices_do_not_divide_is_refused(batch_size, nearest):
+    if nearest is None:
+        Devices().check_divide(batch_size)
+        return
+    with pytest.raises(
+        ValueError,
+        match=f"batch_size {batch_size} is not divisible by 8 devices: give {nearest},",
+    ):
+        Devices().check_divide(batch_size)
+
+
+@pytest.mark.parametrize("limit", [9, -1])
+def test_devices_that_are_not_there_are_refused(limit):
+    with pytest.raises(ValueError, match=f"--devices is {limit}, but there are 8"):
+        Devices(limit)

@@ -1,0 +1,257 @@
+"""The devices and hosts that a run is divided over; the only file that counts them.
+
+Each device has a number, its shard, and takes that share of every batch. State and data lie whole on each of them, so
+nothing outside of this file has an axis for devices. Every host runs the same program; the first one writes for all.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXIS = "device"
+
+
+class Devices:
+    """All devices of all hosts, or some of each host's.
+
+    Args:
+        limit: how many each host gives; 0: all that it has.
+
+    Attributes:
+        count: how many there are, on all hosts together.
+        first: whether this is the host that writes.
+        axis_name: for `make_train_step`; None if there is one device.
+
+    Raises ValueError if there are not so many, or if several hosts have not been connected.
+    """
+
+    def __init__(self, limit: int = 0):
+        hosts, host = jax.process_count(), jax.process_index()
+        if hosts > 1 and not jax.distributed.is_initialized():
+            raise ValueError(
+                f"there are {hosts} hosts: start the same command on each with --distributed"
+            )
+        available = jax.local_device_count()
+        if not 0 <= limit <= available:
+            raise ValueError(
+                f"--devices is {limit}, but there are {available}: give 1 to {available}, or 0 for all"
+            )
+        each = limit or available
+        self._all = [
+            device
+            for process in range(hosts)
+            for device in jax.local_devices(process_index=process)[:each]
+        ]
+        self._local = jax.local_devices()[:each]
+        self._shards = np.arange(host * each, (host + 1) * each, dtype=np.int32)
+        self._whole = NamedSharding(
+            Mesh(np.array(self._local), (AXIS,)), PartitionSpec()
+        )
+        self.count = len(self._all)
+        self.first = host == 0
+        self.axis_name = AXIS if self.count > 1 else None
+
+    def check_divide(self, batch_size: int) -> None:
+        """Raise ValueError if a batch cannot be divided into equal shares."""
+        if batch_size % self.count:
+            fewer = batch_size // self.count * self.count
+            more = fewer + self.count
+            nearest = (
+                fewer if fewer and batch_size - fewer <= more - batch_size else more
+            )
+            raise ValueError(
+                f"batch_size {batch_size} is not divisible by {self.count} devices: give {nearest}, or fewer --devices"
+            )
+
+    def place(self, tree: Any) -> Any:
+        """A copy of the arrays on every device. Only such arguments are not sent again at each call of what `compile` made."""
+        return jax.device_put(tree, self._local[0] if self.count == 1 else self._whole)
+
+    def compile(self, function: Callable, donate: bool = False) -> Callable:
+        """`call(first, *others)`, which runs `function(first, *others, shard)` on every device at once.
+
+        All arguments but `shard` are the same on each, and so must the results be. With `donate` the first argument is
+        given away: use only what is returned.
+        """
+        donated = (0,) if donate else ()
+        if self.count == 1:
+            return jax.jit(
+                lambda first, *others: function(first, *others, 0),
+                donate_argnums=donated,
+            )
+        mapped = jax.pmap(
+            lambda first, others, shard: function(first, *others, shard),
+            axis_name=AXIS,
+            in_axes=(None, None, 0),
+            out_axes=None,
+            devices=self._all,
+            donate_argnums=donated,
+        )
+        compiled = jax.process_count() == 1
+
+        def call(first, *others):
+            nonlocal compiled
+            if not compiled:
+                # Hosts that begin a program wait for each other, those with CPUs only 30 s: less than compiling may take.
+                mapped.lower(first, others, self._shards).compile()
+                compiled = bool(gather(True))
+            return mapped(first, others, self._shards)
+
+        return call
+
+    def single(self, tree: Any) -> Any:
+        """Of placed arrays the copy on the first of this host's devices."""
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+    def from_first(self, make: Callable[[], Any], like: Any) -> Any:
+        """What `make()` gives on the first host, on all of them: arrays of the shapes in `like`, or None.
+
+        Raises on all hosts what `make` raises there, if it is a ValueError or OSError.
+        """
+        if jax.process_count() == 1:
+            return make()
+        with together():
+            made = make() if self.first else None
+        if not gather(made is not None)[0]:
+            return None
+
+        def plain(leaf):
+            return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+        if not self.first:
+            shapes = jax.eval_shape(lambda tree: jax.tree.map(plain, tree), like)
+            made = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        made = multihost_utils.broadcast_one_to_all(jax.tree.map(plain, made))
+        return jax.tree.map(
+            lambda leaf, shape: (
+                jax.random.wrap_key_data(np.asarray(leaf)) if _is_key(shape) else leaf
+            ),
+            made,
+            like,
+        )
+
+
+def _is_key(leaf):
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def connect(
+    coordinator: str | None,
+    hosts: int | None,
+    host: int | None,
+    start_timeout: int,
+    heartbeat_timeout: int,
+) -> None:
+    """Take part in a run on several hosts; before anything else touches a device.
+
+    Args:
+        coordinator: ADDRESS:PORT of the first host. None: it, and what else is None, is what Cloud TPU, Slurm, Open MPI
+            or Kubernetes say.
+        hosts: how many there are.
+        host: which one this is, from 0.
+        start_timeout: seconds after which the program ends, with one line and code 1, if not all hosts are there.
+        heartbeat_timeout: seconds after which a host counts as lost, and the others end.
+
+    Raises ValueError where the cluster does not say what is None.
+    """
+    where = f"at {coordinator}" if coordinator else "that the cluster names"
+
+    def give_up():  # what waits is not Python, and would end in a stack trace
+        print(
+            f"vae_jax: not all hosts met the coordinator {where} within {start_timeout} s: is host 0 running, and can "
+            "each host reach that address?",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(start_timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            hosts,
+            host,
+            initialization_timeout=2 * start_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"cannot join the other hosts ({error}): give --coordinator=ADDRESS:PORT, --num_processes and --process_id"
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def gather(value: Any) -> list:
+    """What JSON can hold, of every host in their order. All hosts must ask at the same time."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text), np.int32))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all hosts leave alike: the ValueError or OSError of one ends it on all, which say whose it is."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if jax.process_count() == 1:
+            raise
+        problem = str(error)
+    for host, told in enumerate(gather(problem)):
+        if told is not None:
+            raise OSError(f"host {host}: {told}")
+
+
+def check_alike(facts: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, if another host has other facts than the first."""
+    first, *others = gather(facts)
+    for host, other in enumerate(others, start=1):
+        differing = [
+            f"{name} is {first.get(name)} on host 0, {other.get(name)} on host {host}"
+            for name in first | other
+            if first.get(name) != other.get(name)
+        ]
+        if differing:
+            raise ValueError(f"the hosts are not alike: {'; '.join(differing)}")
+
+
+class StopTogether:
+    """Whether any host was told to stop, by SIGTERM or Ctrl-C: all hosts say yes after the same chunk.
+
+    JAX takes SIGTERM for the notice of a preemption, and agrees with the other hosts on the next chunk that all can end
+    at, counting the chunks by one.
+    """
+
+    signal = signal.SIGTERM
+
+    def __init__(self):
+        self._asked = 0
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number, frame):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
