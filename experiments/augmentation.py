@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -238,7 +239,8 @@ class Study:
         for row in self.rows:
             if name.items() <= row.items():
                 return row
-        row = name | compute()
+        start = time.monotonic()
+        row = name | compute() | {"seconds": round(time.monotonic() - start, 1)}
         with open(self._file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()

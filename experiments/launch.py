@@ -27,9 +27,8 @@ def config_for(model: str, data_name: str) -> str:
 
 def shown(command: list) -> str:
     """The command for people. Left out is where files lie that others would download: it changes no number."""
-    return shlex.join(
-        part for part in command if not part.startswith("--config.data.manual_dir=")
-    )
+    places = ("--config.data.manual_dir=", "--manual_dir=")
+    return shlex.join(part for part in command if not part.startswith(places))
 
 
 def run(command: list) -> None:
