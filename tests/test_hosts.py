@@ -235,20 +235,31 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     directory = RunDirectory(str(remote), {"epochs": 1}, "")
     assert {path.name for path in remote.iterdir()} == {"config.json"}
     assert directory.path != remote
-    directory.rewind(0)
+    directory.rewind(0, pytest.fail)
     directory.log({"step": 1, "epoch": 1.0, "train/loss": 2.0})
     directory.upload()
     directory.log({"step": 2, "epoch": 2.0, "train/loss": 1.0})
     directory.close()
-    assert [row["step"] for row in rundir.read_rows(remote / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in rundir.read_rows(remote)] == [1]
 
     monkeypatch.setattr(rundir, "read_config", lambda path: {"epochs": 1})
     directory = RunDirectory(str(remote), {"epochs": 1}, "")
-    directory.rewind(1)
+    directory.rewind(1, pytest.fail)
     assert [row["step"] for row in directory.history] == [1]
     directory.close()
 
 
-def test_a_remote_directory_that_cannot_be_reached_is_told():
-    with pytest.raises(ValueError, match="cannot reach gs://no-such/run"):
+@pytest.mark.parametrize(
+    "error,told",
+    [
+        (ImportError("no gcsfs"), r"\(no gcsfs\): pip install -e '.\[gcs\]'"),
+        (OSError("no network"), r"\(no network\)$"),
+    ],
+)
+def test_a_remote_directory_that_cannot_be_reached_is_told(monkeypatch, error, told):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(rundir.epath, "Path", fail)
+    with pytest.raises(ValueError, match="cannot reach gs://no-such/run " + told):
         rundir.check_reachable("gs://no-such/run")
