@@ -29,9 +29,12 @@ def _relu_jvp(primals, tangents):
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
-def cast(arrays: tuple, dtype: Any) -> tuple:
-    """What a layer computes with. Parameters stay float32, and their gradients come back as float32."""
-    return tuple(array.astype(dtype) for array in arrays)
+def add_bias(
+    x: Float[Array, "*place c"], bias: Float[Array, " c"]
+) -> Float[Array, "*place c"]:
+    """x + bias, in the type of x, but added in float32: a sum over all places in bfloat16 would ruin the bias's gradient."""
+    bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 class Conv(nn.Module):
@@ -49,8 +52,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = convolution.conv_transpose if self.transpose else convolution.conv
-        x, kernel, bias = cast((x, kernel, bias), self.dtype)
-        return apply(x, kernel, self.stride) + bias.reshape(1, 1, 1, -1)
+        y = apply(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        return add_bias(y, bias)
 
 
 class Spread(nn.Module):
@@ -71,9 +74,8 @@ class Spread(nn.Module):
             "kernel", kernel_init, (*self.size, z.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        z, kernel, bias = cast((z, kernel, bias), self.dtype)
-        y = jnp.einsum("bz,hwzc->bhwc", z, kernel[::-1, ::-1])
-        return y + bias.reshape(1, 1, 1, -1)
+        z, kernel = z.astype(self.dtype), kernel[::-1, ::-1].astype(self.dtype)
+        return add_bias(jnp.einsum("bz,hwzc->bhwc", z, kernel), bias)
 
 
 class WindowConv(nn.Module):
@@ -92,7 +94,7 @@ class WindowConv(nn.Module):
     ) -> Float[Array, "batch h_out w_out 4 c_out"]:
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = cast((x, kernel, bias), self.dtype)
+        kernel = kernel.astype(self.dtype)
         places = [
             jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)))
             for i in (0, 1)
@@ -100,8 +102,8 @@ class WindowConv(nn.Module):
         ]
         wide = jnp.stack(places, axis=3).reshape(4, 4, x.shape[-1], -1)
         height, width = (size // 2 for size in x.shape[1:3])
-        y = convolution.conv(x, wide, stride=2)[:, :height, :width]
-        return y.reshape(*y.shape[:3], 4, -1) + bias.reshape(1, 1, 1, 1, -1)
+        y = convolution.conv(x.astype(self.dtype), wide, stride=2)[:, :height, :width]
+        return add_bias(y.reshape(*y.shape[:3], 4, -1), bias)
 
 
 @jax.custom_jvp
