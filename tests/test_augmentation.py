@@ -1,6 +1,7 @@
 """The study of generated training data: its halves and arms, what it says, and that nothing finished is done again."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -166,15 +167,21 @@ def test_noise_is_chosen_by_the_mean_of_the_seeds():
 def test_the_real_study(tmp_path):
     """From nothing to its summary on the bundled digits; a second start does nothing again."""
     judge = tmp_path / "judge"
+    env = os.environ | {"XLA_FLAGS": ""}  # one device
+
+    def run(command, check=True):
+        return subprocess.run(
+            command, check=check, capture_output=True, text=True, env=env
+        )
+
     command = [sys.executable, "-m"]
-    subprocess.run(
+    run(
         [
             *command,
             "vae_jax.main",
             "--config=configs/classifier.py:smoke",
             f"--workdir={judge}",
-        ],
-        check=True,
+        ]
     )
     study = [
         *command,
@@ -189,7 +196,7 @@ def test_the_real_study(tmp_path):
         "--percentages=20",
         "--vae=configs/vae.py:smoke",
     ]
-    first = subprocess.run(study, check=True, capture_output=True, text=True).stdout
+    first = run(study).stdout
     assert (
         first.count("stage arm") == len(ARMS)
         and "Does generated training data help? digits" in first
@@ -198,13 +205,11 @@ def test_the_real_study(tmp_path):
         "arms.png",
         "noise.png",
     }
-    second = subprocess.run(study, check=True, capture_output=True, text=True).stdout
+    second = run(study).stdout
     assert (
         "stage" not in second and "Does generated training data help? digits" in second
     )
-    bad = subprocess.run(
-        [*study[:-1], "--steps=4"], check=False, capture_output=True, text=True
-    )
+    bad = run([*study[:-1], "--steps=4"], check=False)
     assert (
         bad.returncode == 1
         and bad.stderr.splitlines()[-1].startswith("augmentation: ")
