@@ -51,14 +51,13 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
         *(f"--workdir={workdir / 'augmentation'}", f"--judge={workdir / 'classifier'}"),
     ]
     if quick:
-        study += ["--steps=300", "--seeds=3", "--percentages=20,100"]
+        study += ["--steps=200", "--seeds=3", "--percentages=20,100"]
     if manual_dir:
         study += [f"--manual_dir={manual_dir}"]
-    failing = ablations.commands(
-        workdir / "ablations", vae, 20 if quick else 10, manual_dir
-    )
+    epochs = {"epochs": 40} if quick else {}
+    failing = ablations.commands(workdir / "ablations", vae, 10, manual_dir)
     return {
-        "vae": [launch.make_command(vae, str(workdir / "vae"), manual_dir)],
+        "vae": [launch.make_command(vae, str(workdir / "vae"), manual_dir, **epochs)],
         "ablations": list(failing.values()),
         "classifier": [
             launch.make_command(
