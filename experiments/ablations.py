@@ -19,8 +19,8 @@ from experiments import launch
 from experiments.report import markdown_table
 from vae_jax import data
 from vae_jax.evaluate import active_units
-from vae_jax.figures import show_image
-from vae_jax.rundir import read_rows, save_figure, whole_file
+from vae_jax.figures import mosaic, show_image
+from vae_jax.rundir import save_figure, whole_file
 
 VARIANTS = ("default", "pooling", "latent10", "latent5", "latent2")  # of configs/vae.py
 NAMES = {
@@ -52,7 +52,7 @@ def table(workdir: Path, test: data.Split) -> list[list[str]]:
     """Test loss and its parts after the last epoch, and how many latents are in use."""
     cells = [["model", "loss", "reconstruction", "KL", "active latents"]]
     for name in VARIANTS:
-        last = [row for row in read_rows(workdir / name) if "test/loss" in row][-1]
+        last = launch.last_test(workdir / name)
         vae = vae_jax.load(str(workdir / name))
         active = active_units(vae.encode(test.image)[0])
         metrics = [
@@ -78,16 +78,6 @@ def draw(workdir: Path, test: data.Split, title: str) -> Figure:
     below[0].set_ylabel("test images, each before\nits reconstruction", fontsize=12)
     figure.suptitle(title, fontsize=15)
     return figure
-
-
-def mosaic(image: np.ndarray, columns: int) -> np.ndarray:
-    """Images [n, height, width, channel] in rows, as one image; the last row is filled up with black."""
-    _, height, width, channels = image.shape
-    rows = -(-len(image) // columns)
-    full = np.zeros((rows * columns, height, width, channels), image.dtype)
-    full[: len(image)] = image
-    grid = full.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    return grid.reshape(rows * height, columns * width, channels)
 
 
 def main(argv):

@@ -30,6 +30,7 @@ from configs import classifier as classifier_config
 from experiments import launch
 from experiments.report import markdown_table
 from vae_jax import data, generate
+from vae_jax.build import changes
 from vae_jax.evaluate import make_evaluate, mean_and_interval
 from vae_jax.figures import show_image
 from vae_jax.models import make_classifier
@@ -193,9 +194,7 @@ class Trainer:
 
     def make_recognised(self, split: data.Split) -> Callable[[dict], np.ndarray]:
         """`recognised(variables)`: of every seed and example of the split, whether the label was recognised."""
-        evaluate = make_evaluate(
-            self._objective, split, lambda function, axes: jax.vmap(function, axes)
-        )
+        evaluate = make_evaluate(self._objective, split, jax.vmap)
         return lambda variables: evaluate(variables, self._keys)["accuracy"]
 
 
@@ -217,7 +216,11 @@ class Study:
             ) from None
         file = self.path / "settings.json"
         if file.exists():
-            check_settings(self.path, json.loads(file.read_text("utf-8")), settings)
+            stored = json.loads(file.read_text("utf-8"))
+            if different := changes(stored, settings):
+                raise FileExistsError(
+                    f"{self.path} holds another study ({'; '.join(different)}): name another with --workdir"
+                )
         elif any(entry.name != "lock" for entry in self.path.iterdir()):
             raise FileExistsError(
                 f"{self.path} is not empty and holds no study: name another with --workdir"
@@ -265,19 +268,6 @@ def read_study(path: Path) -> tuple[list[dict], dict]:
         raise ValueError(f"{path} is missing or not finished: run its part first")
     settings = json.loads((path / "settings.json").read_text("utf-8"))
     return read_objects(path / "results.jsonl"), settings
-
-
-def check_settings(path, stored: dict, settings: dict) -> None:
-    """Raise FileExistsError if they differ, naming the fields."""
-    different = [
-        f"{name} is {stored.get(name, 'absent')} there, {settings.get(name, 'absent')} here"
-        for name in {**stored, **settings}
-        if stored.get(name) != settings.get(name)
-    ]
-    if different:
-        raise FileExistsError(
-            f"{path} holds another study ({'; '.join(different)}): name another with --workdir"
-        )
 
 
 def check_percentages(given: list | None, size: int, num_classes: int) -> list[float]:
@@ -418,6 +408,16 @@ def chosen(rows) -> tuple[float, float]:
     return best["share"], best["scale"]
 
 
+def swept(rows, share: float) -> list[float]:
+    """The generated images that the judge gave another label, in %, at each noise of SWEEP."""
+    found = {
+        row["scale"]: row["relabelled"]
+        for row in rows
+        if row["stage"] == "sweep" and row["share"] == share
+    }
+    return [100 * found[scale] for scale in SWEEP]
+
+
 def by_arm(rows) -> dict:
     """{(percentage, arm): accuracies of the seeds, in %}"""
     return {
@@ -473,14 +473,7 @@ def tables(rows, settings) -> list[tuple[str, list[list[str]]]]:
         )
     noise = [["share of latents", *(f"noise {scale:g}" for scale in SWEEP)]]
     for share in SHARES:
-        found = {
-            row["scale"]: row["relabelled"]
-            for row in rows
-            if row["stage"] == "sweep" and row["share"] == share
-        }
-        noise.append(
-            [f"{share:g}", *(f"{100 * found[scale]:.1f} %" for scale in SWEEP)]
-        )
+        noise.append([f"{share:g}", *(f"{lost:.1f} %" for lost in swept(rows, share))])
     return [
         ("Test accuracy in %, by the share of half B", arms),
         ("Paired differences, in points", paired),
@@ -570,17 +563,8 @@ def draw_sweep(rows, vae, test: data.Split, share: float, settings) -> Figure:
     above, below = figure.subfigures(2, 1, height_ratios=[3, 0.75 * len(shown)])
     axes = above.subplots()
     for one in SHARES:
-        found = {
-            row["scale"]: row["relabelled"]
-            for row in rows
-            if row["stage"] == "sweep" and row["share"] == one
-        }
-        axes.plot(
-            SWEEP,
-            [100 * found[scale] for scale in SWEEP],
-            "o-",
-            label=f"{100 * one:g} % of the latents",
-        )
+        label = f"{100 * one:g} % of the latents"
+        axes.plot(SWEEP, swept(rows, one), "o-", label=label)
     axes.set(
         xlabel="noise (the prior's standard deviation is 1)", ylabel="another label, %"
     )

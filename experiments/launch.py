@@ -4,6 +4,9 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
+
+from vae_jax.rundir import read_rows
 
 
 def make_command(config: str, workdir: str, manual_dir: str = "", **fields) -> list:
@@ -52,3 +55,11 @@ def run(command: list) -> None:
             signal.signal(number, handler)
     if code:
         sys.exit(code)
+
+
+def last_test(run: Path) -> dict:
+    """The last evaluation of a run. Raises ValueError if there is none."""
+    rows = [row for row in read_rows(run) if "test/loss" in row]
+    if not rows:
+        raise ValueError(f"{run} is missing or not finished: run its part first")
+    return rows[-1]

@@ -1,7 +1,7 @@
 """The post, reproduced: every table and figure, our numbers beside the post's, in one report.
 
     python -m experiments.reproduce --workdir=runs/post            MNIST
-    python -m experiments.reproduce --workdir=runs/quick --quick   the same on the bundled digits, in minutes
+    python -m experiments.reproduce --workdir=runs/quick --quick   the same on the bundled digits, in a quarter of an hour or less
 
 It runs commands of this project, each of which can be run, stopped and continued alone, and so can this one. The report
 is report.html, one file, and report.md with its figures in report/.
@@ -69,14 +69,14 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
 
 
 class Report:
-    """The blocks of the report of a work directory in which all parts are done; `folder` takes its figures."""
+    """The blocks of the report of a work directory in which all parts are done; its figures go to report/ there."""
 
     def __init__(self, workdir: Path, name: str, dataset: data.Dataset, commands: dict):
         self._workdir, self._name, self._commands = workdir, name, commands
         self._dataset, self._test = dataset, dataset.splits["test"]
         self._of_post = name == "mnist"
-        self._losses = last_test(workdir / "vae")
-        self._accuracies = last_test(workdir / "classifier")
+        self._losses = launch.last_test(workdir / "vae")
+        self._accuracies = launch.last_test(workdir / "classifier")
         self._study = augmentation.read_study(workdir / "augmentation")
         self._vae = vae_jax.load(str(workdir / "vae"))
         self._classifier = vae_jax.load(str(workdir / "classifier"))
@@ -213,9 +213,9 @@ class Report:
         epochs = read_config(str(folder / "default"))["epochs"]
         figure = ablations.draw(folder, self._test, f"What fails: {self._name}")
         save_figure(figure, self._workdir / "report" / "ablations.png")
-        reference = last_test(folder / "default")["test/loss"]
+        reference = launch.last_test(folder / "default")["test/loss"]
         costs = ", ".join(
-            f"{ablations.NAMES[name]} {last_test(folder / name)['test/loss'] - reference:+.2f}"
+            f"{ablations.NAMES[name]} {launch.last_test(folder / name)['test/loss'] - reference:+.2f}"
             for name in ablations.VARIANTS[1:]
         )
         return [
@@ -315,14 +315,6 @@ class Report:
             Text("These commands, in this order, made every row and figure:"),
             *commands,
         ]
-
-
-def last_test(run: Path) -> dict:
-    """The last evaluation of a run. Raises ValueError if there is none."""
-    rows = [row for row in read_rows(run) if "test/loss" in row]
-    if not rows:
-        raise ValueError(f"{run} is missing or not finished: run its part first")
-    return rows[-1]
 
 
 def trained_for(run: Path) -> float:

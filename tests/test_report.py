@@ -16,6 +16,7 @@ from experiments.report import (
     to_html,
     to_markdown,
 )
+from vae_jax.figures import mosaic
 from vae_jax.rundir import save_figure
 
 BLOCKS = [
@@ -53,10 +54,7 @@ def test_mosaic():
     image = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) * np.ones(
         (1, 2, 2, 1), np.float32
     )
-    assert (
-        ablations.mosaic(image, 2)[..., 0].tolist()
-        == [[0, 0, 1, 1]] * 2 + [[2, 2, 0, 0]] * 2
-    )
+    assert mosaic(image, 2)[..., 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 0, 0]] * 2
 
 
 def test_commands_name_the_variants_fields(tmp_path):

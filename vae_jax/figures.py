@@ -134,24 +134,30 @@ def image_rows(
     return figure
 
 
+def mosaic(
+    image: Float[np.ndarray, "n height width channel"],
+    columns: int,
+    margin: int = 0,
+    fill: float = 0.0,
+) -> Float[np.ndarray, "rows_height columns_width channel"]:
+    """Images in rows, as one image; `fill` is the margin around each, and what the last row lacks."""
+    rows = -(-len(image) // columns)
+    around = (margin, margin)
+    pad = ((0, rows * columns - len(image)), around, around, (0, 0))
+    tiles = np.pad(image, pad, constant_values=fill)
+    height, width, channels = tiles.shape[1:]
+    grid = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return grid.reshape(rows * height, columns * width, channels)
+
+
 def image_grid(
     image: Float[np.ndarray, "n height width channel"], title: str
 ) -> Figure:
     """Images side by side in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)
-    height, width, channels = image.shape[1:]
-    pad = ((0, rows * columns - len(image)), (1, 1), (1, 1), (0, 0))
-    tiles = np.pad(image, pad, constant_values=0.5).reshape(
-        rows, columns, height + 2, width + 2, channels
-    )
     figure = Figure(figsize=(7, 7 * rows / columns + 0.5), layout="constrained")
-    show_image(
-        figure.subplots(),
-        tiles.swapaxes(1, 2).reshape(
-            rows * (height + 2), columns * (width + 2), channels
-        ),
-    )
+    show_image(figure.subplots(), mosaic(image, columns, margin=1, fill=0.5))
     figure.suptitle(title)
     return figure
 

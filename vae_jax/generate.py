@@ -45,20 +45,6 @@ def perturb(
     return jax.vmap(one)(z, keys)
 
 
-def variations(
-    encode: Callable,
-    decode: Callable,
-    variables: dict,
-    image: Float[Array, "batch height width channel"],
-    keys: Key[Array, " batch"],
-    share: float,
-    scale: float,
-) -> Float[Array, "batch height width channel"]:
-    """decode(perturb(mean of q(z | image))), in [0, 1]: new images that are to keep the labels of their sources."""
-    mean, _ = encode(variables, image)
-    return decode(variables, perturb(mean, keys, share, scale))
-
-
 def interpolate(
     start: Float[Array, " latent"], end: Float[Array, " latent"], count: int
 ) -> Float[Array, "count latent"]:
