@@ -1,6 +1,6 @@
 """Images a second: ours, the same model in plain Flax, PyTorch's best, and what the device allows. One interleaved run.
 
-    python -m experiments.speed [--model=both] [--batch_size=128] [--steps=20] [--rounds=9] [--out=speed]
+    python -m experiments.speed [--model=both] [--precision=both] [--batch_size=128] [--steps=20] [--rounds=9] [--out=speed]
     python -m experiments.speed --sweep --out=sweep     time an image by batch size and width of the network, ours alone
 
 Every peer trains the post's VAE, or its classifier, by Adam on the same batches of uint8 images held in the device's
@@ -40,6 +40,12 @@ from vae_jax.steps import init_state, jit_train_step, make_eval_step, make_train
 from vae_jax.train import make_run_chunk
 
 _MODEL = flags.DEFINE_enum("model", "both", ["vae", "classifier", "both"], "Which.")
+_PRECISION = flags.DEFINE_enum(
+    "precision",
+    "both",
+    ["float32", "bfloat16", "both"],
+    "Which. A CPU without instructions for bfloat16 takes long over it.",
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Images a step.", lower_bound=1)
 _STEPS = flags.DEFINE_integer(
     "steps", 20, "Steps a peer takes in one round.", lower_bound=1
@@ -48,7 +54,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 9, "Timed rounds.", lower_bound=1)
 _SWEEP = flags.DEFINE_bool("sweep", False, "Ours by batch size and width instead.")
 _OUT = flags.DEFINE_string("out", None, "Write OUT.json and OUT.png too.")
 IMAGE_SHAPE = (28, 28, 1)
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ["float32", "bfloat16"]
 # How often a layer's kernel is applied to one image (the post, Tables 1, 2 and 4).
 PLACES = {
     "vae": {
@@ -299,11 +305,13 @@ MODELS = {
 }
 
 
-def make_peers(model: str, data: tuple, batch_size: int, steps: int) -> list[Peer]:
+def make_peers(
+    model: str, precisions: list, data: tuple, batch_size: int, steps: int
+) -> list[Peer]:
     make_network, plain, make_objective, make_torch = MODELS[model]
     torch_forms = pytorch_forms()
     load, peers = (*data, batch_size, steps), []
-    for precision in PRECISIONS:
+    for precision in precisions:
         network = make_network(IMAGE_SHAPE, precision=precision)
         for train in (True, False):
             group = f"{model}, {'training' if train else 'evaluation'}, {precision}"
@@ -346,7 +354,7 @@ def pytorch_forms() -> dict[str, tuple]:
     return forms
 
 
-def product_peers() -> list[Peer]:
+def product_peers(precisions: list) -> list[Peer]:
     """The device's own limit: large square matrix products, operands in each precision and sums in float32."""
     size = 8192 if jax.default_backend() == "gpu" else 2048
 
@@ -358,7 +366,7 @@ def product_peers() -> list[Peer]:
 
     return [
         Peer(f"matrix product, {precision}", "limit", make(precision), 2 * size**3)
-        for precision in PRECISIONS
+        for precision in precisions
     ]
 
 
@@ -559,9 +567,10 @@ def main(argv):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch_size * steps, *IMAGE_SHAPE), np.uint8)
     labels = rng.integers(0, 10, len(images), np.int32)
-    peers = product_peers()
+    precisions = PRECISIONS if _PRECISION.value == "both" else [_PRECISION.value]
+    peers = product_peers(precisions)
     for model in MODELS if _MODEL.value == "both" else [_MODEL.value]:
-        peers += make_peers(model, (images, labels), batch_size, steps)
+        peers += make_peers(model, precisions, (images, labels), batch_size, steps)
     print(f"batch {batch_size}, {_ROUNDS.value} rounds of {steps} steps, interleaved")
     rows = compare(peers, measure(peers, _ROUNDS.value))
     show(rows)

@@ -107,6 +107,24 @@ def test_forms_by_platform(function, channels):
     assert found == {"cpu": False, "cuda": many, "tpu": True}
 
 
+@pytest.mark.parametrize(
+    "width,stride,channels,taken_together",
+    [(28, 1, 8, 4), (28, 1, 32, 2), (28, 1, 33, 1), (7, 1, 8, 1), (28, 2, 8, 2)],
+)
+def test_narrow_products_take_neighbours_together(
+    width, stride, channels, taken_together
+):
+    x, w = operands(3, width * stride, 3, c_out=channels)
+    geometry = convolution.Geometry(
+        (3, 3), (stride, stride), (0, 0), (3 // stride, width), (3, width * stride)
+    )
+    assert convolution._widen(geometry, channels)[1] == taken_together
+    assert_close(
+        convolution._correlate(x, w, geometry),
+        convolution._lax_correlate(x, w, geometry),
+    )
+
+
 @pytest.mark.parametrize("ours,theirs", PAIRS)
 def test_bfloat16_accumulates_in_float32(ours, theirs):
     """The error is that of rounding operands and result once, however many terms are added."""
@@ -121,7 +139,7 @@ def test_bfloat16_accumulates_in_float32(ours, theirs):
 def test_lax_forms_equal_the_products():
     x, w = operands(5, 8, 3)
     geometry = convolution.Geometry(
-        size=(3, 3), stride=2, low=(1, 0), small=(3, 4), large=(5, 8)
+        size=(3, 3), stride=(2, 2), low=(1, 0), small=(3, 4), large=(5, 8)
     )
     g = convolution._correlate(x, w, geometry)
     assert_close(g, convolution._lax_correlate(x, w, geometry))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax.generate import interpolate, prior, reconstruct, traverse
+from vae_jax.generate import interpolate, perturb, prior, reconstruct, traverse
 
 W = jnp.asarray(
     np.linalg.qr(np.random.default_rng(0).standard_normal((4, 2)))[0], jnp.float32
@@ -33,6 +33,21 @@ def test_the_prior_is_standard_normal_and_follows_the_key():
     np.testing.assert_allclose(np.cov(z.T), np.eye(2), atol=0.05)
     np.testing.assert_array_equal(z, prior(jax.random.key(0), 20_000, 2))
     assert (z != prior(jax.random.key(1), 20_000, 2)).all()
+
+
+def test_a_perturbation_moves_its_share_of_latents_by_its_noise():
+    z = jnp.tile(jnp.arange(10.0), (4000, 1))
+    keys = jax.random.split(jax.random.key(0), len(z))
+    change = perturb(z, keys, share=0.3, scale=0.5) - z
+    moved = change != 0
+    np.testing.assert_array_equal(moved.sum(axis=1), 3)
+    np.testing.assert_allclose(moved.mean(axis=0), 0.3, atol=0.03)
+    np.testing.assert_allclose(np.mean(change[moved]), 0, atol=0.02)
+    np.testing.assert_allclose(np.std(change[moved]), 0.5, rtol=0.03)
+    # A row has the noise of its own key, whatever is beside it.
+    keys = jax.random.split(jax.random.key(0), len(z))
+    alone = perturb(z[5:6], keys[5:6], 0.3, 0.5)
+    np.testing.assert_array_equal(alone, (z + change)[5:6])
 
 
 def test_an_interpolation_is_a_line():

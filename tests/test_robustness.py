@@ -271,6 +271,22 @@ def test_interrupted_in_every_other_way(reference, interrupted, tmp_path, tally)
         assert_same_end(workdir, reference)
 
 
+def test_files_that_were_moved_are_recorded(mnist_dir, tmp_path):
+    """`data.manual_dir` may be another one when a run continues; its data may not."""
+    moved, workdir = tmp_path / "moved", tmp_path / "run"
+    moved.symlink_to(mnist_dir)
+    flags = ["--config.data.name=mnist", "--config.batch_size=6000"]
+    for epochs, folder in [(1, mnist_dir), (2, moved)]:
+        from_there = f"--config.data.manual_dir={folder}"
+        assert ends(program(workdir, *flags, from_there, epochs=epochs), 0) == ""
+        for config in (
+            json.loads((workdir / "config.json").read_text()),
+            checkpoint.read_about(workdir / "checkpoints", 9 * epochs)["config"],
+        ):
+            assert config["data"]["manual_dir"] == str(folder)
+    assert_nothing_is_lost(workdir)
+
+
 def test_a_broken_restore_would_be_noticed(reference, interrupted, tmp_path):
     workdir = copy(interrupted, tmp_path)
     assert ends(program(workdir, fault=("without_optimizer", 0)), 0) == ""

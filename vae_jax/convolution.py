@@ -27,13 +27,14 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 FEW_CHANNELS = 16  # on NVIDIA GPUs; measured on an H100
+WIDE = 64  # columns of a product, from which on it is near its full rate on the CPU
 
 
 class Geometry(NamedTuple):
     """How the large side of a convolution [height, width] lies over the small one."""
 
     size: tuple[int, int]  # of the kernel
-    stride: int
+    stride: tuple[int, int]
     low: tuple[int, int]  # padding above and left of the large side
     small: tuple[int, int]
     large: tuple[int, int]
@@ -50,9 +51,8 @@ def conv(
     low = tuple(
         max((n - 1) * stride + k - m, 0) // 2 for k, n, m in zip(size, small, large)
     )
-    return correlate_p.bind(
-        x, kernel, geometry=Geometry(size, stride, low, small, large)
-    )
+    geometry = Geometry(size, (stride, stride), low, small, large)
+    return correlate_p.bind(x, kernel, geometry=geometry)
 
 
 def conv_transpose(
@@ -63,27 +63,29 @@ def conv_transpose(
     """SAME transposed convolution: `lax.conv_transpose`, output [batch, h * stride, w * stride, c_out]."""
     size, small = kernel.shape[:2], x.shape[1:3]
     low = tuple(max(k - stride, 0) // 2 for k in size)
+    large = tuple(n * stride for n in small)
     # lax.conv_transpose does not flip its kernel, so as the transpose of a convolution it has a flipped one.
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return spread_p.bind(
-        x,
-        flipped,
-        geometry=Geometry(size, stride, low, small, tuple(n * stride for n in small)),
-    )
+    geometry = Geometry(size, (stride, stride), low, small, large)
+    return spread_p.bind(x, flipped, geometry=geometry)
+
+
+def _pads(geometry):
+    """The padding (low, high) of each axis of the large side; below 0 where the kernel does not reach its end."""
+    return [
+        (low, (n - 1) * stride + k - low - m) for k, stride, low, n, m in zip(*geometry)
+    ]
 
 
 def _im2col(x, geometry):
     """The patches of x side by side, [batch * small, kh * kw * c]: strided slices, concatenated."""
-    (kh, kw), stride, low, (h, w), large = geometry
+    (kh, kw), (sh, sw), _, (h, w), _ = geometry
     batch, channels = x.shape[0], x.shape[3]
-    high = [
-        max((n - 1) * stride + k - l - m, 0)
-        for k, l, n, m in zip(geometry.size, low, geometry.small, large)
-    ]
-    x = jnp.pad(x, ((0, 0), (low[0], high[0]), (low[1], high[1]), (0, 0)))
-    down, right = (h - 1) * stride + 1, (w - 1) * stride + 1
+    pads = [(low, max(high, 0)) for low, high in _pads(geometry)]
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    down, right = (h - 1) * sh + 1, (w - 1) * sw + 1
     slices = [
-        x[:, i : i + down : stride, j : j + right : stride]
+        x[:, i : i + down : sh, j : j + right : sw]
         for i in range(kh)
         for j in range(kw)
     ]
@@ -96,20 +98,20 @@ def _col2im(columns, geometry):
     The outputs of equal remainder by the stride form a plane, a sum of unstrided shifts of the columns; one reshape
     interleaves the planes. (Interior dilation by `lax.pad` is slower.)
     """
-    (kh, kw), stride, low, (h, w), large = geometry
+    (kh, kw), (sh, sw), low, (h, w), large = geometry
     columns = columns.reshape(-1, h, w, kh, kw, columns.shape[-1] // (kh * kw))
     batch, channels = columns.shape[0], columns.shape[-1]
     zero = jnp.zeros((), columns.dtype)
     exact = jnp.promote_types(columns.dtype, jnp.float32)
-    rows, cols = (-(-n // stride) for n in large)
+    rows, cols = -(-large[0] // sh), -(-large[1] // sw)
 
     def plane(row, col):
         total = jnp.zeros((batch, rows, cols, channels), exact)
         for i in range(kh):
             for j in range(kw):
                 (down, below), (right, beside) = (
-                    divmod(row + low[0] - i, stride),
-                    divmod(col + low[1] - j, stride),
+                    divmod(row + low[0] - i, sh),
+                    divmod(col + low[1] - j, sw),
                 )
                 if below == beside == 0:
                     pads = (
@@ -122,44 +124,68 @@ def _col2im(columns, geometry):
         return total.astype(columns.dtype)
 
     planes = jnp.stack(
-        [
-            jnp.stack([plane(r, c) for c in range(stride)], axis=3)
-            for r in range(stride)
-        ],
+        [jnp.stack([plane(r, c) for c in range(sw)], axis=3) for r in range(sh)],
         axis=2,
     )
-    return planes.reshape(batch, rows * stride, cols * stride, channels)[
+    return planes.reshape(batch, rows * sh, cols * sw, channels)[
         :, : large[0], : large[1]
     ]
 
 
+def _widen(geometry, channels):
+    """Small pixels of a row taken together, as one pixel of all their channels; and how many: narrow products are slow.
+
+    Their kernels lie side by side in a wider one, which has zeros beside each: at most as many as it has weights.
+    """
+    (kh, kw), (sh, sw), low, (h, w), large = geometry
+
+    def fits(n):
+        return w % n == 0 and n * channels <= WIDE and (n - 1) * sw <= kw
+
+    n = max(filter(fits, (2, 4)), default=1)
+    return Geometry((kh, kw + (n - 1) * sw), (sh, n * sw), low, (h, w // n), large), n
+
+
+def _widen_kernel(kernel, geometry, n):
+    """[kh, kw, c, k] -> [kh, kw + (n - 1) * stride, c, n * k]."""
+    stride = geometry.stride[1]
+    shifted = [
+        jnp.pad(kernel, ((0, 0), (i * stride, (n - 1 - i) * stride), (0, 0), (0, 0)))
+        for i in range(n)
+    ]
+    return jnp.concatenate(shifted, axis=3)
+
+
 def _correlate(x, kernel, geometry):
-    out = _im2col(x, geometry) @ kernel.reshape(-1, kernel.shape[3])
+    wide, n = _widen(geometry, kernel.shape[3])
+    weights = _widen_kernel(kernel, geometry, n)
+    out = _im2col(x, wide) @ weights.reshape(-1, weights.shape[3])
     return out.reshape(x.shape[0], *geometry.small, kernel.shape[3])
 
 
 def _spread(g, kernel, geometry):
-    return _col2im(
-        g.reshape(-1, g.shape[3]) @ kernel.reshape(-1, kernel.shape[3]).T, geometry
-    )
+    wide, n = _widen(geometry, kernel.shape[3])
+    weights = _widen_kernel(kernel, geometry, n)
+    weights = weights.reshape(-1, weights.shape[3])
+    return _col2im(g.reshape(-1, weights.shape[1]) @ weights.T, wide)
 
 
 def _kernel_gradient(x, g, geometry):
+    channels = x.shape[3], g.shape[3]
+    wide, n = _widen(geometry, channels[1])
     # Contracting the rows of both spares the transposed copy of the columns that XLA makes for other forms.
     product = lax.dot_general(
-        _im2col(x, geometry), g.reshape(-1, g.shape[3]), (((0,), (0,)), ((), ()))
-    )
-    return product.reshape(*geometry.size, x.shape[3], g.shape[3])
+        _im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ()))
+    ).reshape(*wide.size, channels[0], n * channels[1])
+    kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), product.dtype)
+    fold = jax.linear_transpose(lambda k: _widen_kernel(k, geometry, n), kernel)
+    return fold(product)[0]
 
 
 def _lax_correlate(x, kernel, geometry):
-    size, stride, low, small, large = geometry
-    pads = [
-        (l, (n - 1) * stride + k - l - m) for k, l, n, m in zip(size, low, small, large)
-    ]
     layout = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), pads, dimension_numbers=layout
+        x, kernel, geometry.stride, _pads(geometry), dimension_numbers=layout
     )
 
 
