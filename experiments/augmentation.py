@@ -4,8 +4,9 @@
 
 A VAE learns half A of the training images, without their labels. The classifier learns p % of half B and, by arm, other
 images beside them; every arm takes the same number of steps, and all seeds train in one program. How much noise the
-generated images get is chosen once, on images of half B that the classifier does not see. Each finished run is a line of
-results.jsonl: the same command continues an interrupted study. It ends with summary.md and figures.
+generated images get is chosen once, on images of half B that the classifier does not see. Arm h is a recipe for generated
+images that does help: those of a sharper VAE, of images without labels, with labels by the classifier of arm c. Each finished
+run is a line of results.jsonl: the same command continues an interrupted study. It ends with summary.md and figures.
 """
 
 import fcntl
@@ -34,7 +35,7 @@ from vae_jax.build import changes
 from vae_jax.evaluate import make_evaluate, mean_and_interval
 from vae_jax.figures import show_image
 from vae_jax.models import make_classifier
-from vae_jax.objectives import cross_entropy, example_keys
+from vae_jax.objectives import cross_entropy, example_keys, reparameterize
 from vae_jax.rundir import read_objects, save_figure, whole_file
 from vae_jax.steps import fixed_key, init_state, make_adam, make_train_step
 from vae_jax.train import make_run_chunk
@@ -47,6 +48,8 @@ SHARES, SCALES = (0.5, 1.0), (0.25, 0.5, 1.0)  # of which the study's noise is c
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 SWEPT = 10_000  # generated images at each point of the sweep
 SHIFT, ROTATION = 2, 10.0  # pixels, degrees: the classical augmentation
+SHARP = {"objective__beta": 0.02, "model__latent_dim": 32}  # the VAE of arm h
+SURE = 0.9  # the probability of a label from which on it is taken for true
 
 
 class Arm(NamedTuple):
@@ -55,6 +58,7 @@ class Arm(NamedTuple):
     label: str
     beside: str = ""  # a part of the pool; as many images as there are real ones
     augmented: bool = False  # by shifts and rotations
+    taught: bool = False  # the labels beside are those that arm c's classifier is sure of, and there are all of these
 
 
 ARMS = {
@@ -65,12 +69,26 @@ ARMS = {
     "e": Arm("real + the originals of those of A", "originals of A"),
     "f": Arm("real + generated from the same real ones", "generated from B"),
     "g": Arm("as f, shifted and rotated as in c", "generated from B", augmented=True),
+    "h": Arm(
+        "as c + drawn from A, labelled by c's classifier",
+        "drawn from A",
+        augmented=True,
+        taught=True,
+    ),
+    "i": Arm(
+        "as c + originals of A, labelled so too",
+        "originals of A",
+        augmented=True,
+        taught=True,
+    ),
 }
 PAIRS = {
     "f-b": "generated images against repeating the real ones",
     "f-c": "generated images against shifts and rotations",
     "g-c": "generated images beside shifts and rotations",
     "d-e": "generated images against their own originals, all with A's labels",
+    "h-c": "generated images of A without A's labels, beside shifts and rotations",
+    "h-i": "the same against their own originals",
 }
 
 
@@ -108,7 +126,14 @@ def generate_images(
     return np.round(vae.decode(z) * 255).astype(np.uint8)
 
 
-def make_pool(vae, half_a: data.Split, half_b: data.Split, share, scale) -> Pool:
+def draw_images(vae: TrainedVAE, image: np.ndarray) -> np.ndarray:
+    """decode(z) with z ~ q(z | image) for each image, uint8; its noise belongs to the image's position."""
+    keys = example_keys(jax.random.key(0), 0, jnp.arange(len(image)))
+    z = reparameterize(*map(jnp.asarray, vae.encode(image)), keys)
+    return np.round(vae.decode(z) * 255).astype(np.uint8)
+
+
+def make_pool(vae, half_a: data.Split, half_b: data.Split, share, scale, drawn) -> Pool:
     parts = {
         "real": half_b,
         "generated from A": half_a._replace(
@@ -118,6 +143,7 @@ def make_pool(vae, half_a: data.Split, half_b: data.Split, share, scale) -> Pool
         "generated from B": half_b._replace(
             image=generate_images(vae, half_b.image, share, scale)
         ),
+        "drawn from A": half_a._replace(image=drawn),
     }
     sizes = [len(part.label) for part in parts.values()]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
@@ -128,11 +154,13 @@ def make_pool(vae, half_a: data.Split, half_b: data.Split, share, scale) -> Pool
 def training_rows(
     arm: Arm, pool: Pool, real: np.ndarray, sources: np.ndarray
 ) -> np.ndarray:
-    """Positions in the pool that an arm learns, from those of its real images in half B and of as many sources in half A."""
+    """Positions in the pool that an arm learns, from those of its real images in half B and of its sources in half A."""
     rows = pool.start["real"] + real
     if not arm.beside:
         return rows
     others = sources if arm.beside.endswith("A") else real
+    if len(others) > len(real):  # half of what is read stays real
+        rows = np.resize(rows, len(others))
     return np.concatenate([rows, pool.start[arm.beside] + others])
 
 
@@ -176,26 +204,27 @@ class Trainer:
             state, _ = run_chunk(state, order, 0, self._steps, image, label)
             return state.variables
 
-        return jax.jit(jax.vmap(program, (0, 0, None, None)))
+        return jax.jit(jax.vmap(program, (0, 0, None, 0)))
 
     @property
     def _keys(self):
         return jax.vmap(jax.random.key)(np.arange(len(self._seeds), dtype=np.uint32))
 
-    def __call__(self, pool: Pool, rows: list, augmented: bool = False) -> dict:
-        """The variables of all seeds, of which each learns the rows of its own."""
+    def __call__(self, image, label, rows: list, augmented: bool = False) -> dict:
+        """The variables of all seeds, of which each learns rows of its own, with its own labels where they have seeds in front."""
+        label = jnp.broadcast_to(label, (len(self._seeds), len(image)))
         order = np.stack(
             [
                 reading_order(own, self._steps * self._batch, (seed, 1))
                 for seed, own in zip(self._seeds, rows)
             ]
         )
-        return self._programs[augmented](self._keys, order, pool.image, pool.label)
+        return self._programs[augmented](self._keys, order, image, label)
 
-    def make_recognised(self, split: data.Split) -> Callable[[dict], np.ndarray]:
-        """`recognised(variables)`: of every seed and example of the split, whether the label was recognised."""
+    def make_judged(self, split: data.Split) -> Callable[[dict], dict]:
+        """`judged(variables)`: `accuracy`, `prediction` and `confidence`, [seeds, examples of the split] each."""
         evaluate = make_evaluate(self._objective, split, jax.vmap)
-        return lambda variables: evaluate(variables, self._keys)["accuracy"]
+        return lambda variables: evaluate(variables, self._keys)
 
 
 class Study:
@@ -324,23 +353,26 @@ def run_study(
                 test_image=test.image,
                 test_label=test.label,
             )
-    launch.run(
-        launch.make_command(
-            settings["vae"], str(study.path / "vae"), data__name=str(images)
-        )
+    for name, fields in [("vae", {}), ("sharp", SHARP)]:
+        workdir = str(study.path / name)
+        fields = {"data__name": str(images)} | fields
+        launch.run(launch.make_command(settings["vae"], workdir, **fields))
+    vae, sharp, judge = map(
+        vae_jax.load, [str(study.path / "vae"), str(study.path / "sharp"), judge]
     )
-    vae, judge = vae_jax.load(str(study.path / "vae")), vae_jax.load(judge)
 
     seeds = settings["seeds"]
     trainer = Trainer(dataset.image_shape, dataset.num_classes, settings)
     real = [stratified_order(half_b.label, (seed, 2)) for seed in range(seeds)]
     sources = [stratified_order(half_a.label, (seed, 3)) for seed in range(seeds)]
 
+    def first(orders, percentage):
+        return [order[: count_of(percentage, len(b))] for order in orders]
+
     def arm_rows(arm, pool, percentage):
-        count = count_of(percentage, len(b))
         return [
-            training_rows(arm, pool, own[:count], others[:count])
-            for own, others in zip(real, sources)
+            training_rows(arm, pool, own, others)
+            for own, others in zip(first(real, percentage), first(sources, percentage))
         ]
 
     for share, scale in itertools.product(SHARES, SWEEP):
@@ -350,13 +382,15 @@ def run_study(
         )
 
     percentage = max(CHOICE_PERCENTAGE, min(settings["percentages"]))
-    recognised = trainer.make_recognised(half_b)
+    drawn = functools.cache(lambda: draw_images(sharp, half_a.image))
+    make_noisy_pool = functools.partial(make_pool, vae, half_a, half_b)
+    judged = trainer.make_judged(half_b)
 
     def choose(share, scale):
-        pool = make_pool(vae, half_a, half_b, share, scale)
-        variables = trainer(pool, arm_rows(ARMS["f"], pool, percentage))
+        pool = make_noisy_pool(share, scale, drawn())
+        variables = trainer(*pool[:2], arm_rows(ARMS["f"], pool, percentage))
         unseen = [own[count_of(percentage, len(b)) :] for own in real]
-        found = zip(recognised(variables), unseen)
+        found = zip(judged(variables)["accuracy"], unseen)
         return {"accuracy": [float(row[own].mean()) for row, own in found]}
 
     for share, scale in itertools.product(SHARES, SCALES):
@@ -367,17 +401,34 @@ def run_study(
             )
 
     share, scale = chosen(study.rows)
-    pool = functools.cache(lambda: make_pool(vae, half_a, half_b, share, scale))
-    recognised = trainer.make_recognised(test)
+    pool = functools.cache(lambda: make_noisy_pool(share, scale, drawn()))
+    judged = trainer.make_judged(test)
 
-    def learn(percentage, arm):
-        variables = trainer(pool(), arm_rows(arm, pool(), percentage), arm.augmented)
-        return {"accuracy": [float(row.mean()) for row in recognised(variables)]}
+    @functools.cache
+    def trained(percentage, name):
+        arm, (image, label, _) = ARMS[name], pool()
+        if not arm.taught:
+            rows = arm_rows(arm, pool(), percentage)
+            return trainer(image, label, rows, arm.augmented)
+        start = pool().start[arm.beside]
+        part = slice(start, start + len(a))
+        judged_part = trainer.make_judged(data.Split(image[part], label[part]))
+        found = judged_part(trained(percentage, "c"))
+        label = jnp.tile(label, (seeds, 1)).at[:, part].set(found["prediction"])
+        rows = [
+            training_rows(arm, pool(), own, np.flatnonzero(sure))
+            for own, sure in zip(first(real, percentage), found["confidence"] >= SURE)
+        ]
+        return trainer(image, label, rows, arm.augmented)
+
+    def learn(percentage, name):
+        found = judged(trained(percentage, name))
+        return {"accuracy": [float(row.mean()) for row in found["accuracy"]]}
 
     for percentage, name in itertools.product(settings["percentages"], ARMS):
         study.result(
             {"stage": "arm", "percentage": percentage, "arm": name},
-            functools.partial(learn, percentage, ARMS[name]),
+            functools.partial(learn, percentage, name),
         )
 
     folder = study.path / "figures"
@@ -486,8 +537,9 @@ def conditions(rows, settings) -> str:
     return (
         f"{settings['seeds']} seeds, {settings['steps']} steps of {settings['batch_size']} images in every arm; means with 95 % intervals. "
         f"Generated images: noise {scale:g} in {100 * share:g} % of the latents, chosen at {CHOICE_PERCENTAGE:g} % on images of half B that "
-        "were not learned, by arm f. Seeds differ in what is drawn from the halves, in the classifier's weights and in the order of "
-        "images. One VAE was trained: the intervals leave out how VAEs differ."
+        f"were not learned, by arm f; of arm h: one draw from q(z | x) of each image of half A, of a VAE with beta {SHARP['objective__beta']:g} "
+        f"and {SHARP['model__latent_dim']} latents, where arm c's classifier is at least {100 * SURE:g} % sure of its label. Seeds differ in what is drawn from the halves, in the classifier's weights and in the order of "
+        "images. Each VAE was trained once: the intervals leave out how VAEs differ."
     )
 
 

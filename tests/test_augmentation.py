@@ -47,6 +47,7 @@ def test_arms_read_what_they_say():
             "generated from A": 100,
             "originals of A": 200,
             "generated from B": 300,
+            "drawn from A": 400,
         },
     )
     real, sources = np.array([3, 5]), np.array([7, 8])
@@ -57,7 +58,12 @@ def test_arms_read_what_they_say():
     assert rows["a"] == rows["c"] == [3, 5] and rows["b"] == [3, 5, 3, 5]
     assert rows["d"] == [3, 5, 107, 108] and rows["e"] == [3, 5, 207, 208]
     assert rows["f"] == rows["g"] == [3, 5, 303, 305]
-    assert [name for name, arm in ARMS.items() if arm.augmented] == ["c", "g"]
+    assert rows["h"] == [3, 5, 407, 408] and rows["i"] == rows["e"]
+    # Where there are more of the others, the real ones are repeated.
+    sources = np.array([7, 8, 9])
+    rows = augmentation.training_rows(ARMS["h"], pool, real, sources)
+    assert rows.tolist() == [3, 5, 3, 407, 408, 409]
+    assert [name for name, arm in ARMS.items() if arm.augmented] == ["c", *"ghi"]
 
 
 def test_reading_order_repeats_whole_rounds():
