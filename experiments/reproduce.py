@@ -294,7 +294,10 @@ class Report:
                 for name in ablations.VARIANTS
             ),
             "classifier": trained_for(self._workdir / "classifier"),
-            "augmentation": trained_for(self._workdir / "augmentation" / "vae")
+            "augmentation": sum(
+                trained_for(self._workdir / "augmentation" / name)
+                for name in ("vae", "sharp")
+            )
             + sum(row["seconds"] for row in self._study[0]),
         }
         seconds["all"] = sum(seconds.values())
