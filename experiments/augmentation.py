@@ -561,7 +561,7 @@ def summarize(rows, settings) -> str:
 def draw_arms(rows, settings) -> Figure:
     """Accuracy of each arm, and the paired differences, by the share of half B."""
     accuracy, columns = by_arm(rows), settings["percentages"]
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     left, right = figure.subplots(1, 2)
     place = np.arange(len(columns))
 
@@ -600,7 +600,7 @@ def draw_arms(rows, settings) -> Figure:
         axes.set(title=title, ylabel=unit, xlabel="share of half B that is learned")
         axes.set_xticks(place, [f"{p:g} %" for p in columns])
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.suptitle(
         f"Generated training data: {settings['data']}, {settings['seeds']} seeds, 95 % intervals"
     )

@@ -262,7 +262,8 @@ class Report:
             Heading("Table 5: does generated training data help?"),
             Text(
                 "The post's table is arm d. It has no control, and its generated images carry labels of half A that no other arm sees; "
-                "so generated images are judged by arm f, and by what arm d loses against arm e."
+                "so generated images are judged by arm f, and by what arm d loses against arm e. Arms h and i are not the post's: they ask "
+                "for a way in which generated images do help, without labels of half A."
             ),
             Text(augmentation.conditions(*self._study)),
             Items(augmentation.findings(*self._study)),

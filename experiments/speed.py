@@ -343,6 +343,8 @@ def pytorch_forms() -> dict[str, tuple]:
         return {}
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as JAX's default
+    # Every form compiles the same code again; above its usual 8, PyTorch would run the others eagerly.
+    torch._dynamo.config.recompile_limit = 64
     forms = {
         "eager": (False, None),
         "eager, channels_last": (True, None),
