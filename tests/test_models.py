@@ -104,9 +104,10 @@ def test_equals_flax_layers(vae):
 def test_image_shape_comes_from_the_data(image_shape, features):
     network = make_vae(image_shape, latent_dim=5, decoder_features=features)
     image = jnp.zeros((2, *image_shape))
-    variables = network.init(jax.random.key(0), image)
-    assert network.apply(variables, image).shape == image.shape
-    assert network.apply(variables, image, method="encode")[0].shape == (2, 5)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    assert jax.eval_shape(network.apply, variables, image).shape == image.shape
+    encode = functools.partial(network.apply, method="encode")
+    assert jax.eval_shape(encode, variables, image)[0].shape == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,9 @@ CLASSIFIER_LAYERS = {
 def test_classifier_layer_shapes_and_parameter_counts():
     network = make_classifier((28, 28, 1), 10)
     image = jnp.zeros((3, 28, 28, 1))
-    variables = jax.jit(network.init)(jax.random.key(0), image)
-    logits, captured = network.apply(variables, image, capture_intermediates=True)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    apply = functools.partial(network.apply, capture_intermediates=True)
+    logits, captured = jax.eval_shape(apply, variables, image)
     assert logits.shape == (3, 10)
     assert set(variables["params"]) == set(CLASSIFIER_LAYERS)
     for name, (shape, count) in CLASSIFIER_LAYERS.items():
@@ -196,7 +198,7 @@ def test_classifier_equals_flax_layers(image_shape, num_classes):
     )
     rng = np.random.default_rng(1)
     image = jnp.asarray(rng.random((6, *image_shape), np.float32))
-    variables = ours.init(jax.random.key(0), image)
+    variables = jax.jit(ours.init)(jax.random.key(0), image)
     params = randomised(variables["params"])
     for i in (1, 2, 3):
         params[f"norm{i}"]["scale"] *= jnp.where(
@@ -231,16 +233,16 @@ def test_classifier_takes_its_sizes_from_the_data(image_shape, pooled):
     """Each pooling halves the size, and leaves out the last row or column of an odd one."""
     network = make_classifier(image_shape, 5, features=(4, 4, 6))
     image = jnp.zeros((2, *image_shape))
-    variables = network.init(jax.random.key(0), image)
+    variables = jax.eval_shape(network.init, jax.random.key(0), image)
     assert variables["params"]["fc"]["kernel"].shape == (pooled * 6, 5)
-    assert network.apply(variables, image).shape == (2, 5)
+    assert jax.eval_shape(network.apply, variables, image).shape == (2, 5)
 
 
 def test_windows_of_an_odd_size_hold_the_convolution_of_the_whole_image():
     """Before the first normalisation nothing but the last row and column is lost."""
     network = make_classifier((7, 9, 2), 3, features=(4, 5))
     image = jnp.asarray(np.random.default_rng(0).random((2, 7, 9, 2), np.float32))
-    variables = network.init(jax.random.key(0), image)
+    variables = jax.jit(network.init)(jax.random.key(0), image)
     _, captured = network.apply(variables, image, capture_intermediates=True)
     windows = captured["intermediates"]["conv1"]["__call__"][0]
     conv = nn.Conv(4, (3, 3)).apply({"params": variables["params"]["conv1"]}, image)

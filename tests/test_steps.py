@@ -40,7 +40,7 @@ def objective(network):
 
 
 def make_state(network, optimizer, seed=0):
-    variables = network.init(jax.random.key(1), jnp.zeros((1, *SHAPE)))
+    variables = jax.jit(network.init)(jax.random.key(1), jnp.zeros((1, *SHAPE)))
     return init_state(variables, optimizer, jax.random.key(seed))
 
 
@@ -92,7 +92,8 @@ def test_gradient_descent_is_on_the_weighted_mean_of_the_loss(network, objective
         return jnp.average(metrics["loss"], weights=batch.weight), metrics
 
     (loss, each), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-    after, metrics = make_train_step(objective, optax.sgd(1.0))(state, batch)
+    step = jax.jit(make_train_step(objective, optax.sgd(1.0)))
+    after, metrics = step(state, batch)
     moved = jax.tree.map(lambda a, b: a - b, state.params, after.params)
     assert_trees_close(moved, grads, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
@@ -143,11 +144,11 @@ def test_vmap_with_an_axis_name_equals_one_device(network, objective):
     state, batch = make_state(network, optax.sgd(0.01)), make_batch()
     step = make_train_step(objective, optax.sgd(0.01), axis_name="shards")
     shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
-    mapped, _ = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="shards")(
-        state, shards
+    mapped = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="shards")
+    alone, _ = jax.jit(make_train_step(objective, optax.sgd(0.01)))(state, batch)
+    assert_trees_close(
+        jax.jit(mapped)(state, shards)[0].params, alone.params, atol=1e-6
     )
-    alone, _ = make_train_step(objective, optax.sgd(0.01))(state, batch)
-    assert_trees_close(mapped.params, alone.params, atol=1e-6)
 
 
 def test_shard_map_equals_one_device(network, objective):
@@ -156,7 +157,7 @@ def test_shard_map_equals_one_device(network, objective):
     step = make_train_step(objective, optax.sgd(0.01), axis_name="devices")
     specs = {"in_specs": (P(), P("devices")), "out_specs": (P(), P())}
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
-    alone, _ = make_train_step(objective, optax.sgd(0.01))(state, batch)
+    alone, _ = jax.jit(make_train_step(objective, optax.sgd(0.01)))(state, batch)
     assert_trees_close(mapped(state, batch)[0].params, alone.params, atol=1e-6)
 
 
@@ -164,11 +165,11 @@ def test_seeds_in_one_program_equal_each_alone(network, objective):
     optimizer = optax.sgd(0.01)
     states = [make_state(network, optimizer, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    together, _ = jax.vmap(make_train_step(objective, optimizer), in_axes=(0, None))(
-        stacked, make_batch()
-    )
+    step = make_train_step(objective, optimizer)
+    together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, make_batch())
+    step = jax.jit(step)
     for i, state in enumerate(states):
-        alone, _ = make_train_step(objective, optimizer)(state, make_batch())
+        alone, _ = step(state, make_batch())
         one_of_them = jax.tree.map(operator.itemgetter(i), together.params)
         assert_trees_close(one_of_them, alone.params, atol=1e-5)
 
@@ -178,7 +179,7 @@ def classifier():
     """Its objective, and the state before the first step of an optimizer."""
     network = make_classifier(SHAPE, 3, features=(4, 4, 4))
     apply = functools.partial(network.apply, mutable=["batch_stats"])
-    variables = network.init(jax.random.key(1), jnp.zeros((1, *SHAPE)))
+    variables = jax.jit(network.init)(jax.random.key(1), jnp.zeros((1, *SHAPE)))
     objective = functools.partial(cross_entropy, apply=apply, shift=1, rotation=10.0)
     return objective, lambda optimizer: init_state(
         variables, optimizer, jax.random.key(0)
