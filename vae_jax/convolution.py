@@ -7,6 +7,8 @@ the three bilinear maps that make up a convolution are written as one product ea
     spread(g, w)             large = col2im(g w^T)              its transpose in x: the transposed convolution
     kernel_gradient(x, g)    w     = im2col(x)^T g              its transpose in w
 
+Where there are few channels on the small side, some pixels of a row are taken together as one of all their channels.
+
 Each one's transposes are the other two, so as JAX primitives they are closed under differentiation of any order, in
 forward and reverse mode, and the backward pass of a transposed convolution is one im2col and two products. On TPUs the
 same primitives lower to `lax.conv_general_dilated` and its transposes; on NVIDIA GPUs too, but where the large side has
@@ -177,9 +179,10 @@ def _kernel_gradient(x, g, geometry):
     product = lax.dot_general(
         _im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ()))
     ).reshape(*wide.size, channels[0], n * channels[1])
-    kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), product.dtype)
+    exact = jnp.promote_types(product.dtype, jnp.float32)
+    kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
     fold = jax.linear_transpose(lambda k: _widen_kernel(k, geometry, n), kernel)
-    return fold(product)[0]
+    return fold(product.astype(exact))[0].astype(product.dtype)
 
 
 def _lax_correlate(x, kernel, geometry):
