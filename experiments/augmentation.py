@@ -116,35 +116,23 @@ def halves(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
 
 
+def vary_images(vae: TrainedVAE, image: np.ndarray, choose_z: Callable) -> np.ndarray:
+    """decode(choose_z(mean, logvar, keys)) of each image, uint8; its noise belongs to the image's position."""
+    keys = example_keys(jax.random.key(0), 0, jnp.arange(len(image)))
+    z = choose_z(*map(jnp.asarray, vae.encode(image)), keys)
+    return np.round(vae.decode(z) * 255).astype(np.uint8)
+
+
 def generate_images(
     vae: TrainedVAE, image: np.ndarray, share: float, scale: float
 ) -> np.ndarray:
-    """A variation of each image, uint8; its noise belongs to the image's position."""
-    keys = example_keys(jax.random.key(0), 0, jnp.arange(len(image)))
-    mean, _ = vae.encode(image)
-    z = generate.perturb(jnp.asarray(mean), keys, share, scale)
-    return np.round(vae.decode(z) * 255).astype(np.uint8)
+    """A variation of each image, as the post makes them."""
+    return vary_images(
+        vae, image, lambda mean, _, keys: generate.perturb(mean, keys, share, scale)
+    )
 
 
-def draw_images(vae: TrainedVAE, image: np.ndarray) -> np.ndarray:
-    """decode(z) with z ~ q(z | image) for each image, uint8; its noise belongs to the image's position."""
-    keys = example_keys(jax.random.key(0), 0, jnp.arange(len(image)))
-    z = reparameterize(*map(jnp.asarray, vae.encode(image)), keys)
-    return np.round(vae.decode(z) * 255).astype(np.uint8)
-
-
-def make_pool(vae, half_a: data.Split, half_b: data.Split, share, scale, drawn) -> Pool:
-    parts = {
-        "real": half_b,
-        "generated from A": half_a._replace(
-            image=generate_images(vae, half_a.image, share, scale)
-        ),
-        "originals of A": half_a,
-        "generated from B": half_b._replace(
-            image=generate_images(vae, half_b.image, share, scale)
-        ),
-        "drawn from A": half_a._replace(image=drawn),
-    }
+def make_pool(parts: dict[str, data.Split]) -> Pool:
     sizes = [len(part.label) for part in parts.values()]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     image, label = (np.concatenate(arrays) for arrays in zip(*parts.values()))
@@ -382,12 +370,14 @@ def run_study(
         )
 
     percentage = max(CHOICE_PERCENTAGE, min(settings["percentages"]))
-    drawn = functools.cache(lambda: draw_images(sharp, half_a.image))
-    make_noisy_pool = functools.partial(make_pool, vae, half_a, half_b)
     judged = trainer.make_judged(half_b)
 
+    def generated(half, share, scale):
+        return half._replace(image=generate_images(vae, half.image, share, scale))
+
     def choose(share, scale):
-        pool = make_noisy_pool(share, scale, drawn())
+        parts = {"real": half_b, "generated from B": generated(half_b, share, scale)}
+        pool = make_pool(parts)
         variables = trainer(*pool[:2], arm_rows(ARMS["f"], pool, percentage))
         unseen = [own[count_of(percentage, len(b)) :] for own in real]
         found = zip(judged(variables)["accuracy"], unseen)
@@ -401,8 +391,20 @@ def run_study(
             )
 
     share, scale = chosen(study.rows)
-    pool = functools.cache(lambda: make_noisy_pool(share, scale, drawn()))
     judged = trainer.make_judged(test)
+
+    @functools.cache
+    def pool():
+        drawn = vary_images(sharp, half_a.image, reparameterize)
+        return make_pool(
+            {
+                "real": half_b,
+                "generated from A": generated(half_a, share, scale),
+                "originals of A": half_a,
+                "generated from B": generated(half_b, share, scale),
+                "drawn from A": half_a._replace(image=drawn),
+            }
+        )
 
     @functools.cache
     def trained(percentage, name):

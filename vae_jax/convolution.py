@@ -149,26 +149,24 @@ def _widen(geometry, channels):
 
 
 def _widen_kernel(kernel, geometry, n):
-    """[kh, kw, c, k] -> [kh, kw + (n - 1) * stride, c, n * k]."""
+    """[kh, kw, c, k] -> [kh * (kw + (n - 1) * stride) * c, n * k], the matrix that patches are multiplied by."""
     stride = geometry.stride[1]
     shifted = [
         jnp.pad(kernel, ((0, 0), (i * stride, (n - 1 - i) * stride), (0, 0), (0, 0)))
         for i in range(n)
     ]
-    return jnp.concatenate(shifted, axis=3)
+    return jnp.concatenate(shifted, axis=3).reshape(-1, n * kernel.shape[3])
 
 
 def _correlate(x, kernel, geometry):
     wide, n = _widen(geometry, kernel.shape[3])
-    weights = _widen_kernel(kernel, geometry, n)
-    out = _im2col(x, wide) @ weights.reshape(-1, weights.shape[3])
+    out = _im2col(x, wide) @ _widen_kernel(kernel, geometry, n)
     return out.reshape(x.shape[0], *geometry.small, kernel.shape[3])
 
 
 def _spread(g, kernel, geometry):
     wide, n = _widen(geometry, kernel.shape[3])
     weights = _widen_kernel(kernel, geometry, n)
-    weights = weights.reshape(-1, weights.shape[3])
     return _col2im(g.reshape(-1, weights.shape[1]) @ weights.T, wide)
 
 
@@ -178,7 +176,7 @@ def _kernel_gradient(x, g, geometry):
     # Contracting the rows of both spares the transposed copy of the columns that XLA makes for other forms.
     product = lax.dot_general(
         _im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ()))
-    ).reshape(*wide.size, channels[0], n * channels[1])
+    )
     exact = jnp.promote_types(product.dtype, jnp.float32)
     kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
     fold = jax.linear_transpose(lambda k: _widen_kernel(k, geometry, n), kernel)
