@@ -53,6 +53,18 @@ def tally():
     return count
 
 
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its counts over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(TRIED), dict(HELD)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for total, counts in zip((TRIED, HELD), node.workeroutput["tally"]):
+        total.update(counts)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What robustness tests tried."""
     if TRIED:

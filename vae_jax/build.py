@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from vae_jax import figures, generate
+from vae_jax import generate
 from vae_jax.data import Dataset, load
 from vae_jax.evaluate import (
     class_accuracy,
@@ -109,8 +109,10 @@ def make_job(
         epochs=epochs,
         batch_size=batch_size,
         dataset=dataset,
-        init=lambda key: network.init(
-            fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))
+        init=jax.jit(
+            lambda key: network.init(
+                fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))
+            )
         ),
         objective=loss,
         optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
@@ -368,6 +370,10 @@ def vae_parts(
         }
 
     def report(variables, arrays, history):
+        from vae_jax import (
+            figures,
+        )  # Matplotlib can wait until the first steps are taken
+
         drawn = {
             "training": figures.training_curve(
                 history, yardsticks(), f"Training progress: {title}"
@@ -415,6 +421,8 @@ def classifier_parts(
     test = dataset.splits["test"]
 
     def report(variables, arrays, history):
+        from vae_jax import figures
+
         prediction, confidence = (
             arrays["test"][name] for name in ("prediction", "confidence")
         )

@@ -48,6 +48,7 @@ def conv(
     stride: int = 1,
 ) -> Float[Array, "batch h_out w_out c_out"]:
     """SAME convolution: `lax.conv_general_dilated`, output [batch, ceil(h / stride), ceil(w / stride), c_out]."""
+    _check_channels(x, kernel)
     size, large = kernel.shape[:2], x.shape[1:3]
     small = tuple(-(-n // stride) for n in large)
     low = tuple(
@@ -63,6 +64,7 @@ def conv_transpose(
     stride: int = 1,
 ) -> Float[Array, "batch h_out w_out c_out"]:
     """SAME transposed convolution: `lax.conv_transpose`, output [batch, h * stride, w * stride, c_out]."""
+    _check_channels(x, kernel)
     size, small = kernel.shape[:2], x.shape[1:3]
     low = tuple(max(k - stride, 0) // 2 for k in size)
     large = tuple(n * stride for n in small)
@@ -70,6 +72,13 @@ def conv_transpose(
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
     geometry = Geometry(size, (stride, stride), low, small, large)
     return spread_p.bind(x, flipped, geometry=geometry)
+
+
+def _check_channels(x, kernel):
+    if x.shape[3] != kernel.shape[2]:
+        raise ValueError(
+            f"images have {x.shape[3]} channels, but the kernel takes {kernel.shape[2]}"
+        )
 
 
 def _pads(geometry):
@@ -202,8 +211,11 @@ def _lax_kernel_gradient(x, g, geometry):
     )(g)[0]
 
 
-def _primitive(name, product, convolution, channels):
-    """A primitive lowered to a matrix product or to a lax convolution; `channels(a, b)` are those of the large side."""
+def _primitive(name, product, convolution, shape, channels):
+    """A primitive lowered to a matrix product or to a lax convolution.
+
+    `shape(a, b, geometry)` is that of the result, and `channels(a, b)` are those of the large side.
+    """
     primitive = Primitive(name)
 
     def on_gpu(a, b, geometry):
@@ -211,11 +223,8 @@ def _primitive(name, product, convolution, channels):
         return (product if few else convolution)(a, b, geometry)
 
     def abstract(a, b, geometry):
-        operands = [
-            jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in (a, b)
-        ]
-        out = jax.eval_shape(functools.partial(product, geometry=geometry), *operands)
-        return jax.core.ShapedArray(out.shape, out.dtype)
+        dtype = jnp.promote_types(a.dtype, b.dtype)
+        return jax.core.ShapedArray(shape(a, b, geometry), dtype)
 
     def batch(operands, axes, geometry):
         # lax would make a grouped convolution of several kernels, which is slow on GPUs too.
@@ -243,10 +252,25 @@ def _kernel_channels(_, kernel):
     return kernel.shape[2]
 
 
-correlate_p = _primitive("correlate", _correlate, _lax_correlate, _image_channels)
-spread_p = _primitive("spread", _spread, _lax_spread, _kernel_channels)
+def _small_shape(x, kernel, geometry):
+    return x.shape[0], *geometry.small, kernel.shape[3]
+
+
+def _large_shape(g, kernel, geometry):
+    return g.shape[0], *geometry.large, kernel.shape[2]
+
+
+def _kernel_shape(x, g, geometry):
+    return *geometry.size, x.shape[3], g.shape[3]
+
+
+correlate_p = _primitive(
+    "correlate", _correlate, _lax_correlate, _small_shape, _image_channels
+)
+spread_p = _primitive("spread", _spread, _lax_spread, _large_shape, _kernel_channels)
 kernel_gradient_p = _primitive(
-    "kernel_gradient", _kernel_gradient, _lax_kernel_gradient, _image_channels
+    *("kernel_gradient", _kernel_gradient, _lax_kernel_gradient),
+    *(_kernel_shape, _image_channels),
 )
 
 # defbilinear takes the transposes in the first and in the second operand.

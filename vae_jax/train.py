@@ -139,6 +139,7 @@ def make_run_chunk(
     ones, and `train_step` must add them up.
     """
     share = batch_size // shards
+    train_step = jax.jit(train_step)  # so that it is traced once
 
     def run_chunk(state, order, first, count, image, label, shard=0):
         weight = jnp.ones(share)
