@@ -510,23 +510,33 @@ def sweep(rounds: int, out: str | None) -> None:
     ax = figure.subplots()
     table = []
     for width in widths:
-        own = [
-            1e6 / np.median(rate)
-            for peer, rate in zip(peers, rates)
-            if peer.group == f"{width}x"
-        ]
-        table.append(
-            {"width": width, "microseconds an image": dict(zip(batch_sizes, own))}
+        times = 1e6 / np.array(
+            [rate for peer, rate in zip(peers, rates) if peer.group == f"{width}x"]
         )
+        own = np.median(times, axis=1)
+        for batch_size, each in zip(batch_sizes, times):
+            found = (np.median(each), each.min(), each.max())
+            table.append(
+                {"width": width, "batch size": batch_size}
+                | dict(zip(("median", "lowest", "highest"), found))
+            )
         print(
             f"width {width}x, us an image by batch size:",
             ", ".join(f"{b}: {t:.1f}" for b, t in zip(batch_sizes, own)),
         )
-        ax.loglog(batch_sizes, own, "o-", label=f"{width}x as wide")
+        (line,) = ax.loglog(batch_sizes, own, "o-", label=f"{width}x as wide")
+        ax.fill_between(
+            batch_sizes,
+            times.min(axis=1),
+            times.max(axis=1),
+            color=line.get_color(),
+            alpha=0.15,
+            linewidth=0,
+        )
     ax.set(
         xlabel="batch size",
         ylabel="microseconds an image",
-        title=f"Training the VAE: {device_name()}",
+        title=f"Training the VAE: {device_name()}; median and range of {rounds} rounds",
     )
     ax.set_xticks(batch_sizes, map(str, batch_sizes))
     ax.minorticks_off()
