@@ -30,6 +30,7 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from vae_jax.data import Split
 from vae_jax.evaluate import make_evaluate
@@ -486,9 +487,14 @@ def draw(rows: list[dict], title: str) -> Figure:
     return figure
 
 
-def sweep(rounds: int, out: str | None) -> None:
+def sweep(
+    rounds: int,
+    out: str | None,
+    batch_sizes: tuple = (32, 64, 128, 256, 512, 1024, 2048),
+    widths: tuple = (1, 2, 4),
+) -> None:
     """Time an image that ours trains, by batch size and width of the network."""
-    batch_sizes, widths, images = (32, 64, 128, 256, 512, 1024, 2048), (1, 2, 4), 4096
+    images = 2 * max(batch_sizes)
     rng = np.random.default_rng(0)
     data = (
         rng.integers(0, 256, (images, *IMAGE_SHAPE), np.uint8),
@@ -502,47 +508,57 @@ def sweep(rounds: int, out: str | None) -> None:
         }
         network = make_vae(IMAGE_SHAPE, **features)
         for batch_size in batch_sizes:
-            steps = max(2048 // batch_size // width, 1)
+            steps = max(images // 2 // batch_size // width, 1)
             run = train_ours(network, vae_objective(network), *data, batch_size, steps)
             peers.append(Peer(f"{width}x", str(batch_size), run, batch_size * steps))
-    rates = measure(peers, rounds)
+    table = []
+    for peer, rate in zip(peers, measure(peers, rounds)):
+        times = 1e6 / np.array(rate)
+        found = (np.median(times), times.min(), times.max())
+        table.append(
+            {"width": peer.group, "batch size": int(peer.name)}
+            | dict(zip(("median", "lowest", "highest"), map(float, found)))
+        )
+    for width in dict.fromkeys(row["width"] for row in table):
+        cells = [
+            f"{row['batch size']}: {row['median']:.1f}"
+            for row in table
+            if row["width"] == width
+        ]
+        print(f"width {width}, us an image by batch size:", ", ".join(cells))
+    title = f"Training the VAE: {device_name()}; median and range of {rounds} rounds"
+    write(out, {"machine": machine(), "rows": table}, draw_sweep(table, title))
+
+
+def draw_sweep(rows: list[dict], title: str) -> Figure:
+    """Microseconds an image by batch size, a line for each width of the network."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
-    table = []
-    for width in widths:
-        times = 1e6 / np.array(
-            [rate for peer, rate in zip(peers, rates) if peer.group == f"{width}x"]
-        )
-        own = np.median(times, axis=1)
-        for batch_size, each in zip(batch_sizes, times):
-            found = (np.median(each), each.min(), each.max())
-            table.append(
-                {"width": width, "batch size": batch_size}
-                | dict(zip(("median", "lowest", "highest"), found))
-            )
-        print(
-            f"width {width}x, us an image by batch size:",
-            ", ".join(f"{b}: {t:.1f}" for b, t in zip(batch_sizes, own)),
-        )
-        (line,) = ax.loglog(batch_sizes, own, "o-", label=f"{width}x as wide")
+    for width in dict.fromkeys(row["width"] for row in rows):
+        batch_sizes, median, lowest, highest = np.array(
+            [
+                [row[name] for name in ("batch size", "median", "lowest", "highest")]
+                for row in rows
+                if row["width"] == width
+            ]
+        ).T
+        (line,) = ax.loglog(batch_sizes, median, "o-", label=f"{width} as wide")
         ax.fill_between(
             batch_sizes,
-            times.min(axis=1),
-            times.max(axis=1),
+            lowest,
+            highest,
             color=line.get_color(),
             alpha=0.15,
             linewidth=0,
         )
-    ax.set(
-        xlabel="batch size",
-        ylabel="microseconds an image",
-        title=f"Training the VAE: {device_name()}; median and range of {rounds} rounds",
-    )
-    ax.set_xticks(batch_sizes, map(str, batch_sizes))
-    ax.minorticks_off()
+    ax.set(xlabel="batch size", ylabel="microseconds an image", title=title)
+    ax.set_xticks(batch_sizes, [f"{size:g}" for size in batch_sizes])
+    ax.xaxis.minorticks_off()
+    for ticks in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        ticks(LogFormatter(minor_thresholds=(2, 1)))
     ax.grid(alpha=0.3, which="both")
-    ax.legend()
-    write(out, {"machine": machine(), "rows": table}, figure)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def device_name() -> str:

@@ -1,5 +1,6 @@
 """The report's two forms, and the numbers that experiments count for themselves."""
 
+import json
 import re
 
 import numpy as np
@@ -107,3 +108,11 @@ def test_our_peers_run():
         run = function(net, make_objective(net), *images, 4, 2)
         peer = speed.Peer("g", "ours", run, 8)
         assert len(speed.measure([peer], 2)[0]) == 2
+
+
+def test_a_sweep_leaves_its_rows_and_figure(tmp_path):
+    speed.sweep(1, str(tmp_path / "sweep"), batch_sizes=(4, 8), widths=(1,))
+    rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert [(row["width"], row["batch size"]) for row in rows] == [("1x", 4), ("1x", 8)]
+    assert all(0 < row["lowest"] <= row["median"] <= row["highest"] for row in rows)
+    assert (tmp_path / "sweep.png").exists()
