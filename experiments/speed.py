@@ -406,18 +406,20 @@ def measure(peers: list[Peer], rounds: int) -> list[list[float]]:
     return rates
 
 
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {
+        "median": float(np.median(values)),
+        "lowest": float(values.min()),
+        "highest": float(values.max()),
+    }
+
+
 def compare(peers, rates) -> list[dict]:
     """A row for each peer: its rate, how many times as fast ours is, and its share of the product's rate."""
     by_name = {(p.group, p.name): np.array(own) for p, own in zip(peers, rates)}
     rows = []
     for (group, name), own in by_name.items():
-        row = {
-            "group": group,
-            "name": name,
-            "median": float(np.median(own)),
-            "lowest": float(own.min()),
-            "highest": float(own.max()),
-        }
+        row = {"group": group, "name": name} | spread(own)
         if name != "limit":
             model, kind, precision = group.split(", ")
             limit = by_name[f"matrix product, {precision}", "limit"]
@@ -494,7 +496,7 @@ def sweep(
     widths: tuple = (1, 2, 4),
 ) -> None:
     """Time an image that ours trains, by batch size and width of the network."""
-    images = 2 * max(batch_sizes)
+    images = max(batch_sizes)
     rng = np.random.default_rng(0)
     data = (
         rng.integers(0, 256, (images, *IMAGE_SHAPE), np.uint8),
@@ -508,17 +510,13 @@ def sweep(
         }
         network = make_vae(IMAGE_SHAPE, **features)
         for batch_size in batch_sizes:
-            steps = max(images // 2 // batch_size // width, 1)
+            steps = max(images // batch_size // width, 1)
             run = train_ours(network, vae_objective(network), *data, batch_size, steps)
             peers.append(Peer(f"{width}x", str(batch_size), run, batch_size * steps))
     table = []
     for peer, rate in zip(peers, measure(peers, rounds)):
-        times = 1e6 / np.array(rate)
-        found = (np.median(times), times.min(), times.max())
-        table.append(
-            {"width": peer.group, "batch size": int(peer.name)}
-            | dict(zip(("median", "lowest", "highest"), map(float, found)))
-        )
+        row = {"width": peer.group, "batch size": int(peer.name)}
+        table.append(row | spread(1e6 / np.array(rate)))
     for width in dict.fromkeys(row["width"] for row in table):
         cells = [
             f"{row['batch size']}: {row['median']:.1f}"

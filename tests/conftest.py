@@ -61,8 +61,9 @@ def pytest_sessionfinish(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    for total, counts in zip((TRIED, HELD), node.workeroutput["tally"]):
-        total.update(counts)
+    if hasattr(node, "workeroutput"):  # not of a worker that crashed
+        for total, counts in zip((TRIED, HELD), node.workeroutput["tally"]):
+            total.update(counts)
 
 
 def pytest_terminal_summary(terminalreporter):

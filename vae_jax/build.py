@@ -109,7 +109,7 @@ def make_job(
         epochs=epochs,
         batch_size=batch_size,
         dataset=dataset,
-        init=jax.jit(
+        init=jax.jit(  # so that it is traced once
             lambda key: network.init(
                 fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))
             )
@@ -370,9 +370,8 @@ def vae_parts(
         }
 
     def report(variables, arrays, history):
-        from vae_jax import (
-            figures,
-        )  # Matplotlib can wait until the first steps are taken
+        # Here and below: Matplotlib can wait until the first steps are taken.
+        from vae_jax import figures
 
         drawn = {
             "training": figures.training_curve(
