@@ -38,7 +38,7 @@ from vae_jax.models import make_classifier
 from vae_jax.objectives import cross_entropy, example_keys, reparameterize
 from vae_jax.rundir import read_objects, save_figure, whole_file
 from vae_jax.steps import fixed_key, init_state, make_adam, make_train_step
-from vae_jax.train import make_run_chunk
+from vae_jax.train import make_run_chunk, map_seeds
 from vae_jax.trained import TrainedVAE
 
 PERCENTAGES = (1.0, 5.0, 20.0, 50.0, 100.0)
@@ -192,7 +192,7 @@ class Trainer:
             state, _ = run_chunk(state, order, 0, self._steps, image, label)
             return state.variables
 
-        return jax.jit(jax.vmap(program, (0, 0, None, 0)))
+        return jax.jit(map_seeds(program, (0, 0, None, 0)))
 
     @property
     def _keys(self):
@@ -211,7 +211,7 @@ class Trainer:
 
     def make_judged(self, split: data.Split) -> Callable[[dict], dict]:
         """`judged(variables)`: `accuracy`, `prediction` and `confidence`, [seeds, examples of the split] each."""
-        evaluate = make_evaluate(self._objective, split, jax.vmap)
+        evaluate = make_evaluate(self._objective, split, map_seeds)
         return lambda variables: evaluate(variables, self._keys)
 
 

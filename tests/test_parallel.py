@@ -92,6 +92,14 @@ def test_several_devices_equal_one(alone, name, count):
         np.testing.assert_allclose(values, other_values, rtol=1e-5, atol=1e-5)
 
 
+def test_seeds_by_vmap_as_on_a_gpu_equal_one_after_the_other(alone, monkeypatch):
+    state, arrays = alone("two seeds")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    other, other_arrays = ten_steps(JOBS["two seeds"](), Devices(1), None)
+    assert_close(state.variables, other.variables)
+    np.testing.assert_allclose(arrays["loss"], other_arrays["loss"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["vae", "classifier"])
 def test_a_step_that_does_not_add_up_is_noticed(alone, name):
     other, _ = ten_steps(JOBS[name](), Devices(8), axis_name=None)

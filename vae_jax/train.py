@@ -94,7 +94,7 @@ class Job(NamedTuple):
 
     def map_seeds(self, function: Callable, in_axes) -> Callable:
         """`function` as it is for one seed; for several, over the first axis of the arguments with 0 in `in_axes`."""
-        return function if self.seeds == 1 else jax.vmap(function, in_axes)
+        return function if self.seeds == 1 else map_seeds(function, in_axes)
 
     def root(self):
         """The root key; for several seeds one each, [seeds]."""
@@ -127,6 +127,33 @@ class Job(NamedTuple):
             for seed in range(self.seed, self.seed + self.seeds)
         ]
         return orders[0] if self.seeds == 1 else np.stack(orders)
+
+
+def map_seeds(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+    """`jax.vmap(function, in_axes)`, for axes 0 or None; on the CPU in one program too, but one seed after the other.
+
+    There it is faster, and the numbers are to the last bit those of each seed alone.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function, in_axes)
+
+    def mapped(*arguments):
+        seeded = [
+            argument if axis == 0 else None
+            for argument, axis in zip(arguments, in_axes)
+        ]
+
+        def one(own):
+            return function(
+                *(
+                    mine if axis == 0 else shared
+                    for axis, mine, shared in zip(in_axes, own, arguments)
+                )
+            )
+
+        return lax.map(one, seeded)
+
+    return mapped
 
 
 def make_run_chunk(
