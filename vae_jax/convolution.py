@@ -94,22 +94,22 @@ def _im2col(x, geometry):
     As many pixels of a row as the stride has are taken together, so that there are few slices. A sum of padded ones is
     one loop for XLA's CPU, where a concatenation copies all that the slices have copied.
     """
-    (kh, kw), (sh, sw), low, (h, w), large = geometry
+    (kh, kw), (sh, sw), _, (h, w), large = geometry
     batch, channels = x.shape[0], x.shape[3]
-    tall, wide = (h - 1) * sh + kh, w + -(-kw // sw) - 1
-    high = tall - low[0] - large[0], wide * sw - low[1] - large[1]
+    wide = w + -(-kw // sw) - 1
+    (above, below), (left, _) = _pads(geometry)
+    right = wide * sw - left - large[1]
     zero, size = jnp.zeros((), x.dtype), kh * kw * channels
-    x = lax.pad(
-        x, zero, ((0, 0, 0), *((*ends, 0) for ends in zip(low, high)), (0, 0, 0))
-    )
-    x = x.reshape(batch, tall, wide, sw * channels)
+    x = lax.pad(x, zero, ((0, 0, 0), (above, below, 0), (left, right, 0), (0, 0, 0)))
+    x = x.reshape(batch, x.shape[1], wide, sw * channels)
     columns = jnp.zeros((batch, h, w, size), x.dtype)
     for i in range(kh):
         for j in range(0, kw, sw):
             start, count = (i * kw + j) * channels, min(sw, kw - j) * channels
-            rows, right = slice(i, i + (h - 1) * sh + 1, sh), j // sw
+            rows = slice(i, i + (h - 1) * sh + 1, sh)
+            cols = slice(j // sw, j // sw + w)
             pads = ((0, 0, 0),) * 3 + ((start, size - start - count, 0),)
-            columns += lax.pad(x[:, rows, right : right + w, :count], zero, pads)
+            columns += lax.pad(x[:, rows, cols, :count], zero, pads)
     return columns.reshape(batch * h * w, size)
 
 
