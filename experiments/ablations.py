@@ -6,7 +6,6 @@ Trains the reference, pooling instead of strided convolutions, and latents short
 their samples and reconstructions; and splits their losses. Each is a run directory, and the same command continues.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,24 +85,21 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     workdir = Path(flags.FLAGS.workdir).expanduser()
     name, epochs = flags.FLAGS.data, flags.FLAGS.epochs
-    try:
-        test = data.load(name=name, manual_dir=flags.FLAGS.manual_dir).splits["test"]
-    except (ValueError, OSError) as error:
-        sys.exit(f"ablations: {error}")
-    base = launch.config_for("vae", name)
     manual_dir = flags.FLAGS.manual_dir
-    for command in commands(
-        workdir, base, epochs, manual_dir, data__name=name
-    ).values():
-        launch.run(command)
-    cells = table(workdir, test)
+    base = launch.config_for("vae", name)
+    variants = commands(workdir, base, epochs, manual_dir, data__name=name)
     title = f"What fails: {name}, {epochs} epochs each"
-    save_figure(draw(workdir, test, title), workdir / "ablations.png")
-    with whole_file(workdir / "summary.md") as part:
-        part.write_text(
-            f"# {title}\n\n{markdown_table(cells)}\n\n![Samples and reconstructions](ablations.png)\n",
-            "utf-8",
-        )
+    with launch.in_one_line("ablations"):
+        test = data.load(name=name, manual_dir=manual_dir).splits["test"]
+        for command in variants.values():
+            launch.run(command)
+        cells = table(workdir, test)
+        save_figure(draw(workdir, test, title), workdir / "ablations.png")
+        with whole_file(workdir / "summary.md") as part:
+            part.write_text(
+                f"# {title}\n\n{markdown_table(cells)}\n\n![Samples and reconstructions](ablations.png)\n",
+                "utf-8",
+            )
     print((workdir / "summary.md").read_text("utf-8"))
 
 

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +30,14 @@ from configs import classifier as classifier_config
 from experiments import launch
 from experiments.report import markdown_table
 from vae_jax import data, generate
-from vae_jax.build import changes
+from vae_jax.build import changes, fingerprint
 from vae_jax.evaluate import make_evaluate, mean_and_interval
 from vae_jax.figures import show_image
 from vae_jax.models import make_classifier
 from vae_jax.objectives import cross_entropy, example_keys, reparameterize
 from vae_jax.rundir import read_objects, save_figure, whole_file
 from vae_jax.steps import fixed_key, init_state, make_adam, make_train_step
-from vae_jax.train import make_run_chunk, map_seeds
+from vae_jax.train import make_run_chunk, map_seeds, root_keys
 from vae_jax.trained import TrainedVAE
 
 PERCENTAGES = (1.0, 5.0, 20.0, 50.0, 100.0)
@@ -49,6 +48,10 @@ SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 SWEPT = 10_000  # generated images at each point of the sweep
 SHIFT, ROTATION = 2, 10.0  # pixels, degrees: the classical augmentation
 SHARP = {"objective__beta": 0.02, "model__latent_dim": 32}  # the VAE of arm h
+BEGINNING = {
+    "lock",
+    "settings.tmp",
+}  # all that a study killed in its first moment leaves
 SURE = 0.9  # the probability of a label from which on it is taken for true
 
 
@@ -152,6 +155,12 @@ def training_rows(
     return np.concatenate([rows, pool.start[arm.beside] + others])
 
 
+def taught_labels(label: jax.Array, start: int, prediction: np.ndarray) -> jax.Array:
+    """The labels of the pool for each seed, [seeds, images], in which the part from `start` on has the predictions."""
+    part = slice(start, start + prediction.shape[1])
+    return jnp.tile(label, (len(prediction), 1)).at[:, part].set(prediction)
+
+
 def reading_order(rows: np.ndarray, length: int, key: tuple) -> np.ndarray:
     """`rows` in one random order after the other, cut off at `length`."""
     rng = np.random.default_rng(key)
@@ -167,6 +176,7 @@ class Trainer:
             settings[name] for name in ("seeds", "steps", "batch_size")
         )
         self._seeds, self._steps, self._batch = range(seeds), steps, batch
+        self._keys = root_keys(self._seeds)
         recipe = classifier_config.get_config().to_dict()["optimizer"]
         del recipe["name"], recipe["average"]
         self._optimizer = make_adam(steps, **recipe)
@@ -193,10 +203,6 @@ class Trainer:
             return state.variables
 
         return jax.jit(map_seeds(program, (0, 0, None, 0)))
-
-    @property
-    def _keys(self):
-        return jax.vmap(jax.random.key)(np.arange(len(self._seeds), dtype=np.uint32))
 
     def __call__(self, image, label, rows: list, augmented: bool = False) -> dict:
         """The variables of all seeds, of which each learns rows of its own, with its own labels where they have seeds in front."""
@@ -238,7 +244,7 @@ class Study:
                 raise FileExistsError(
                     f"{self.path} holds another study ({'; '.join(different)}): name another with --workdir"
                 )
-        elif any(entry.name != "lock" for entry in self.path.iterdir()):
+        elif {entry.name for entry in self.path.iterdir()} - BEGINNING:
             raise FileExistsError(
                 f"{self.path} is not empty and holds no study: name another with --workdir"
             )
@@ -293,10 +299,10 @@ def check_percentages(given: list | None, size: int, num_classes: int) -> list[f
         enough = [p for p in PERCENTAGES if p / 100 * size >= FEWEST * num_classes]
         return enough or [100.0]
     try:
-        percentages = [float(item) for item in given]
+        percentages = [float(item) for item in given or [""]]
     except ValueError:
         raise ValueError(
-            f"--percentages is {','.join(given)}, but must be numbers with commas between"
+            f"--percentages is {','.join(given)!r}, but must be numbers with commas between"
         ) from None
     for percentage in percentages:
         if not 0 < percentage <= 100:
@@ -315,8 +321,13 @@ def count_of(percentage: float, size: int) -> int:
     return round(percentage / 100 * size)
 
 
+def choice_percentage(settings: dict) -> float:
+    """The share of half B that is learned while the noise is chosen, by the rest of it."""
+    return max(CHOICE_PERCENTAGE, min(settings["percentages"]))
+
+
 def run_study(
-    study: Study, settings: dict, dataset: data.Dataset, manual_dir: str, judge: str
+    study: Study, settings: dict, dataset: data.Dataset, manual_dir: str
 ) -> None:
     """Everything that is not there yet."""
     train, test = dataset.splits["train"], dataset.splits["test"]
@@ -324,13 +335,9 @@ def run_study(
     half_a, half_b = (
         data.Split(train.image[half], train.label[half]) for half in (a, b)
     )
-    if not judge:
-        judge = str(study.path / "classifier")
-        config = launch.config_for("classifier", settings["data"])
-        launch.run(
-            launch.make_command(config, judge, manual_dir, data__name=settings["data"])
-        )
-
+    judge = str(study.path / "classifier")
+    fields = {"data__name": settings["data"]}
+    launch.run(launch.make_command(settings["classifier"], judge, manual_dir, **fields))
     images = study.path / "half_a.npz"
     if not images.exists():
         with whole_file(images) as part, open(part, "wb") as file:
@@ -369,7 +376,7 @@ def run_study(
             functools.partial(relabelled, vae, judge, half_a, share, scale),
         )
 
-    percentage = max(CHOICE_PERCENTAGE, min(settings["percentages"]))
+    percentage = choice_percentage(settings)
     judged = trainer.make_judged(half_b)
 
     def generated(half, share, scale):
@@ -384,7 +391,7 @@ def run_study(
         return {"accuracy": [float(row[own].mean()) for row, own in found]}
 
     for share, scale in itertools.product(SHARES, SCALES):
-        if percentage < 100:
+        if count_of(percentage, len(b)) < len(b):
             study.result(
                 {"stage": "choice", "share": share, "scale": scale},
                 functools.partial(choose, share, scale),
@@ -416,7 +423,7 @@ def run_study(
         part = slice(start, start + len(a))
         judged_part = trainer.make_judged(data.Split(image[part], label[part]))
         found = judged_part(trained(percentage, "c"))
-        label = jnp.tile(label, (seeds, 1)).at[:, part].set(found["prediction"])
+        label = taught_labels(label, start, found["prediction"])
         rows = [
             training_rows(arm, pool(), own, np.flatnonzero(sure))
             for own, sure in zip(first(real, percentage), found["confidence"] >= SURE)
@@ -536,12 +543,17 @@ def tables(rows, settings) -> list[tuple[str, list[list[str]]]]:
 
 def conditions(rows, settings) -> str:
     share, scale = chosen(rows)
+    how = "the least that is tried, for want of images to choose it by"
+    if any(row["stage"] == "choice" for row in rows):
+        how = f"chosen at {choice_percentage(settings):g} % on images of half B that were not learned, by arm f"
     return (
         f"{settings['seeds']} seeds, {settings['steps']} steps of {settings['batch_size']} images in every arm; means with 95 % intervals. "
-        f"Generated images: noise {scale:g} in {100 * share:g} % of the latents, chosen at {CHOICE_PERCENTAGE:g} % on images of half B that "
-        f"were not learned, by arm f; of arm h: one draw from q(z | x) of each image of half A, of a VAE with beta {SHARP['objective__beta']:g} "
-        f"and {SHARP['model__latent_dim']} latents, where arm c's classifier is at least {100 * SURE:g} % sure of its label. Seeds differ in what is drawn from the halves, in the classifier's weights and in the order of "
-        "images. Each VAE was trained once: the intervals leave out how VAEs differ."
+        f"Generated images: noise {scale:g} in {100 * share:g} % of the latents, {how}; "
+        f"of arm h: one draw from q(z | x) of each image of half A, of a VAE with beta {SHARP['objective__beta']:g} "
+        f"and {SHARP['model__latent_dim']} latents, where arm c's classifier is at least {100 * SURE:g} % sure of its label "
+        "(a recipe found on MNIST, on images of half B that were not learned). Seeds differ in what is drawn from the halves, in the classifier's "
+        "weights and in the order of images. The VAEs, what is generated and the test images are the same for all seeds: the intervals leave "
+        "out how these vary, and show one difference in twenty where there is none."
     )
 
 
@@ -646,30 +658,28 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
-    try:
+    with launch.in_one_line("augmentation"):
         dataset = data.load(name=given.data, manual_dir=given.manual_dir)
-        labels = dataset.splits["train"].label
-        if labels.min() < 0:
+        if min(split.label.min() for split in dataset.splits.values()) < 0:
             raise ValueError(
                 f"{given.data} has images without labels, but the study needs all labels"
             )
+        size = len(halves(dataset.splits["train"].label)[1])
         settings = {
             "data": given.data,
+            "images": fingerprint(dataset),
             "percentages": check_percentages(
-                given.percentages, len(halves(labels)[1]), dataset.num_classes
+                given.percentages, size, dataset.num_classes
             ),
             "seeds": given.seeds,
             "steps": given.steps,
             "batch_size": given.batch_size,
             "vae": given.vae or launch.config_for("vae", given.data),
+            "classifier": given.classifier
+            or launch.config_for("classifier", given.data),
         }
         study = Study(given.workdir, settings)
-        run_study(study, settings, dataset, given.manual_dir, given.judge)
-    except (ValueError, OSError) as error:
-        sys.exit(f"augmentation: {error}")
-    except KeyboardInterrupt:
-        print("augmentation: interrupted: the same command continues", file=sys.stderr)
-        sys.exit(130)
+        run_study(study, settings, dataset, given.manual_dir)
     print((study.path / "summary.md").read_text("utf-8"))
 
 
@@ -690,9 +700,9 @@ def define_flags() -> None:
         "vae", None, "Config of the VAE. Default: configs/vae.py, :digits for digits."
     )
     flags.DEFINE_string(
-        "judge",
-        "",
-        "Run directory of a classifier of all training images, for the noise sweep. Default: it is trained here.",
+        "classifier",
+        None,
+        "Config of the classifier that judges generated images. Default: configs/classifier.py, :digits for digits.",
     )
 
 

@@ -1,12 +1,26 @@
 """The main program as a part of a study: the same command that a person would type."""
 
+import contextlib
 import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from vae_jax.rundir import read_rows
+from vae_jax.rundir import read_config, read_rows
+
+
+@contextlib.contextmanager
+def in_one_line(program: str) -> Iterator[None]:
+    """What goes wrong, told in one line of that program, which then exits."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {error}")
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted: the same command continues", file=sys.stderr)
+        sys.exit(130)
 
 
 def make_command(config: str, workdir: str, manual_dir: str = "", **fields) -> list:
@@ -53,13 +67,18 @@ def run(command: list) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code < 0:  # of a process that did not end by itself: as a shell tells it
+        killer = signal.Signals(-code).name
+        print(f"ended by {killer}: the same command continues", file=sys.stderr)
+        code = 128 - code
     if code:
         sys.exit(code)
 
 
 def last_test(run: Path) -> dict:
-    """The last evaluation of a run. Raises ValueError if there is none."""
-    rows = [row for row in read_rows(run) if "test/loss" in row]
-    if not rows:
+    """The last evaluation of a run. Raises ValueError if the run is missing or not finished."""
+    config = read_config(str(run))
+    rows = [row for row in read_rows(run) if "test/loss" in row] if config else []
+    if not rows or rows[-1]["epoch"] < config["epochs"]:
         raise ValueError(f"{run} is missing or not finished: run its part first")
     return rows[-1]

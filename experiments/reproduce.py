@@ -47,8 +47,8 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
         launch.config_for(model, name) for model in ("vae", "classifier")
     )
     study = [
-        *("python", "-m", "experiments.augmentation", f"--data={name}"),
-        *(f"--workdir={workdir / 'augmentation'}", f"--judge={workdir / 'classifier'}"),
+        *("python", "-m", "experiments.augmentation"),
+        *(f"--data={name}", f"--workdir={workdir / 'augmentation'}"),
     ]
     if quick:
         study += ["--steps=200", "--seeds=3", "--percentages=20,100"]
@@ -79,6 +79,11 @@ class Report:
         self._accuracies = launch.last_test(workdir / "classifier")
         self._study = augmentation.read_study(workdir / "augmentation")
         self._vae = vae_jax.load(str(workdir / "vae"))
+        made_of = self._vae.config["data"]["name"]
+        if made_of != name:
+            raise ValueError(
+                f"{workdir} is of {made_of}, not of {name}: {'leave out' if made_of == 'mnist' else 'give'} --quick"
+            )
         self._classifier = vae_jax.load(str(workdir / "classifier"))
         (workdir / "report").mkdir(exist_ok=True)
 
@@ -297,7 +302,7 @@ class Report:
             "classifier": trained_for(self._workdir / "classifier"),
             "augmentation": sum(
                 trained_for(self._workdir / "augmentation" / name)
-                for name in ("vae", "sharp")
+                for name in ("classifier", "vae", "sharp")
             )
             + sum(row["seconds"] for row in self._study[0]),
         }
@@ -354,7 +359,7 @@ def main(argv):
             sys.exit(
                 f"reproduce: --parts has {part!r}, but there are {', '.join(PARTS)}"
             )
-    try:
+    with launch.in_one_line("reproduce"):
         dataset = data.load(name=name, manual_dir=given.manual_dir)
         workdir.mkdir(parents=True, exist_ok=True)
         for part in given.parts:
@@ -368,8 +373,6 @@ def main(argv):
             ]:
                 with whole_file(workdir / file) as part:
                     part.write_text(text, "utf-8")
-    except (ValueError, OSError) as error:
-        sys.exit(f"reproduce: {error}")
     if "report" in given.parts:
         print(f"\ndone: {workdir / 'report.html'} and {workdir / 'report.md'}")
 

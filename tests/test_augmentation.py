@@ -66,6 +66,12 @@ def test_arms_read_what_they_say():
     assert [name for name, arm in ARMS.items() if arm.augmented] == ["c", *"ghi"]
 
 
+def test_taught_labels_are_the_predictions_and_no_others():
+    prediction = np.array([[5, 6], [7, 8]])
+    label = augmentation.taught_labels(np.array([0, 1, 2, 3]), 1, prediction)
+    assert label.tolist() == [[0, 5, 6, 3], [0, 7, 8, 3]]
+
+
 def test_reading_order_repeats_whole_rounds():
     rows = np.array([4, 9, 11])
     order = augmentation.reading_order(rows, 8, (0, 1))
@@ -79,7 +85,8 @@ def test_reading_order_repeats_whole_rounds():
         (["0"], r"--percentages has 0, but must lie in \(0, 100\]"),
         (["101"], "must lie in"),
         (["nan"], "must lie in"),
-        (["many"], "--percentages is many, but must be numbers"),
+        (["many"], "--percentages is 'many', but must be numbers"),
+        ([], "--percentages is '', but must be numbers"),
         (
             ["0.5"],
             "0.5 % of half B are 4 images, fewer than the 10 classes: give at least 1.4",
@@ -124,6 +131,10 @@ def test_results_are_kept_and_never_computed_again(tmp_path):
         match=r"another study \(seeds is 3 there, 4 here\): name another with --workdir",
     ):
         Study(str(tmp_path / "s"), SETTINGS | {"seeds": 4})
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "settings.tmp").touch()  # all that it had written when it was killed
+    Study(str(begun), SETTINGS).close()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(OSError, match="is not empty and holds no study"):
@@ -170,9 +181,19 @@ def test_noise_is_chosen_by_the_mean_of_the_seeds():
     assert augmentation.chosen([]) == (0.5, 0.25)
 
 
+@pytest.mark.parametrize(
+    "percentages,percentage", [([1.0, 100.0], 20.0), ([50.0, 100.0], 50.0)]
+)
+def test_the_choice_is_told_as_it_was_made(percentages, percentage):
+    tried = [{"stage": "choice", "share": 1.0, "scale": 0.5, "accuracy": [0.8]}]
+    settings = SETTINGS | {"percentages": percentages, "steps": 3, "batch_size": 128}
+    told = augmentation.conditions(tried, settings)
+    assert f"noise 0.5 in 100 % of the latents, chosen at {percentage:g} %" in told
+    assert "chosen" not in augmentation.conditions([], settings)
+
+
 def test_the_real_study(tmp_path):
     """From nothing to its summary on the bundled digits; a second start does nothing again."""
-    judge = tmp_path / "judge"
     env = os.environ | {"XLA_FLAGS": ""}  # one device
 
     def run(command, check=True):
@@ -180,23 +201,11 @@ def test_the_real_study(tmp_path):
             command, check=check, capture_output=True, text=True, env=env
         )
 
-    command = [sys.executable, "-m"]
-    run(
-        [
-            *command,
-            "vae_jax.main",
-            "--config=configs/classifier.py:smoke",
-            f"--workdir={judge}",
-        ]
-    )
     study = [
-        *command,
-        "experiments.augmentation",
+        *(sys.executable, "-m", "experiments.augmentation"),
         "--data=digits",
         f"--workdir={tmp_path / 's'}",
-        f"--judge={judge}",
-    ]
-    study += [
+        "--classifier=configs/classifier.py:smoke",
         "--seeds=2",
         "--steps=3",
         "--percentages=20",

@@ -1,12 +1,15 @@
-"""The report's two forms, and the numbers that experiments count for themselves."""
+"""The report, its two forms, and the numbers that experiments count for themselves."""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
+from small_run import run_job, small_job
 
-from experiments import ablations, launch, speed
+from configs import classifier
+from experiments import ablations, augmentation, launch, reproduce, speed
 from experiments.report import (
     Code,
     Heading,
@@ -17,6 +20,7 @@ from experiments.report import (
     to_html,
     to_markdown,
 )
+from vae_jax import build, data
 from vae_jax.figures import mosaic
 from vae_jax.rundir import save_figure
 
@@ -67,6 +71,79 @@ def test_commands_name_the_variants_fields(tmp_path):
     assert launch.shown(commands["pooling"]).endswith(
         "--config.epochs=10 --config.model.pooling=True"
     )
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The directory of a reproduction on the digits, its parts done: small runs, and a study that was made up."""
+    path = tmp_path_factory.mktemp("post")
+    run_job(*small_job(drawn=True), path / "vae")
+    for name in ablations.VARIANTS:
+        shutil.copytree(path / "vae", path / "ablations" / name)
+    config = classifier.get_config("smoke").to_dict() | {"seeds": reproduce.SEEDS}
+    run_job(build.build(config), config, path / "classifier")
+    study, figures = path / "augmentation", path / "augmentation" / "figures"
+    figures.mkdir(parents=True)
+    for name in ("arms.png", "noise.png"):
+        shutil.copyfile(path / "vae" / "figures" / "samples.png", figures / name)
+    for name in ("classifier", "vae", "sharp"):
+        shutil.copytree(path / "vae", study / name)
+    rows = [
+        {"stage": "arm", "percentage": 20.0, "arm": arm, "accuracy": [0.8, 0.9]}
+        for arm in augmentation.ARMS
+    ] + [
+        {"stage": "sweep", "share": share, "scale": scale, "relabelled": 0.1}
+        for share in augmentation.SHARES
+        for scale in augmentation.SWEEP
+    ]
+    (study / "results.jsonl").write_text(
+        "".join(json.dumps(row | {"seconds": 60.0}) + "\n" for row in rows)
+    )
+    settings = {"percentages": [20.0], "seeds": 2, "steps": 3, "batch_size": 128}
+    (study / "settings.json").write_text(json.dumps(settings | {"data": "digits"}))
+    (study / "summary.md").touch()
+    return path
+
+
+def report_of(path, name="digits"):
+    commands = reproduce.plan(path, "digits", "", quick=True)
+    return reproduce.Report(path, name, data.load(name="digits"), commands)
+
+
+def test_the_report_says_what_the_parts_hold(parts):
+    blocks = report_of(parts).blocks()
+    text = to_markdown(blocks)
+    last = launch.last_test(parts / "vae")
+    assert (
+        f"| VAE: test loss after 2 epochs, nats | **{last['test/loss']:.2f}** |" in text
+    )
+    assert "| Table 5: 20 % of half B + generated images, test accuracy, % " in text
+    assert "not the post's MNIST" in text and "nan" not in text
+    for command in ("--config.model.pooling=True", "experiments.augmentation --data="):
+        assert command in text
+    spent = 60 * (len(augmentation.ARMS) + 2 * len(augmentation.SWEEP)) / 60
+    minutes = float(re.search(r"\| augmentation \| ([\d.]+) \|", text)[1])
+    assert spent <= minutes < spent + 5
+    assert "<h1>The post, reproduced: digits</h1>" in to_html(blocks, parts)
+
+
+def test_the_report_takes_no_unfinished_run(parts, tmp_path):
+    path = shutil.copytree(parts, tmp_path / "post")
+    metrics = path / "ablations" / "latent2" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[: len(lines) // 2]))
+    with pytest.raises(ValueError, match="latent2 is missing or not finished"):
+        report_of(path).blocks()
+    with pytest.raises(ValueError, match="is of digits, not of mnist: give --quick"):
+        report_of(path, "mnist")
+
+
+def test_a_killed_part_is_told(capfd):
+    killed = "import os; os.kill(os.getpid(), 9)"
+    with pytest.raises(SystemExit) as ended:
+        launch.run(["python", "-c", killed])
+    assert ended.value.code == 137
+    assert "ended by SIGKILL: the same command continues" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,7 @@ class Job(NamedTuple):
         """The root key; for several seeds one each, [seeds]."""
         if self.seeds == 1:
             return jax.random.key(self.seed)
-        return jax.vmap(jax.random.key)(
-            np.arange(self.seed, self.seed + self.seeds, dtype=np.uint32)
-        )
+        return root_keys(range(self.seed, self.seed + self.seeds))
 
     def reports(self, variables, arrays, history) -> tuple[dict, dict]:
         """`report`; of several seeds the figures of the first, and the numbers of all as `over_seeds` gives them."""
@@ -127,6 +125,11 @@ class Job(NamedTuple):
             for seed in range(self.seed, self.seed + self.seeds)
         ]
         return orders[0] if self.seeds == 1 else np.stack(orders)
+
+
+def root_keys(seeds: range):
+    """The root key of each seed, [seeds]."""
+    return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
 
 
 def map_seeds(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
