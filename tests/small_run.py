@@ -15,7 +15,7 @@ def small_job(changes=None, drawn=False, **run):
     config["optimizer"] |= {"average": 0.9}
     config["run"] |= run
     job = build.build(config)
-    return job if drawn else job._replace(report=lambda *_: ({}, {})), config
+    return job if drawn else job._replace(report=lambda *_: (dict, {})), config
 
 
 def run_job(job, config, path, stop=lambda: False, devices=None):

@@ -315,7 +315,8 @@ def test_what_a_classifier_shows():
     confidence[[3, 8]] = 0.6, 0.9
     arrays = {"test": {"prediction": prediction, "confidence": confidence}}
     history = [{"epoch": 1, "train/loss": 0.5, "train/accuracy": 0.9}]
-    drawn, numbers = job.report({}, arrays, history)
+    draw, numbers = job.report({}, arrays, history)
+    drawn = draw()
     assert set(drawn) == {"training", "confusion", "mistakes"}
     titles = [ax.get_title() for ax in drawn["mistakes"].axes if ax.images]
     assert [title.splitlines()[1] for title in titles] == ["90.0 %", "60.0 %"]

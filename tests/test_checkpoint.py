@@ -98,6 +98,11 @@ def test_without_a_best_one_the_latest_counts(tmp_path):
         select(tmp_path, "1")
 
 
+def test_a_step_is_a_number_or_its_digits(tmp_path):
+    write(tmp_path, {1: None, 2: None})
+    assert select(tmp_path, 1) == select(tmp_path, "1") == 1
+
+
 def test_no_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         assert checkpoint.steps(folder) == []
@@ -216,6 +221,17 @@ def test_other_data_are_refused(tmp_path):
     path.write_text(json.dumps(about))
     with pytest.raises(OSError, match="data is not what it was when checkpoint 1 was"):
         checkpoints.restore(jax.eval_shape(make_state), print)
+    checkpoints.close()
+
+
+def test_a_folder_on_gs_stays_there(tmp_path, monkeypatch):
+    folder = "gs://bucket/run/checkpoints"
+    assert str(checkpoint.absolute(folder)) == folder
+    monkeypatch.chdir(tmp_path)
+    assert str(checkpoint.absolute("run")) == str(tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path, {}, 1)
+    checkpoints._folder = checkpoint.absolute(folder)
+    checkpoints._check_room(10)  # asks nothing of a disk that is not there
     checkpoints.close()
 
 

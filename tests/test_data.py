@@ -261,6 +261,19 @@ def test_unknown_data_set_suggests_the_nearest(name, near):
     assert one_line(error)
 
 
+def test_what_a_library_says_in_many_lines_is_told_in_one(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("no folder /x.\n\nPlease get the file.\n")
+
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(data, "_check_network", lambda *names: None)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(OSError, match="no folder /x. Please get the file.$") as error:
+        data.load(name="cifar100")
+    assert one_line(error)
+
+
 def test_manual_dir_of_another_data_set(tmp_path):
     with pytest.raises(
         ValueError, match="only mnist, fashion_mnist, kmnist are read from there"
@@ -282,6 +295,8 @@ def save_images(folder, classes, size=(12, 8), mode="L", count=5):
 def test_folder_of_one_subfolder_a_class(tmp_path):
     save_images(tmp_path, ["cats", "dogs"])
     dataset = data.load(name=str(tmp_path))
+    (tmp_path / "__MACOSX").mkdir()  # what holds no images is no class
+    assert data.load(name=str(tmp_path)).num_classes == 2
     assert dataset.num_classes == 2 and dataset.image_shape == (8, 12, 1)
     assert len(dataset.splits["train"].label) == 8 and sorted(
         dataset.splits["test"].label

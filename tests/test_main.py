@@ -144,6 +144,13 @@ def test_own_images_of_another_size(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+    np.savez(tmp_path / "own.npz", image=np.zeros((40, 32, 32, 3)))
+    changed = smoke(
+        tmp_path / "run",
+        f"--config.data.name={tmp_path / 'own.npz'}",
+        "--config.batch_size=16",
+    )
+    assert changed.returncode == 1 and "data is not what it was" in changed.stderr
 
 
 @pytest.mark.parametrize(
@@ -174,6 +181,8 @@ def test_own_images_of_another_size(tmp_path):
             "No such file or directory: 'configs/none.py'",
         ),
         (["--config=configs/vae.py:none"], 1, "no variant 'none': there are default, "),
+        (["--help", "--config=configs/none.py"], 1, "No such file or directory"),
+        (["--help", "--confg"], 2, "Unknown command line flag 'confg'"),
         (
             ["--config=configs/vae.py:smoke", "--config.epoch=3"],
             1,

@@ -1,6 +1,7 @@
 """The modes on a trained model: the logged numbers again, and the arrays behind each picture."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -39,6 +40,26 @@ def test_evaluate_repeats_the_logged_numbers(run):
         assert {name: found[name] for name in found if "/" in name} == expected
         assert found["step"] == 10
     assert modes.evaluate(path, config, "latest", "train")["train/loss"] > 0
+
+
+def test_evaluate_needs_no_metrics_and_knows_home(run, tmp_path, monkeypatch):
+    path, config, history, _ = run
+    copy = shutil.copytree(path, tmp_path / "moved")
+    (copy / "metrics.jsonl").unlink()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = modes.evaluate("~/moved", config, "latest", "test")
+    assert found["test/loss"] == history[-1]["test/loss"]
+
+
+def test_other_data_are_refused(run, monkeypatch):
+    path, config, _, _ = run
+    monkeypatch.setattr(modes, "fingerprint", lambda dataset: {"train": 3})
+    for use in (
+        lambda: modes.evaluate(path, config, "", "test"),
+        lambda: modes.traverse(path, config, "", "test", 3, None, None),
+    ):
+        with pytest.raises(ValueError, match="the data are not those that the model"):
+            use()
 
 
 def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
@@ -98,6 +119,8 @@ def choose(run, count=1, images=None, digits=None):
 
 def test_without_a_choice_the_first_images_are_taken(run):
     assert choose(run, 2).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="no image 360 in test: it has 0 to 359"):
+        choose(run, 361)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +141,7 @@ def test_without_a_choice_the_first_images_are_taken(run):
         ),
         (lambda run: choose(run, digits=[-1]), "no image labelled -1"),
         (
-            lambda run: modes.load_split(run[1], "tset"),
+            lambda run: modes.reconstruct(*run[:2], "", "tset", 1),
             "no split 'tset': this run has train, test, validation",
         ),
         (
@@ -140,7 +163,7 @@ def classified(tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier")
     config = classifier.get_config("smoke").to_dict()
     job = modes.build(config)
-    _, directory = run_job(job._replace(report=lambda *_: ({}, {})), config, path)
+    _, directory = run_job(job._replace(report=lambda *_: (dict, {})), config, path)
     image = job.dataset.splits["test"].image[:10]
     for i, pixels in enumerate(image[..., 0]):
         (path / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)

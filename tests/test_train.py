@@ -197,7 +197,7 @@ def test_validation_images_mark_the_best_checkpoint(tmp_path):
     assert set(steps(tmp_path / "checkpoints")) == {best, max(losses)}
     summary = (tmp_path / "summary.md").read_text()
     assert f"| best step, used by default | {best} |" in summary
-    assert f"| validation/loss at the best step | {losses[best]:.4g} |" in summary
+    assert f"| at the best step: validation/loss | {losses[best]:.4g} |" in summary
 
 
 def test_several_seeds_equal_each_alone(tmp_path):
@@ -295,7 +295,8 @@ def test_a_directory_that_is_no_run_or_is_in_use_is_refused(tmp_path):
         RunDirectory(str(tmp_path / "run"), config, "", check=check)
     with pytest.raises(OSError, match="is not empty and has no config.json of a run"):
         read_config(str(tmp_path))
-    for text in ("{", "{}", "[1]"):
+    lost = json.dumps(config | {"epochs": None})
+    for text in ("{", "{}", "[1]", "[" * 100_000, lost):
         (tmp_path / "run" / "config.json").write_text(text)
         with pytest.raises(OSError, match="has no config.json of a run"):
             RunDirectory(str(tmp_path / "run"), {}, "")

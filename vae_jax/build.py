@@ -370,25 +370,27 @@ def vae_parts(
         }
 
     def report(variables, arrays, history):
-        # Here and below: Matplotlib can wait until the first steps are taken.
-        from vae_jax import figures
+        def draw():
+            # Here and below: Matplotlib can wait until the first steps are taken.
+            from vae_jax import figures
 
-        drawn = {
-            "training": figures.training_curve(
-                history, yardsticks(), f"Training progress: {title}"
-            ),
-            "reconstructions": figures.reconstructions(
-                image,
-                np.asarray(reconstruct(variables, image)),
-                label,
-                f"Test images and their reconstructions: {title}",
-            ),
-            "samples": figures.image_grid(
-                np.asarray(sample(variables)),
-                f"Images decoded from z ~ N(0, 1): {title}",
-            ),
-        }
-        return drawn, yardsticks()
+            return {
+                "training": figures.training_curve(
+                    history, yardsticks(), f"Training progress: {title}"
+                ),
+                "reconstructions": figures.reconstructions(
+                    image,
+                    np.asarray(reconstruct(variables, image)),
+                    label,
+                    f"Test images and their reconstructions: {title}",
+                ),
+                "samples": figures.image_grid(
+                    np.asarray(sample(variables)),
+                    f"Images decoded from z ~ N(0, 1): {title}",
+                ),
+            }
+
+        return draw, yardsticks()
 
     return functools.partial(loss, encode=encode, decode=decode), report
 
@@ -420,32 +422,37 @@ def classifier_parts(
     test = dataset.splits["test"]
 
     def report(variables, arrays, history):
-        from vae_jax import figures
-
         prediction, confidence = (
             arrays["test"][name] for name in ("prediction", "confidence")
         )
         correct = prediction == test.label
         counts = confusion_matrix(test.label, prediction, dataset.num_classes)
-        wrong = np.flatnonzero(~correct)
-        shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-        drawn = {
-            "training": figures.training_curve(
-                history,
-                {},
-                f"Training progress: {title}",
-                {"loss": "negative log-likelihood", "accuracy": "accuracy"},
-                loss_scale="log",
-            ),
-            "confusion": figures.confusion(counts, f"Confusion of classes: {title}"),
-            "mistakes": figures.mistakes(
-                test.image[shown] / np.float32(255),
-                test.label[shown],
-                prediction[shown],
-                confidence[shown],
-                f"Misclassified test images, most confident first: {title}",
-            ),
-        }
+
+        def draw():
+            from vae_jax import figures
+
+            wrong = np.flatnonzero(~correct)
+            shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+            return {
+                "training": figures.training_curve(
+                    history,
+                    {},
+                    f"Training progress: {title}",
+                    {"loss": "negative log-likelihood", "accuracy": "accuracy"},
+                    loss_scale="log",
+                ),
+                "confusion": figures.confusion(
+                    counts, f"Confusion of classes: {title}"
+                ),
+                "mistakes": figures.mistakes(
+                    test.image[shown] / np.float32(255),
+                    test.label[shown],
+                    prediction[shown],
+                    confidence[shown],
+                    f"Misclassified test images, most confident first: {title}",
+                ),
+            }
+
         numbers = {
             "expected calibration error": expected_calibration_error(
                 confidence, correct.astype(np.float32)
@@ -454,7 +461,7 @@ def classifier_parts(
         for label, accuracy in enumerate(class_accuracy(counts)):
             if np.isfinite(accuracy):
                 numbers[f"accuracy of class {label}"] = float(accuracy)
-        return drawn, numbers
+        return draw, numbers
 
     apply = functools.partial(network.apply, mutable=["batch_stats"])
     return functools.partial(loss, apply=apply), report

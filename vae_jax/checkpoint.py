@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from vae_jax.parallel import plain
 from vae_jax.steps import TrainState
 
 DIGESTS = "sha256.json"
@@ -44,7 +46,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder, about: dict, keep: int, best: str | None = None):
-        self._folder = epath.Path(folder).resolve()
+        self._folder = absolute(folder)
         self._about, self._metric = about, best
         self._policy = _LatestAndBest(keep, *_best(self._folder))
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -71,19 +73,13 @@ class Checkpoints:
             try:
                 about = read_about(self._folder, step)
                 state = _restore(
-                    self._folder, step, "state", jax.eval_shape(_plain, like)
+                    self._folder, step, "state", jax.eval_shape(plain, like)
                 )
             except ValueError as error:
                 note(f"{error}; looking for an earlier one")
                 damaged.append(step)
                 continue
-            for name in self._about:
-                if name == "config":  # which may change in parts
-                    continue
-                if about.get(name) != json.loads(json.dumps(self._about[name])):
-                    raise OSError(
-                        f"{name} is not what it was when checkpoint {step} was saved: continue with the same data, or name another --workdir"
-                    )
+            check_same_data(about, self._about)
             if damaged:
                 self._set_aside(damaged)
             return state.replace(key=jax.random.wrap_key_data(state.key))
@@ -152,6 +148,8 @@ class Checkpoints:
 
     def _check_room(self, nbytes):
         """Write as much, and raise the system's OSError: of a full disk Orbax's threads tell in a hundred lines."""
+        if not os.path.isdir(self._folder):  # but on gs://, which is never full
+            return
         with tempfile.TemporaryFile(dir=self._folder) as file:
             for _ in range(0, nbytes + OVERHEAD, len(BLOCK)):
                 file.write(BLOCK)
@@ -179,15 +177,24 @@ def steps(folder) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def latest_whole(folder) -> int:
-    """The step of the latest checkpoint that is not damaged; 0 if there is none."""
+def latest_whole(folder) -> dict | None:
+    """What is stored about the latest checkpoint that is not damaged; None if there is none."""
     for step in steps(folder):
         with contextlib.suppress(ValueError):
-            return read_about(folder, step)["step"]
-    return 0
+            return read_about(folder, step)
+    return None
 
 
-def select(folder, which: str = "") -> int:
+def check_same_data(stored: dict, about: dict) -> None:
+    """Raise OSError unless the data that a checkpoint says it is of are those of now; the config may change in parts."""
+    for name, value in about.items():
+        if name != "config" and stored.get(name) != json.loads(json.dumps(value)):
+            raise OSError(
+                f"{name} is not what it was when checkpoint {stored['step']} was saved: give the same data, or name another --workdir"
+            )
+
+
+def select(folder, which: str | int = "") -> int:
     """The step that `which` means: "best", "latest", a number, or "" for the best where there is one, else the latest.
 
     Raises ValueError if there is no such checkpoint.
@@ -201,16 +208,16 @@ def select(folder, which: str = "") -> int:
         )
     names = {"latest": found[0], "best": best, "": found[0] if best is None else best}
     names |= {str(step): step for step in found}
-    if which not in names:
+    if str(which) not in names:
         raise ValueError(
             f"there is no checkpoint {which!r} in {folder}: give latest, best, or one of {', '.join(map(str, found))}"
         )
-    return names[which]
+    return names[str(which)]
 
 
 def read_about(folder, step: int) -> dict:
     """What is stored about a checkpoint. Raises ValueError, naming the file, if any of its files is damaged."""
-    path = epath.Path(folder).resolve() / str(step)
+    path = absolute(folder) / str(step)
     _check_files(path, step)
     try:
         return json.loads((path / "about" / "metadata").read_text())
@@ -224,7 +231,7 @@ def restore_variables(folder, step: int, like: Any) -> dict:
 
 
 def _restore(folder, step, item, like):
-    path = epath.Path(folder).resolve() / str(step)
+    path = absolute(folder) / str(step)
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
         handler = ocp.CompositeCheckpointHandler(
@@ -248,6 +255,12 @@ def _restore(folder, step, item, like):
                 f"checkpoint {step} is of another model: {name} is {leaf.shape} there, {wanted.shape} here"
             )
     return tree
+
+
+def absolute(folder):
+    """As Orbax wants it. Of a path on gs:// `resolve` would make one of this machine."""
+    path = epath.Path(folder)
+    return path if path.is_absolute() else path.resolve()
 
 
 def _reason(error):
@@ -313,17 +326,5 @@ def _best(folder):
     return min(costs)
 
 
-def _plain(tree):
-    """Typed keys as the integers that they are: Orbax does not take them from several processes."""
-    return jax.tree.map(
-        lambda leaf: (
-            jax.random.key_data(leaf)
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            else leaf
-        ),
-        tree,
-    )
-
-
 def _to_host(tree):
-    return jax.tree.map(np.asarray, jax.device_get(_plain(tree)))
+    return jax.tree.map(np.asarray, jax.device_get(plain(tree)))

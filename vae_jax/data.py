@@ -275,7 +275,7 @@ def _tfds(name, manual_dir):
         )
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or of a folder"
+            f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or, with a slash in it, of a folder"
         ) from None
     features, keys = builder.info.features, builder.info.supervised_keys
     if (
@@ -300,7 +300,8 @@ def _tfds(name, manual_dir):
                 f"preparing {name} needs {error.name}: pip install -e '.[tfds]'"
             ) from error
         except Exception as error:  # TFDS passes on what its layers raise
-            raise OSError(f"preparing {name} failed: {error}") from error
+            told = " ".join(str(error).split())
+            raise OSError(f"preparing {name} failed: {told}") from error
     splits = builder.info.splits
     # Some have labels on their validation images only.
     test = next((part for part in ("test", "validation") if part in splits), None)
@@ -419,8 +420,9 @@ def _read_folder(name):
         raise ValueError(
             f"{name} has subfolders train and test, but subfolders are classes: name one of them, or give an .npz with test_image"
         )
+    classes = [path for path in classes if _image_files(path)]
     files = [(path, -1) for path in _image_files(folder)]
-    if files and any(_image_files(path) for path in classes):
+    if files and classes:
         raise ValueError(
             f"{name} holds images both beside its subfolders ({files[0][0].name}) and in them: give each a subfolder, or none"
         )

@@ -146,7 +146,7 @@ def train(config: dict, workdir: str) -> None:
 
     from vae_jax import parallel
     from vae_jax.build import build
-    from vae_jax.checkpoint import Checkpoints, latest_whole
+    from vae_jax.checkpoint import Checkpoints, check_same_data, latest_whole
     from vae_jax.rundir import (
         Progress,
         RunDirectory,
@@ -168,8 +168,11 @@ def train(config: dict, workdir: str) -> None:
                 check(stored, config)
             job = build(config)
             devices.check_divide(job.batch_size)
-            folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
-            finished = devices.first and latest_whole(folder) >= job.steps
+            folder = epath.Path(workdir).expanduser() / "checkpoints"
+            latest = latest_whole(folder) if devices.first else None
+            finished = latest is not None and latest["step"] >= job.steps
+            if finished:
+                check_same_data(latest, job.about)
         if parallel.gather(finished)[0]:
             print(f"finished already: {folder.parent / 'summary.md'}")
             return
@@ -379,10 +382,10 @@ def fail(message: str, code: int) -> NoReturn:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """What absl and ml_collections raise for flags and config fields, as one line."""
-    if any(argument in HELP for argument in argv[1:]):
-        print_help(argv)
-        sys.exit()
     try:
+        if any(argument in HELP for argument in argv[1:]):
+            print_help(argv)
+            sys.exit()
         argv = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith("config."):

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import data, figures, generate
-from vae_jax.build import bind, build
+from vae_jax.build import bind, build, fingerprint
 from vae_jax.evaluate import make_evaluate, over_seeds
 from vae_jax.objectives import kl_to_standard_normal
-from vae_jax.rundir import read_rows, save_figure, whole_file
+from vae_jax.rundir import save_figure, whole_file
 from vae_jax.trained import load, load_variables
 
 MOST_SHOWN = 100  # images beside their reconstructions
@@ -25,9 +25,7 @@ def evaluate(
     """The metrics of a checkpoint on a split, as training logged them; of the test split also what summary.md has."""
     about, variables = load_variables(workdir, checkpoint)
     job = build(config)
-    if about["data"] != job.about["data"]:
-        raise ValueError(f"the data are not those that {workdir} was trained on")
-    examples = choose_split(job.dataset, split)
+    examples = choose_split(job.dataset, split, about["data"])
     arrays = make_evaluate(job.objective, examples, job.map_seeds)(
         variables, job.root()
     )
@@ -36,8 +34,7 @@ def evaluate(
     }
     numbers = {}
     if split == "test":
-        rows = [row for row in read_rows(Path(workdir)) if row["step"] <= about["step"]]
-        _, numbers = job.reports(variables, {split: arrays}, rows)
+        _, numbers = job.reports(variables, {split: arrays}, history=[])
     return {"step": about["step"]} | metrics | numbers
 
 
@@ -58,7 +55,8 @@ def reconstruct(
     workdir: str, config: dict, checkpoint: str, split: str, count: int
 ) -> list[Path]:
     """The first `count` images of a split beside their reconstructions."""
-    vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
+    vae = load_model(workdir, checkpoint, "vae")
+    examples = load_split(config, split, vae.data)
     most = min(MOST_SHOWN, len(examples.label))
     if count > most:
         raise ValueError(f"--count is {count}, but can be at most {most} for {split}")
@@ -89,7 +87,8 @@ def interpolate(
     digits: list[int] | None,
 ) -> list[Path]:
     """Images decoded from the line between the encodings of two images; those that `choose_images` chooses."""
-    vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
+    vae = load_model(workdir, checkpoint, "vae")
+    examples = load_split(config, split, vae.data)
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
     index = choose_images(examples, split, 2, images, digits)
@@ -122,7 +121,8 @@ def traverse(
     digits: list[int] | None,
 ) -> list[Path]:
     """An image's encoding decoded with one latent at a time moved, the latents that carry the most (KL) first."""
-    vae, examples = load_model(workdir, checkpoint, "vae"), load_split(config, split)
+    vae = load_model(workdir, checkpoint, "vae")
+    examples = load_split(config, split, vae.data)
     index = choose_images(examples, split, 1, images, digits)
     mean, logvar = vae.encode(examples.image)
     one_by_one = (jnp.asarray(part).reshape(-1, 1) for part in (mean, logvar))
@@ -177,13 +177,18 @@ def load_model(workdir: str, checkpoint: str, wanted: str) -> Any:
     return trained
 
 
-def load_split(config: dict, split: str) -> data.Split:
-    """A split of the config's data set."""
-    return choose_split(bind("data", data.load, config["data"])(), split)
+def load_split(config: dict, split: str, trained_on: dict) -> data.Split:
+    """A split of the config's data set, as `choose_split` gives it."""
+    dataset = bind("data", data.load, config["data"])()
+    return choose_split(dataset, split, trained_on)
 
 
-def choose_split(dataset: data.Dataset, split: str) -> data.Split:
-    """A split by its name. Raises ValueError if there is none of that name."""
+def choose_split(dataset: data.Dataset, split: str, trained_on: dict) -> data.Split:
+    """A split by its name. Raises ValueError if there is none of that name, or if the data have another fingerprint."""
+    if fingerprint(dataset) != trained_on:
+        raise ValueError(
+            "the data are not those that the model was trained on: bring those back, or train again"
+        )
     if split not in dataset.splits:
         raise ValueError(
             f"there is no split {split!r}: this run has {', '.join(dataset.splits)}"
@@ -199,6 +204,8 @@ def choose_images(
     digits: list[int] | None,
 ) -> np.ndarray:
     """`count` positions in a split: those given, or the first image of each label given; the first ones by default."""
+    if images is None and digits is None:
+        images = list(range(count))
     if images is not None and digits is not None:
         raise ValueError("--images and --digits are both given: give one of them")
     given = images if images is not None else digits
@@ -214,18 +221,12 @@ def choose_images(
                     f"there is no image {index} in {split}: it has 0 to {len(examples.label) - 1}"
                 )
         return np.array(images)
-    if digits is not None:
-        for label in digits:
-            if label < 0 or label not in examples.label:
-                known = [
-                    str(known) for known in np.unique(examples.label) if known >= 0
-                ]
-                has = f"it has {', '.join(known)}" if known else "it is unlabelled"
-                raise ValueError(
-                    f"there is no image labelled {label} in {split}: {has}"
-                )
-        return np.array([np.argmax(examples.label == label) for label in digits])
-    return np.arange(count)
+    for label in digits:
+        if label < 0 or label not in examples.label:
+            known = [str(known) for known in np.unique(examples.label) if known >= 0]
+            has = f"it has {', '.join(known)}" if known else "it is unlabelled"
+            raise ValueError(f"there is no image labelled {label} in {split}: {has}")
+    return np.array([np.argmax(examples.label == label) for label in digits])
 
 
 def generated(workdir: str) -> Path:

@@ -125,13 +125,10 @@ class Devices:
         if not gather(made is not None)[0]:
             return None
 
-        def plain(leaf):
-            return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
         if not self.first:
-            shapes = jax.eval_shape(lambda tree: jax.tree.map(plain, tree), like)
+            shapes = jax.eval_shape(plain, like)
             made = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        made = multihost_utils.broadcast_one_to_all(jax.tree.map(plain, made))
+        made = multihost_utils.broadcast_one_to_all(plain(made))
         return jax.tree.map(
             lambda leaf, shape: (
                 jax.random.wrap_key_data(np.asarray(leaf)) if _is_key(shape) else leaf
@@ -139,6 +136,13 @@ class Devices:
             made,
             like,
         )
+
+
+def plain(tree: Any) -> Any:
+    """`tree` with its typed keys as the integers that they are: between processes neither JAX nor Orbax takes keys."""
+    return jax.tree.map(
+        lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
+    )
 
 
 def _is_key(leaf):

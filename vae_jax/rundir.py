@@ -16,7 +16,8 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-SECTIONS = {"data", "model", "objective", "optimizer", "run", "epochs", "seed", "seeds"}
+FIELDS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
+FIELDS |= dict.fromkeys(("epochs", "seed", "seeds"), int)  # of a config.json
 BEGINNING = {"lock", "config.tmp"}  # all that a run killed in its first moment leaves
 LARGEST = 1e300  # in metrics.jsonl; this refuses NaN and infinity too
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -32,9 +33,11 @@ def read_config(path: str) -> dict | None:
         return None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         config = None
-    if not isinstance(config, dict) or not SECTIONS <= config.keys():
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(name), kind) for name, kind in FIELDS.items()
+    ):
         raise FileExistsError(
             f"the work directory {path} is not empty and has no config.json of a run: name another with --workdir"
         )

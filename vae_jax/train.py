@@ -73,7 +73,7 @@ class Job(NamedTuple):
     objective: Callable
     optimizer: optax.GradientTransformation
     average: float
-    report: Callable  # (variables, {split: per-example arrays}, history) -> ({name: Figure}, {name: number})
+    report: Callable  # (variables, {split: per-example arrays}, history) -> (() -> {name: Figure}, {name: number})
     about: dict  # what a checkpoint says of itself
     run: RunOptions
 
@@ -102,7 +102,7 @@ class Job(NamedTuple):
             return jax.random.key(self.seed)
         return root_keys(range(self.seed, self.seed + self.seeds))
 
-    def reports(self, variables, arrays, history) -> tuple[dict, dict]:
+    def reports(self, variables, arrays, history) -> tuple[Callable, dict]:
         """`report`; of several seeds the figures of the first, and the numbers of all as `over_seeds` gives them."""
         if self.seeds == 1:
             return self.report(variables, arrays, history)
@@ -299,8 +299,8 @@ def train(
         progress.epoch_done(epoch, trained | tested)
         if epoch in (1, job.epochs) or epoch % job.run.figures_every == 0:
             published = devices.single(state.published)
-            figures, numbers = job.reports(published, arrays, directory.history)
-            directory.save_figures(figures)
+            draw, numbers = job.reports(published, arrays, directory.history)
+            directory.save_figures(draw())
             summary = {"epochs": epoch, "steps": epoch * per_epoch}
             summary |= {"devices": devices.count, **trained, **tested, **numbers}
             summary |= best_so_far(epoch * per_epoch, tested)
@@ -318,7 +318,7 @@ def train(
             name: row[name] for name in tested if name in row and "/seed" not in name
         }
         return {"best step, used by default": best} | {
-            f"{name} at the best step": value for name, value in metrics.items()
+            f"at the best step: {name}": value for name, value in metrics.items()
         }
 
     order = unread = None

@@ -18,7 +18,7 @@ BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 
 
 def load(
-    workdir: str, checkpoint: str = "", seed: int | None = None
+    workdir: str, checkpoint: str | int = "", seed: int | None = None
 ) -> "TrainedVAE | TrainedClassifier":
     """The model that a run directory holds; the directory may have been moved from another machine.
 
@@ -44,10 +44,11 @@ def load(
         image_shape=tuple(about["image_shape"]),
         step=about["step"],
         config=about["config"],
+        data=about["data"],
     )
 
 
-def load_variables(workdir: str, which: str = "") -> tuple[dict, dict]:
+def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     """What is stored about a checkpoint, and its variables; those of several seeds have the seeds in front."""
     folder = Path(workdir).expanduser() / "checkpoints"
     step = select(folder, which)
@@ -96,6 +97,7 @@ class TrainedVAE:
     image_shape: tuple[int, int, int]
     step: int
     config: dict
+    data: dict  # how many images it was trained on, and their SHA-256
 
     @property
     def title(self) -> str:
@@ -153,6 +155,7 @@ class TrainedClassifier:
     image_shape: tuple[int, int, int]
     step: int
     config: dict
+    data: dict  # how many images it was trained on, and their SHA-256
 
     def probabilities(self, image) -> Float[np.ndarray, "n classes"]:
         """p(label | image) of every class."""
