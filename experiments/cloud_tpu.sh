@@ -98,13 +98,18 @@ delete() {
 
 # Wait until there is a slice that works.
 bring_up() {
-  local shown=''
+  local shown='' failed=0
   while true; do
     look
     case $state in
       ACTIVE) return ;;
       NONE) create ;;
-      SUSPENDED | FAILED) delete ;; # preempted; only a new one comes back
+      SUSPENDED) delete ;; # preempted; only a new one comes back
+      FAILED)
+        failed=$((failed + 1))
+        [ "$failed" -lt 3 ] || fail "creating the slice $TPU_NAME failed three times: see gcloud compute tpus queued-resources describe $TPU_NAME"
+        delete
+        ;;
       *)
         [ "$state" = "$shown" ] || echo "the slice $TPU_NAME is $state" >&2
         shown=$state
@@ -124,12 +129,17 @@ python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'"
 # It runs on when the connection breaks; a training that runs already is left alone.
+train=".venv/bin/python -m vae_jax.main --distributed --workdir=$workdir$([ $# -eq 0 ] || printf ' %q' "$@")"
 start="cd vae_jax
-if ! { test -f pid && kill -0 \$(cat pid) 2>/dev/null; }; then
+if test -f pid && kill -0 \$(cat pid) 2>/dev/null; then
+printf %s $(printf %q "$train") | cmp -s - command && exit
+echo \"another training runs there: \$(cat command)\" >&2
+exit 1
+fi
 rm -f exit_code
-nohup sh -c $(printf %q ".venv/bin/python -m vae_jax.main --distributed --workdir=$workdir$([ $# -eq 0 ] || printf ' %q' "$@") >train.log 2>&1; echo \$? >exit_code") >/dev/null 2>&1 </dev/null &
-echo \$! >pid
-fi"
+printf %s $(printf %q "$train") >command
+nohup sh -c $(printf %q "$train >train.log 2>&1; echo \$? >exit_code") >/dev/null 2>&1 </dev/null &
+echo \$! >pid"
 watch="cd vae_jax
 tail -n +1 -F --pid=\$(cat pid) train.log 2>/dev/null
 echo \"exit code \$(cat exit_code 2>/dev/null || echo unknown)\""

@@ -31,7 +31,7 @@ case "$3 $4" in
   "tpu-vm ssh")
     case $command in
       *"git clone"*) echo "$command" >>"$FAKE/installed"; exit "$(take install_codes)" ;;
-      *) cd "$FAKE" && bash -c "$command" ;;
+      *) cd "$FAKE" && bash -c "$command"; exit ;;
     esac ;;
 esac
 exit 0
@@ -142,6 +142,23 @@ def test_workers_that_cannot_be_made_ready(fake):
     result, calls, _ = fake(*TRAIN, states=["ACTIVE"] * 9, install_codes=[1] * 9)
     assert result.returncode == 1 and verbs(calls) == ["--worker=all"] * 3
     assert "cannot be made ready" in result.stderr
+
+
+def test_a_slice_that_is_never_created(fake):
+    states = ["FAILED", "NONE", "FAILED", "NONE", "FAILED"]
+    result, calls, _ = fake(*TRAIN, states=states)
+    assert result.returncode == 1 and "failed three times" in result.stderr
+    assert verbs(calls) == ["delete", "create"] * 2
+
+
+def test_another_training_that_runs_there_is_told(fake, tmp_path):
+    folder = tmp_path / "vae_jax"
+    (folder / "pid").write_text(f"{os.getpid()}\n")
+    (folder / "command").write_text("train --config=other.py")
+    result, calls, trained = fake(*TRAIN, states=["ACTIVE"] * 9)
+    assert result.returncode == 1 and not trained
+    assert "another training runs there: train --config=other.py" in result.stderr
+    assert "--worker=0" not in verbs(calls)
 
 
 def test_a_dry_run_prints_every_command_and_runs_none(fake):
