@@ -588,6 +588,9 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     print(machine())
     if _SWEEP.value:
+        for flag in (_MODEL, _PRECISION, _BATCH_SIZE, _STEPS):
+            if flag.present:
+                raise app.UsageError(f"--{flag.name} has no meaning with --sweep")
         return sweep(_ROUNDS.value, _OUT.value)
     batch_size, steps = _BATCH_SIZE.value, _STEPS.value
     rng = np.random.default_rng(0)
