@@ -48,10 +48,7 @@ SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 SWEPT = 10_000  # generated images at each point of the sweep
 SHIFT, ROTATION = 2, 10.0  # pixels, degrees: the classical augmentation
 SHARP = {"objective__beta": 0.02, "model__latent_dim": 32}  # the VAE of arm h
-BEGINNING = {
-    "lock",
-    "settings.tmp",
-}  # all that a study killed in its first moment leaves
+BEGINNING = {"lock", "settings.tmp"}  # all that a killed beginning leaves
 SURE = 0.9  # the probability of a label from which on it is taken for true
 
 
@@ -155,9 +152,8 @@ def training_rows(
     return np.concatenate([rows, pool.start[arm.beside] + others])
 
 
-def taught_labels(label: jax.Array, start: int, prediction: np.ndarray) -> jax.Array:
-    """The labels of the pool for each seed, [seeds, images], in which the part from `start` on has the predictions."""
-    part = slice(start, start + prediction.shape[1])
+def taught_labels(label: jax.Array, part: slice, prediction: np.ndarray) -> jax.Array:
+    """The labels of the pool for each seed, [seeds, images], of which those of the part are the predictions."""
     return jnp.tile(label, (len(prediction), 1)).at[:, part].set(prediction)
 
 
@@ -423,7 +419,7 @@ def run_study(
         part = slice(start, start + len(a))
         judged_part = trainer.make_judged(data.Split(image[part], label[part]))
         found = judged_part(trained(percentage, "c"))
-        label = taught_labels(label, start, found["prediction"])
+        label = taught_labels(label, part, found["prediction"])
         rows = [
             training_rows(arm, pool(), own, np.flatnonzero(sure))
             for own, sure in zip(first(real, percentage), found["confidence"] >= SURE)

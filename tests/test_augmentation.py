@@ -68,7 +68,7 @@ def test_arms_read_what_they_say():
 
 def test_taught_labels_are_the_predictions_and_no_others():
     prediction = np.array([[5, 6], [7, 8]])
-    label = augmentation.taught_labels(np.array([0, 1, 2, 3]), 1, prediction)
+    label = augmentation.taught_labels(np.array([0, 1, 2, 3]), slice(1, 3), prediction)
     assert label.tolist() == [[0, 5, 6, 3], [0, 7, 8, 3]]
 
 

@@ -10,7 +10,7 @@ from small_run import run_job, small_job
 
 import vae_jax
 from configs import classifier
-from vae_jax import modes
+from vae_jax import build, modes
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def test_evaluate_needs_no_metrics_and_knows_home(run, tmp_path, monkeypatch):
 
 def test_other_data_are_refused(run, monkeypatch):
     path, config, _, _ = run
-    monkeypatch.setattr(modes, "fingerprint", lambda dataset: {"train": 3})
+    for module in (build, modes):
+        monkeypatch.setattr(module, "fingerprint", lambda dataset: {"train": 3})
     for use in (
         lambda: modes.evaluate(path, config, "", "test"),
         lambda: modes.traverse(path, config, "", "test", 3, None, None),

@@ -420,17 +420,13 @@ def _read_folder(name):
         raise ValueError(
             f"{name} has subfolders train and test, but subfolders are classes: name one of them, or give an .npz with test_image"
         )
-    classes = [path for path in classes if _image_files(path)]
+    labelled = [found for path in classes if (found := _image_files(path))]
     files = [(path, -1) for path in _image_files(folder)]
-    if files and classes:
+    if files and labelled:
         raise ValueError(
             f"{name} holds images both beside its subfolders ({files[0][0].name}) and in them: give each a subfolder, or none"
         )
-    files += [
-        (path, label)
-        for label, parent in enumerate(classes)
-        for path in _image_files(parent)
-    ]
+    files += [(path, label) for label, found in enumerate(labelled) for path in found]
     if not files:
         raise ValueError(
             f"{name} holds no PNG or JPEG files, neither itself nor in one subfolder a class"

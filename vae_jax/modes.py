@@ -13,7 +13,7 @@ from vae_jax.build import bind, build, fingerprint
 from vae_jax.evaluate import make_evaluate, over_seeds
 from vae_jax.objectives import kl_to_standard_normal
 from vae_jax.rundir import save_figure, whole_file
-from vae_jax.trained import load, load_variables
+from vae_jax.trained import TrainedVAE, load, load_variables
 
 MOST_SHOWN = 100  # images beside their reconstructions
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -25,7 +25,8 @@ def evaluate(
     """The metrics of a checkpoint on a split, as training logged them; of the test split also what summary.md has."""
     about, variables = load_variables(workdir, checkpoint)
     job = build(config)
-    examples = choose_split(job.dataset, split, about["data"])
+    check_trained_on(about["data"], job.about["data"])
+    examples = choose_split(job.dataset, split)
     arrays = make_evaluate(job.objective, examples, job.map_seeds)(
         variables, job.root()
     )
@@ -55,8 +56,7 @@ def reconstruct(
     workdir: str, config: dict, checkpoint: str, split: str, count: int
 ) -> list[Path]:
     """The first `count` images of a split beside their reconstructions."""
-    vae = load_model(workdir, checkpoint, "vae")
-    examples = load_split(config, split, vae.data)
+    vae, examples = load_with_split(workdir, config, checkpoint, split)
     most = min(MOST_SHOWN, len(examples.label))
     if count > most:
         raise ValueError(f"--count is {count}, but can be at most {most} for {split}")
@@ -87,8 +87,7 @@ def interpolate(
     digits: list[int] | None,
 ) -> list[Path]:
     """Images decoded from the line between the encodings of two images; those that `choose_images` chooses."""
-    vae = load_model(workdir, checkpoint, "vae")
-    examples = load_split(config, split, vae.data)
+    vae, examples = load_with_split(workdir, config, checkpoint, split)
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
     index = choose_images(examples, split, 2, images, digits)
@@ -121,8 +120,7 @@ def traverse(
     digits: list[int] | None,
 ) -> list[Path]:
     """An image's encoding decoded with one latent at a time moved, the latents that carry the most (KL) first."""
-    vae = load_model(workdir, checkpoint, "vae")
-    examples = load_split(config, split, vae.data)
+    vae, examples = load_with_split(workdir, config, checkpoint, split)
     index = choose_images(examples, split, 1, images, digits)
     mean, logvar = vae.encode(examples.image)
     one_by_one = (jnp.asarray(part).reshape(-1, 1) for part in (mean, logvar))
@@ -177,18 +175,26 @@ def load_model(workdir: str, checkpoint: str, wanted: str) -> Any:
     return trained
 
 
-def load_split(config: dict, split: str, trained_on: dict) -> data.Split:
-    """A split of the config's data set, as `choose_split` gives it."""
+def load_with_split(
+    workdir: str, config: dict, checkpoint: str, split: str
+) -> tuple[TrainedVAE, data.Split]:
+    """The VAE of a run, and a split of the data that it was trained on."""
+    vae = load_model(workdir, checkpoint, "vae")
     dataset = bind("data", data.load, config["data"])()
-    return choose_split(dataset, split, trained_on)
+    check_trained_on(vae.data, fingerprint(dataset))
+    return vae, choose_split(dataset, split)
 
 
-def choose_split(dataset: data.Dataset, split: str, trained_on: dict) -> data.Split:
-    """A split by its name. Raises ValueError if there is none of that name, or if the data have another fingerprint."""
-    if fingerprint(dataset) != trained_on:
+def check_trained_on(expected: dict, found: dict) -> None:
+    """Raise ValueError if the data's fingerprint is not that of the data which a model was trained on."""
+    if found != expected:
         raise ValueError(
             "the data are not those that the model was trained on: bring those back, or train again"
         )
+
+
+def choose_split(dataset: data.Dataset, split: str) -> data.Split:
+    """A split by its name. Raises ValueError if there is none of that name."""
     if split not in dataset.splits:
         raise ValueError(
             f"there is no split {split!r}: this run has {', '.join(dataset.splits)}"
