@@ -6,6 +6,7 @@ Trains the reference, pooling instead of strided convolutions, and latents short
 their samples and reconstructions; and splits their losses. Each is a run directory, and the same command continues.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,9 @@ from experiments.report import markdown_table
 from vae_jax import data
 from vae_jax.evaluate import active_units
 from vae_jax.figures import mosaic, show_image
-from vae_jax.rundir import save_figure, whole_file
+from vae_jax.rundir import save_figure, write_whole
 
-VARIANTS = ("default", "pooling", "latent10", "latent5", "latent2")  # of configs/vae.py
-NAMES = {
+VARIANTS = {  # of configs/vae.py
     "default": "the post's model",
     "pooling": "pooling",
     "latent10": "10 latents",
@@ -32,16 +32,14 @@ NAMES = {
 SIDE = 6  # samples in a row and in a column
 
 
-def commands(workdir: Path, base: str, epochs: int, manual_dir: str, **fields) -> dict:
-    """{variant: command}: the config `base` with the fields of each variant."""
+def commands(workdir: Path, base: str, fields: dict, manual_dir: str) -> dict:
+    """{variant: command}: the config `base` with `fields` and those of each variant."""
     return {
         name: launch.make_command(
             base,
             str(workdir / name),
+            fields | vae_config.VARIANTS[name],
             manual_dir,
-            epochs=epochs,
-            **fields,
-            **vae_config.VARIANTS[name],
         )
         for name in VARIANTS
     }
@@ -50,29 +48,29 @@ def commands(workdir: Path, base: str, epochs: int, manual_dir: str, **fields) -
 def table(workdir: Path, test: data.Split) -> list[list[str]]:
     """Test loss and its parts after the last epoch, and how many latents are in use."""
     cells = [["model", "loss", "reconstruction", "KL", "active latents"]]
-    for name in VARIANTS:
+    for name, title in VARIANTS.items():
         last = launch.last_test(workdir / name)
         vae = vae_jax.load(str(workdir / name))
         active = active_units(vae.encode(test.image)[0])
         metrics = [
             f"{last[f'test/{part}']:.2f}" for part in ("loss", "reconstruction", "kl")
         ]
-        cells.append([NAMES[name], *metrics, f"{active} of {vae.model.latent_dim}"])
+        cells.append([title, *metrics, f"{active} of {vae.model.latent_dim}"])
     return cells
 
 
 def draw(workdir: Path, test: data.Split, title: str) -> Figure:
     """Samples of every model, and ten test images each followed by its reconstruction."""
-    shown = np.unique(test.label, return_index=True)[1][:10]
+    shown = data.first_of_each_label(test.label)
     image = test.image[shown] / np.float32(255)
     figure = Figure(figsize=(15, 7.6), layout="constrained")
     above, below = figure.subplots(2, len(VARIANTS))
-    for i, name in enumerate(VARIANTS):
+    for i, (name, what) in enumerate(VARIANTS.items()):
         vae = vae_jax.load(str(workdir / name))
         pairs = np.stack([image, vae.reconstruct(image)], axis=1)
         show_image(above[i], mosaic(vae.sample(SIDE**2), SIDE))
         show_image(below[i], mosaic(pairs.reshape(-1, *image.shape[1:]), 4))
-        above[i].set_title(NAMES[name], fontsize=14)
+        above[i].set_title(what, fontsize=14)
     above[0].set_ylabel("samples from the prior", fontsize=12)
     below[0].set_ylabel("test images, each before\nits reconstruction", fontsize=12)
     figure.suptitle(title, fontsize=15)
@@ -83,11 +81,12 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    workdir = Path(flags.FLAGS.workdir).expanduser()
+    workdir = Path(os.path.expanduser(flags.FLAGS.workdir))
     name, epochs = flags.FLAGS.data, flags.FLAGS.epochs
     manual_dir = flags.FLAGS.manual_dir
     base = launch.config_for("vae", name)
-    variants = commands(workdir, base, epochs, manual_dir, data__name=name)
+    fields = {"epochs": epochs, "data.name": name}
+    variants = commands(workdir, base, fields, manual_dir)
     title = f"What fails: {name}, {epochs} epochs each"
     with launch.in_one_line("ablations"):
         test = data.load(name=name, manual_dir=manual_dir).splits["test"]
@@ -95,11 +94,10 @@ def main(argv):
             launch.run(command)
         cells = table(workdir, test)
         save_figure(draw(workdir, test, title), workdir / "ablations.png")
-        with whole_file(workdir / "summary.md") as part:
-            part.write_text(
-                f"# {title}\n\n{markdown_table(cells)}\n\n![Samples and reconstructions](ablations.png)\n",
-                "utf-8",
-            )
+        write_whole(
+            workdir / "summary.md",
+            f"# {title}\n\n{markdown_table(cells)}\n\n![Samples and reconstructions](ablations.png)\n",
+        )
     print((workdir / "summary.md").read_text("utf-8"))
 
 

@@ -35,7 +35,7 @@ from vae_jax.evaluate import make_evaluate, mean_and_interval
 from vae_jax.figures import show_image
 from vae_jax.models import make_classifier
 from vae_jax.objectives import cross_entropy, example_keys, reparameterize
-from vae_jax.rundir import read_objects, save_figure, whole_file
+from vae_jax.rundir import read_objects, save_figure, whole_file, write_whole
 from vae_jax.steps import fixed_key, init_state, make_adam, make_train_step
 from vae_jax.train import make_run_chunk, map_seeds, root_keys
 from vae_jax.trained import TrainedVAE
@@ -47,7 +47,7 @@ SHARES, SCALES = (0.5, 1.0), (0.25, 0.5, 1.0)  # of which the study's noise is c
 SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 SWEPT = 10_000  # generated images at each point of the sweep
 SHIFT, ROTATION = 2, 10.0  # pixels, degrees: the classical augmentation
-SHARP = {"objective__beta": 0.02, "model__latent_dim": 32}  # the VAE of arm h
+SHARP = {"objective.beta": 0.02, "model.latent_dim": 32}  # the VAE of arm h
 BEGINNING = {"lock", "settings.tmp"}  # all that a killed beginning leaves
 SURE = 0.9  # the probability of a label from which on it is taken for true
 
@@ -193,12 +193,12 @@ class Trainer:
         train_step = make_train_step(objective, self._optimizer)
         run_chunk = make_run_chunk(train_step, self._batch, self._steps)
 
-        def program(key, order, image, label):
+        def program(key, order, label, image):
             state = init_state(self._init(key), self._optimizer, key)
             state, _ = run_chunk(state, order, 0, self._steps, image, label)
             return state.variables
 
-        return jax.jit(map_seeds(program, (0, 0, None, 0)))
+        return jax.jit(map_seeds(program, 3))
 
     def __call__(self, image, label, rows: list, augmented: bool = False) -> dict:
         """The variables of all seeds, of which each learns rows of its own, with its own labels where they have seeds in front."""
@@ -209,7 +209,7 @@ class Trainer:
                 for seed, own in zip(self._seeds, rows)
             ]
         )
-        return self._programs[augmented](self._keys, order, image, label)
+        return self._programs[augmented](self._keys, order, label, image)
 
     def make_judged(self, split: data.Split) -> Callable[[dict], dict]:
         """`judged(variables)`: `accuracy`, `prediction` and `confidence`, [seeds, examples of the split] each."""
@@ -224,7 +224,7 @@ class Study:
     """
 
     def __init__(self, path: str, settings: dict):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
         try:
@@ -244,14 +244,11 @@ class Study:
             raise FileExistsError(
                 f"{self.path} is not empty and holds no study: name another with --workdir"
             )
-        with whole_file(file) as part:
-            part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+        write_whole(file, json.dumps(settings, indent=1) + "\n")
         self._file = self.path / "results.jsonl"
         self.rows = read_objects(self._file)
-        with whole_file(self._file) as part:  # without a line torn by a crash
-            part.write_text(
-                "".join(json.dumps(row) + "\n" for row in self.rows), "utf-8"
-            )
+        # Without a line torn by a crash.
+        write_whole(self._file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def close(self) -> None:
         os.close(self._lock)
@@ -331,9 +328,8 @@ def run_study(
     half_a, half_b = (
         data.Split(train.image[half], train.label[half]) for half in (a, b)
     )
-    judge = str(study.path / "classifier")
-    fields = {"data__name": settings["data"]}
-    launch.run(launch.make_command(settings["classifier"], judge, manual_dir, **fields))
+    workdir, fields = str(study.path / "classifier"), {"data.name": settings["data"]}
+    launch.run(launch.make_command(settings["classifier"], workdir, fields, manual_dir))
     images = study.path / "half_a.npz"
     if not images.exists():
         with whole_file(images) as part, open(part, "wb") as file:
@@ -346,10 +342,10 @@ def run_study(
             )
     for name, fields in [("vae", {}), ("sharp", SHARP)]:
         workdir = str(study.path / name)
-        fields = {"data__name": str(images)} | fields
-        launch.run(launch.make_command(settings["vae"], workdir, **fields))
-    vae, sharp, judge = map(
-        vae_jax.load, [str(study.path / "vae"), str(study.path / "sharp"), judge]
+        fields = {"data.name": str(images)} | fields
+        launch.run(launch.make_command(settings["vae"], workdir, fields))
+    vae, sharp, judge = (
+        vae_jax.load(str(study.path / name)) for name in ("vae", "sharp", "classifier")
     )
 
     seeds = settings["seeds"]
@@ -373,7 +369,7 @@ def run_study(
         )
 
     percentage = choice_percentage(settings)
-    judged = trainer.make_judged(half_b)
+    judged_b = trainer.make_judged(half_b)
 
     def generated(half, share, scale):
         return half._replace(image=generate_images(vae, half.image, share, scale))
@@ -383,18 +379,18 @@ def run_study(
         pool = make_pool(parts)
         variables = trainer(*pool[:2], arm_rows(ARMS["f"], pool, percentage))
         unseen = [own[count_of(percentage, len(b)) :] for own in real]
-        found = zip(judged(variables)["accuracy"], unseen)
+        found = zip(judged_b(variables)["accuracy"], unseen)
         return {"accuracy": [float(row[own].mean()) for row, own in found]}
 
-    for share, scale in itertools.product(SHARES, SCALES):
-        if count_of(percentage, len(b)) < len(b):
+    if count_of(percentage, len(b)) < len(b):
+        for share, scale in itertools.product(SHARES, SCALES):
             study.result(
                 {"stage": "choice", "share": share, "scale": scale},
                 functools.partial(choose, share, scale),
             )
 
     share, scale = chosen(study.rows)
-    judged = trainer.make_judged(test)
+    judged_test = trainer.make_judged(test)
 
     @functools.cache
     def pool():
@@ -427,7 +423,7 @@ def run_study(
         return trainer(image, label, rows, arm.augmented)
 
     def learn(percentage, name):
-        found = judged(trained(percentage, name))
+        found = judged_test(trained(percentage, name))
         return {"accuracy": [float(row.mean()) for row in found["accuracy"]]}
 
     for percentage, name in itertools.product(settings["percentages"], ARMS):
@@ -442,8 +438,7 @@ def run_study(
     save_figure(
         draw_sweep(study.rows, vae, test, share, settings), folder / "noise.png"
     )
-    with whole_file(study.path / "summary.md") as part:
-        part.write_text(summarize(study.rows, settings), "utf-8")
+    write_whole(study.path / "summary.md", summarize(study.rows, settings))
 
 
 def relabelled(
@@ -545,8 +540,8 @@ def conditions(rows, settings) -> str:
     return (
         f"{settings['seeds']} seeds, {settings['steps']} steps of {settings['batch_size']} images in every arm; means with 95 % intervals. "
         f"Generated images: noise {scale:g} in {100 * share:g} % of the latents, {how}; "
-        f"of arm h: one draw from q(z | x) of each image of half A, of a VAE with beta {SHARP['objective__beta']:g} "
-        f"and {SHARP['model__latent_dim']} latents, where arm c's classifier is at least {100 * SURE:g} % sure of its label "
+        f"of arm h: one draw from q(z | x) of each image of half A, of a VAE with beta {SHARP['objective.beta']:g} "
+        f"and {SHARP['model.latent_dim']} latents, where arm c's classifier is at least {100 * SURE:g} % sure of its label "
         "(a recipe found on MNIST, on images of half B that were not learned). Seeds differ in what is drawn from the halves, in the classifier's "
         "weights and in the order of images. The VAEs, what is generated and the test images are the same for all seeds: the intervals leave "
         "out how these vary, and show one difference in twenty where there is none."
@@ -619,7 +614,7 @@ def draw_arms(rows, settings) -> Figure:
 
 def draw_sweep(rows, vae, test: data.Split, share: float, settings) -> Figure:
     """Variations of one test image of each class as the noise grows, under the share that lost its label."""
-    shown = np.unique(test.label, return_index=True)[1][:10]
+    shown = data.first_of_each_label(test.label)
     image = test.image[shown]
     figure = Figure(figsize=(10, 4 + 0.75 * len(shown)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[3, 0.75 * len(shown)])

@@ -23,17 +23,13 @@ def in_one_line(program: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def make_command(config: str, workdir: str, manual_dir: str = "", **fields) -> list:
-    """`python -m vae_jax.main` for a config, with "__" in the names of `fields` for the dots in the config's."""
+def make_command(config: str, workdir: str, fields: dict, manual_dir: str = "") -> list:
+    """`python -m vae_jax.main` for a config in which `fields`, {"model.latent_dim": 10, ...}, are set."""
     if manual_dir:
-        fields["data__manual_dir"] = manual_dir
-    overrides = [
-        f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()
-    ]
-    return [
-        *("python", "-m", "vae_jax.main"),
-        *(f"--config={config}", f"--workdir={workdir}", *overrides),
-    ]
+        fields = fields | {"data.manual_dir": manual_dir}
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    program = ["python", "-m", "vae_jax.main"]
+    return [*program, f"--config={config}", f"--workdir={workdir}", *overrides]
 
 
 def config_for(model: str, data_name: str) -> str:

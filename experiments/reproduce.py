@@ -8,6 +8,7 @@ is report.html, one file, and report.md with its figures in report/.
 """
 
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ from vae_jax.evaluate import (
     linear_vae_loss,
     mean_and_interval,
 )
-from vae_jax.rundir import read_config, read_rows, save_figure, whole_file
+from vae_jax.rundir import read_config, read_rows, save_figure, write_whole
 
 PARTS = ("vae", "ablations", "classifier", "augmentation", "report")
 POST_LOSS, POST_ACCURACY = 18.5, 99.21
@@ -46,22 +47,20 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
     vae, classifier = (
         launch.config_for(model, name) for model in ("vae", "classifier")
     )
-    study = [
-        *("python", "-m", "experiments.augmentation"),
-        *(f"--data={name}", f"--workdir={workdir / 'augmentation'}"),
-    ]
+    study = ["python", "-m", "experiments.augmentation"]
+    study += [f"--data={name}", f"--workdir={workdir / 'augmentation'}"]
     if quick:
         study += ["--steps=200", "--seeds=3", "--percentages=20,100"]
     if manual_dir:
         study += [f"--manual_dir={manual_dir}"]
     epochs = {"epochs": 40} if quick else {}
-    failing = ablations.commands(workdir / "ablations", vae, 10, manual_dir)
+    failing = ablations.commands(workdir / "ablations", vae, {"epochs": 10}, manual_dir)
     return {
-        "vae": [launch.make_command(vae, str(workdir / "vae"), manual_dir, **epochs)],
+        "vae": [launch.make_command(vae, str(workdir / "vae"), epochs, manual_dir)],
         "ablations": list(failing.values()),
         "classifier": [
             launch.make_command(
-                classifier, str(workdir / "classifier"), manual_dir, seeds=SEEDS
+                classifier, str(workdir / "classifier"), {"seeds": SEEDS}, manual_dir
             )
         ],
         "augmentation": [study],
@@ -163,8 +162,10 @@ class Report:
         training = [
             ["epochs", "batch", "learning rate", "schedule", "gradient decay factor"],
             [
-                *(str(config["epochs"]), str(config["batch_size"])),
-                *(str(optimizer["learning_rate"]), optimizer["schedule"]),
+                str(config["epochs"]),
+                str(config["batch_size"]),
+                str(optimizer["learning_rate"]),
+                optimizer["schedule"],
                 str(optimizer["beta1"]),
             ],
         ]
@@ -220,8 +221,9 @@ class Report:
         save_figure(figure, self._workdir / "report" / "ablations.png")
         reference = launch.last_test(folder / "default")["test/loss"]
         costs = ", ".join(
-            f"{ablations.NAMES[name]} {launch.last_test(folder / name)['test/loss'] - reference:+.2f}"
-            for name in ablations.VARIANTS[1:]
+            f"{what} {launch.last_test(folder / name)['test/loss'] - reference:+.2f}"
+            for name, what in ablations.VARIANTS.items()
+            if name != "default"
         )
         return [
             Heading("Figure 6: what fails"),
@@ -351,7 +353,7 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
-    workdir = Path(given.workdir).expanduser()
+    workdir = Path(os.path.expanduser(given.workdir))
     name = "digits" if given.quick else "mnist"
     commands = plan(workdir, name, given.manual_dir, given.quick)
     for part in given.parts:
@@ -371,8 +373,7 @@ def main(argv):
                 ("report.md", to_markdown(blocks)),
                 ("report.html", to_html(blocks, workdir)),
             ]:
-                with whole_file(workdir / file) as part:
-                    part.write_text(text, "utf-8")
+                write_whole(workdir / file, text)
     if "report" in given.parts:
         print(f"\ndone: {workdir / 'report.html'} and {workdir / 'report.md'}")
 

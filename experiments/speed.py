@@ -36,7 +36,7 @@ from vae_jax.data import Split
 from vae_jax.evaluate import make_evaluate
 from vae_jax.models import make_classifier, make_vae
 from vae_jax.objectives import cross_entropy, elbo, make_batch
-from vae_jax.rundir import save_figure, whole_file
+from vae_jax.rundir import save_figure, write_whole
 from vae_jax.steps import init_state, jit_train_step, make_eval_step, make_train_step
 from vae_jax.train import make_run_chunk
 
@@ -577,8 +577,7 @@ def machine() -> str:
 
 def write(out: str | None, table: dict, figure: Figure) -> None:
     if out:
-        with whole_file(Path(f"{out}.json")) as part:
-            part.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+        write_whole(Path(f"{out}.json"), json.dumps(table, indent=1) + "\n")
         save_figure(figure, Path(f"{out}.png"))
 
 

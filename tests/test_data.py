@@ -69,6 +69,12 @@ def test_validation_images_are_taken_out_of_training():
         data.load(name="digits", validation=1437)
 
 
+def test_first_of_each_label():
+    label = np.array([3, 1, 3, 0, 1])
+    assert data.first_of_each_label(label).tolist() == [3, 1, 0]
+    assert data.first_of_each_label(np.full(12, -1)).tolist() == list(range(10))
+
+
 def test_order_is_a_function_of_seed_and_epoch():
     order = data.epoch_order(3, 1, 100, shuffle=True)
     np.testing.assert_array_equal(order, data.epoch_order(3, 1, 100, shuffle=True))
@@ -317,8 +323,9 @@ def test_folder_without_classes_in_colour(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(ValueError, match="there is no folder"):
-        data.load(name=str(tmp_path / "nowhere"))
+    for missing in (str(tmp_path / "nowhere"), "~nobody-has-this-name/photos"):
+        with pytest.raises(ValueError, match="there is no folder"):
+            data.load(name=missing)
     with pytest.raises(ValueError, match="holds no PNG or JPEG files"):
         data.load(name=str(tmp_path))
     save_images(tmp_path, ["a"])

@@ -232,7 +232,7 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     """A folder stands for one on gs://. What was copied at the last save is what a second start begins with."""
     monkeypatch.setattr(rundir, "is_remote", lambda path: True)
     remote = tmp_path / "remote"
-    directory = RunDirectory(str(remote), {"epochs": 1}, "")
+    directory = RunDirectory(str(remote), {"epochs": 1}, "", tensorboard=True)
     assert {path.name for path in remote.iterdir()} == {"config.json"}
     assert directory.path != remote
     directory.rewind(0, pytest.fail)
@@ -240,6 +240,9 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     directory.upload()
     directory.log({"step": 2, "epoch": 2.0, "train/loss": 1.0})
     directory.close()
+    assert not directory.path.exists()
+    (board,) = (remote / "tensorboard").iterdir()
+    assert b"train/loss" in board.read_bytes()
     assert [row["step"] for row in rundir.read_rows(remote)] == [1]
 
     monkeypatch.setattr(rundir, "read_config", lambda path: {"epochs": 1})

@@ -144,13 +144,17 @@ def test_own_images_of_another_size(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+    before = (tmp_path / "run" / "config.json").read_text()
     np.savez(tmp_path / "own.npz", image=np.zeros((40, 32, 32, 3)))
-    changed = smoke(
-        tmp_path / "run",
-        f"--config.data.name={tmp_path / 'own.npz'}",
-        "--config.batch_size=16",
-    )
-    assert changed.returncode == 1 and "data is not what it was" in changed.stderr
+    for more in [(), ("--config.epochs=2",)]:
+        changed = smoke(
+            tmp_path / "run",
+            f"--config.data.name={tmp_path / 'own.npz'}",
+            "--config.batch_size=16",
+            *more,
+        )
+        assert changed.returncode == 1 and "data is not what it was" in changed.stderr
+        assert (tmp_path / "run" / "config.json").read_text() == before
 
 
 @pytest.mark.parametrize(

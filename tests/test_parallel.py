@@ -41,12 +41,10 @@ def ten_steps(job, devices, axis_name):
     def make_state(root):
         return init_state(job.init(root), job.optimizer, root)
 
-    state = devices.place(jax.jit(job.map_seeds(make_state, (0,)))(job.root()))
+    state = devices.place(jax.jit(job.map_seeds(make_state, 1))(job.root()))
     train_step = make_train_step(job.objective, job.optimizer, axis_name)
     run_chunk = make_run_chunk(train_step, job.batch_size, 5, devices.count)
-    run_chunk = devices.compile(
-        job.map_seeds(run_chunk, (0, 0, None, None, None, None, None)), donate=True
-    )
+    run_chunk = devices.compile(job.map_seeds(run_chunk, 2), donate=True)
     image, label = devices.place(job.dataset.splits["train"])
     for epoch in (1, 2):
         order = devices.place(job.order(epoch))

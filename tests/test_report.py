@@ -63,7 +63,7 @@ def test_mosaic():
 
 
 def test_commands_name_the_variants_fields(tmp_path):
-    commands = ablations.commands(tmp_path, "configs/vae.py", 10, "files")
+    commands = ablations.commands(tmp_path, "configs/vae.py", {"epochs": 10}, "files")
     assert commands["latent5"][-2:] == [
         "--config.model.latent_dim=5",
         "--config.data.manual_dir=files",

@@ -202,6 +202,7 @@ def test_validation_images_mark_the_best_checkpoint(tmp_path):
 
 def test_several_seeds_equal_each_alone(tmp_path):
     job, config = small_job({"seeds": 2, "seed": 5}, chunk=2)
+    job = job._replace(report=lambda *_: (dict, {"yardstick": 3.0}))
     run_job(job, config, tmp_path / "both", stop_after(3))
     state, directory = run_job(job, config, tmp_path / "both")
     for i in range(2):
@@ -217,7 +218,8 @@ def test_several_seeds_equal_each_alone(tmp_path):
     assert row["test/loss"] == pytest.approx(np.mean(losses))
     half = 12.7062 * np.std(losses, ddof=1) / np.sqrt(2)  # Student's t, 1 degree
     assert row["test/loss/interval"] == pytest.approx(half, rel=1e-4)
-    assert "±" in (directory.path / "summary.md").read_text()
+    summary = (directory.path / "summary.md").read_text()
+    assert "±" in summary and "| yardstick | 3 |" in summary
 
 
 def test_a_profile_is_written(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from vae_jax import generate
-from vae_jax.data import Dataset, load
+from vae_jax.data import Dataset, first_of_each_label, load
 from vae_jax.evaluate import (
     class_accuracy,
     confusion_matrix,
@@ -346,10 +346,7 @@ def vae_parts(
     encode = functools.partial(network.apply, method="encode")
     decode = functools.partial(network.apply, method="decode")
     test = dataset.splits["test"]
-    if dataset.num_classes:  # the first image of each label
-        shown = np.unique(test.label, return_index=True)[1][:10]
-    else:
-        shown = np.arange(min(10, len(test.label)))
+    shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     reconstruct = jax.jit(functools.partial(generate.reconstruct, encode, decode))
     sample = jax.jit(

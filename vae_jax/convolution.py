@@ -279,8 +279,11 @@ correlate_p = _primitive(
 )
 spread_p = _primitive("spread", _spread, _lax_spread, _large_shape, _kernel_channels)
 kernel_gradient_p = _primitive(
-    *("kernel_gradient", _kernel_gradient, _lax_kernel_gradient),
-    *(_kernel_shape, _image_channels),
+    "kernel_gradient",
+    _kernel_gradient,
+    _lax_kernel_gradient,
+    _kernel_shape,
+    _image_channels,
 )
 
 # defbilinear takes the transposes in the first and in the second operand.

@@ -103,6 +103,13 @@ def epoch_order(
     return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
 
 
+def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
+    """Positions of the first example of each label, at most ten; where all are unlabelled, of the first ten."""
+    if label.max() < 0:
+        return np.arange(min(10, len(label)))
+    return np.unique(label, return_index=True)[1][:10]
+
+
 def _take(split, positions):
     return Split(split.image[positions], split.label[positions])
 
@@ -158,12 +165,10 @@ def _mnist_family(name, manual_dir):
     """The four canonical .gz files, checked against the SHA-256 that TensorFlow Datasets records."""
     import tensorflow_datasets as tfds
 
-    infos = {
-        info.filename: (url, info)
-        for url, info in tfds.builder_cls(name).url_infos.items()
-    }
+    url_infos = tfds.builder_cls(name).url_infos
+    infos = {info.filename: (url, info) for url, info in url_infos.items()}
     folder = (
-        Path(manual_dir).expanduser()
+        Path(os.path.expanduser(manual_dir))
         if manual_dir
         else Path.home() / ".cache" / "vae_jax" / "data" / name
     )
@@ -177,7 +182,7 @@ def _mnist_family(name, manual_dir):
         urls = {filename: infos[filename][0] for filename in missing}
         manager = tfds.download.DownloadManager(
             download_dir=folder,
-            url_infos=tfds.builder_cls(name).url_infos,
+            url_infos=url_infos,
             dataset_name=name,
             force_checksums_validation=True,
         )
@@ -335,7 +340,7 @@ def read_images(path: str) -> tuple[list[str], UInt8[np.ndarray, "n h w channel"
         image = _read_npz(path)[""].image
         return [str(i) for i in range(len(image))], image
     files, image, _ = _read_folder(path)
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     return [str(file.relative_to(folder)) for file in files], image
 
 
@@ -353,7 +358,7 @@ def _npz(name, manual_dir):
 
 def _read_npz(name):
     """{prefix: Split}, the prefixes being "" and, where there is one, "test_"."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.is_file():
         raise ValueError(f"there is no file {name}")
     try:
@@ -410,7 +415,7 @@ def _folder(name, manual_dir):
 
 def _read_folder(name):
     """Files, images and labels of the images in a folder, or in its subfolders."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
     classes = sorted(

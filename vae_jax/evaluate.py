@@ -20,7 +20,7 @@ BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend 
 def make_evaluate(
     objective: Callable,
     split: Split,
-    map_seeds: Callable = lambda function, in_axes: function,
+    map_seeds: Callable = lambda function, seeded: function,
     batch_size: int = BATCH_SIZE,
     devices: Devices | None = None,
 ) -> Callable[[dict, Key[Array, "..."]], dict]:
@@ -59,7 +59,7 @@ def make_evaluate(
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
         return {name: values[:size] for name, values in arrays.items()}
 
-    run = devices.compile(map_seeds(run, (0, 0, None, None, None, None, None)))
+    run = devices.compile(map_seeds(run, 2))
 
     def evaluate(variables, key):
         return jax.device_get(run(variables, key, index, weight, image, label))
@@ -154,12 +154,10 @@ def covariance_eigenvalues(
 ) -> Float[np.ndarray, " pixels"]:
     """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance."""
     flat = image.reshape(len(image), -1)
-    mean = flat.mean(axis=0, dtype=np.float64) / 255
+    mean = (flat.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
     second = np.zeros((flat.shape[1], flat.shape[1]))
     for start in range(0, len(flat), 4096):
-        chunk = flat[start : start + 4096].astype(np.float32) / 255 - mean.astype(
-            np.float32
-        )
+        chunk = flat[start : start + 4096].astype(np.float32) / 255 - mean
         second += chunk.T @ chunk
     return np.maximum(np.linalg.eigvalsh(second / len(flat))[::-1], 0)
 

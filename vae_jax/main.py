@@ -170,9 +170,9 @@ def train(config: dict, workdir: str) -> None:
             devices.check_divide(job.batch_size)
             folder = epath.Path(workdir).expanduser() / "checkpoints"
             latest = latest_whole(folder) if devices.first else None
-            finished = latest is not None and latest["step"] >= job.steps
-            if finished:
+            if latest is not None:
                 check_same_data(latest, job.about)
+            finished = latest is not None and latest["step"] >= job.steps
         if parallel.gather(finished)[0]:
             print(f"finished already: {folder.parent / 'summary.md'}")
             return

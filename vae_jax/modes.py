@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from vae_jax import data, figures, generate
 from vae_jax.build import bind, build, fingerprint
 from vae_jax.evaluate import make_evaluate, over_seeds
 from vae_jax.objectives import kl_to_standard_normal
-from vae_jax.rundir import save_figure, whole_file
+from vae_jax.rundir import save_figure, whole_file, write_whole
 from vae_jax.trained import TrainedVAE, load, load_variables
 
 MOST_SHOWN = 100  # images beside their reconstructions
@@ -161,8 +162,7 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
     path = generated(workdir) / f"predict-step{classifier.step}-{Path(images).stem}.csv"
     if path.exists() and path.read_text(encoding="utf-8") != text.getvalue():
         raise FileExistsError(f"{path} holds other predictions: move it away")
-    with whole_file(path) as part:
-        part.write_text(text.getvalue(), encoding="utf-8")
+    write_whole(path, text.getvalue())
     return [path]
 
 
@@ -210,13 +210,12 @@ def choose_images(
     digits: list[int] | None,
 ) -> np.ndarray:
     """`count` positions in a split: those given, or the first image of each label given; the first ones by default."""
-    if images is None and digits is None:
-        images = list(range(count))
     if images is not None and digits is not None:
         raise ValueError("--images and --digits are both given: give one of them")
-    given = images if images is not None else digits
-    if given is not None and len(given) != count:
-        name = "--images" if images is not None else "--digits"
+    if images is None and digits is None:
+        images = list(range(count))
+    name, given = ("--images", images) if digits is None else ("--digits", digits)
+    if len(given) != count:
         raise ValueError(
             f"{name} has {len(given)} entries, but this mode takes {count}"
         )
@@ -237,7 +236,7 @@ def choose_images(
 
 def generated(workdir: str) -> Path:
     """Where the modes write."""
-    folder = Path(workdir).expanduser() / "generated"
+    folder = Path(os.path.expanduser(workdir)) / "generated"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -64,12 +65,11 @@ class RunDirectory:
     ):
         self.remote = epath.Path(path) if is_remote(path) else None
         local = tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path
-        self.path = Path(local).expanduser()
+        self.path = Path(os.path.expanduser(local))
         self.command = command
         self.history: list[dict] = []
         self._open_board = _tensorboard() if tensorboard else None
         self._board = None
-        self._opened, self._before = time.time(), 0.0
         with contextlib.ExitStack() as undo:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,12 @@ class RunDirectory:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if (stored := read_config(path)) is not None:
                     check(stored, config)
-                self._write("config.json", json.dumps(config, indent=2) + "\n")
+                write_whole(
+                    self.path / "config.json", json.dumps(config, indent=2) + "\n"
+                )
                 (self.path / "figures").mkdir(exist_ok=True)
                 if self.remote and (rows := self.remote / "metrics.jsonl").exists():
-                    self._write(rows.name, rows.read_text(encoding="utf-8"))
+                    write_whole(self.path / rows.name, rows.read_text(encoding="utf-8"))
                 self.upload()
             except BlockingIOError as error:
                 raise OSError(
@@ -108,7 +110,7 @@ class RunDirectory:
         last = self.history[-1]["step"] if self.history else 0
         if last < step:
             note(f"metrics.jsonl has lost its rows after step {last}, up to {step}")
-        self._write("metrics.jsonl", "".join(map(_line, self.history)))
+        write_whole(self.path / "metrics.jsonl", "".join(map(_line, self.history)))
         self._opened = time.time()
         self._before = self.history[-1]["seconds"] if self.history else 0.0
         if self._open_board:
@@ -155,27 +157,27 @@ class RunDirectory:
             f"![{path.stem}](figures/{path.name})\n"
             for path in sorted((self.path / "figures").glob("*.png"))
         ]
-        self._write("summary.md", "\n".join(lines))
+        write_whole(self.path / "summary.md", "\n".join(lines))
 
-    def upload(self) -> None:
+    def upload(self, part: str = "") -> None:
         """Copy every file to where `path` is remote: those of a folder there are whole and of one moment."""
         if self.remote is None:
             return
-        for file in self.path.rglob("*"):
+        for file in (self.path / part).rglob("*"):
             if file.is_file() and file.name != "lock":
                 target = self.remote / file.relative_to(self.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock, and drop a temporary folder."""
         if self._board:
-            self._board.close()
+            self._board.close()  # only now it has written all that was logged
+            with contextlib.suppress(OSError):
+                self.upload("tensorboard")
         self._lock.close()
-
-    def _write(self, name, text):
-        with whole_file(self.path / name) as part:
-            part.write_text(text, encoding="utf-8")
+        if self.remote:
+            shutil.rmtree(self.path)
 
 
 class Silent:
@@ -214,35 +216,37 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def read_objects(
-    file: Path, check: Callable[[dict, int], dict] = lambda row, last: row | {}
+    file: Path, check: Callable[[dict, dict], None] = lambda row, before: None
 ) -> list[dict]:
     """The objects of a file with one a line, less a last one that is torn; of no file, none.
 
-    Raises OSError, naming the line, for one that is damaged, or that `check(object, step of the one before)` refuses by
+    Raises OSError, naming the line, for one that is damaged, or that `check(object, the one before or {})` refuses by
     a ValueError.
     """
     *lines, _torn = (file.read_bytes() if file.exists() else b"").split(b"\n")
-    rows, last = [], 0
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(check(json.loads(line), last))
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise TypeError("no object")
+            check(row, rows[-1] if rows else {})
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(
                 f"line {number} of {file} is damaged: remove that line to continue"
             ) from error
-        last = rows[-1].get("step", 0)
+        rows.append(row)
     return rows
 
 
-def _check_row(row, last):
-    """Raise ValueError unless it is finite numbers by name, of a step that is not before the last one."""
-    if not isinstance(row, dict) or not {"step", "epoch", "seconds"} <= row.keys():
+def _check_row(row, before):
+    """Raise ValueError unless it is finite numbers by name, of a step that is not before that of the row before."""
+    if not {"step", "epoch", "seconds"} <= row.keys():
         raise ValueError("no row of a run")
     if not all(type(v) in (int, float) and abs(v) < LARGEST for v in row.values()):
         raise ValueError("not numbers")
-    if type(row["step"]) is not int or row["step"] < last:
+    if type(row["step"]) is not int or row["step"] < before.get("step", 0):
         raise ValueError("not in order")
-    return row
 
 
 @contextlib.contextmanager
@@ -251,6 +255,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     part = path.with_suffix(".tmp")
     yield part
     os.replace(part, path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, as `whole_file` does."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure, path: Path) -> None:

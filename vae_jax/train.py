@@ -92,9 +92,9 @@ class Job(NamedTuple):
         held_out = "validation" in self.dataset.splits
         return f"validation/{self.run.best}" if held_out else None
 
-    def map_seeds(self, function: Callable, in_axes) -> Callable:
-        """`function` as it is for one seed; for several, over the first axis of the arguments with 0 in `in_axes`."""
-        return function if self.seeds == 1 else map_seeds(function, in_axes)
+    def map_seeds(self, function: Callable, seeded: int) -> Callable:
+        """`function` as it is for one seed; for several as `map_seeds` makes it."""
+        return function if self.seeds == 1 else map_seeds(function, seeded)
 
     def root(self):
         """The root key; for several seeds one each, [seeds]."""
@@ -103,7 +103,10 @@ class Job(NamedTuple):
         return root_keys(range(self.seed, self.seed + self.seeds))
 
     def reports(self, variables, arrays, history) -> tuple[Callable, dict]:
-        """`report`; of several seeds the figures of the first, and the numbers of all as `over_seeds` gives them."""
+        """`report`; of several seeds the figures of the first, and the numbers of all as `over_seeds` gives them.
+
+        A number that is the same for all, such as a yardstick, is given once.
+        """
         if self.seeds == 1:
             return self.report(variables, arrays, history)
         reports = [
@@ -113,9 +116,17 @@ class Job(NamedTuple):
             )
             for i in range(self.seeds)
         ]
-        return reports[0][0], combine_seeds(
-            [numbers for _, numbers in reports], self.seed
-        )
+        draw, first = reports[0]
+        same = {
+            name: value
+            for name, value in first.items()
+            if all(numbers[name] == value for _, numbers in reports)
+        }
+        differing = [
+            {name: numbers[name] for name in first if name not in same}
+            for _, numbers in reports
+        ]
+        return draw, same | combine_seeds(differing, self.seed)
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of the training examples in an epoch, [size]; for several seeds [seeds, size]."""
@@ -132,29 +143,18 @@ def root_keys(seeds: range):
     return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
 
 
-def map_seeds(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
-    """`jax.vmap(function, in_axes)`, for axes 0 or None; on the CPU in one program too, but one seed after the other.
+def map_seeds(function: Callable, seeded: int) -> Callable:
+    """`function` for several seeds, which its first `seeded` arguments and its results have in front.
 
-    There it is faster, and the numbers are to the last bit those of each seed alone.
+    `jax.vmap`; on the CPU in one program too, but one seed after the other. There it is faster, and the numbers are to
+    the last bit those of each seed alone.
     """
-    if jax.default_backend() != "cpu":
-        return jax.vmap(function, in_axes)
 
     def mapped(*arguments):
-        seeded = [
-            argument if axis == 0 else None
-            for argument, axis in zip(arguments, in_axes)
-        ]
-
-        def one(own):
-            return function(
-                *(
-                    mine if axis == 0 else shared
-                    for axis, mine, shared in zip(in_axes, own, arguments)
-                )
-            )
-
-        return lax.map(one, seeded)
+        own, shared = arguments[:seeded], arguments[seeded:]
+        if jax.default_backend() == "cpu":
+            return lax.map(lambda own: function(*own, *shared), own)
+        return jax.vmap(lambda *own: function(*own, *shared))(*own)
 
     return mapped
 
@@ -220,7 +220,7 @@ def train(
     def make_state(root):
         return init_state(job.init(root), job.optimizer, root, job.average)
 
-    make_state = jax.jit(job.map_seeds(make_state, (0,)))
+    make_state = jax.jit(job.map_seeds(make_state, 1))
     shapes = jax.eval_shape(make_state, job.root())
     state = devices.from_first(
         lambda: checkpoints.restore(shapes, progress.note), shapes
@@ -234,9 +234,7 @@ def train(
         job.objective, job.optimizer, devices.axis_name, job.average
     )
     run_chunk = make_run_chunk(train_step, job.batch_size, chunk, devices.count)
-    run_chunk = devices.compile(
-        job.map_seeds(run_chunk, (0, 0, None, None, None, None, None)), donate=True
-    )
+    run_chunk = devices.compile(job.map_seeds(run_chunk, 2), donate=True)
     image, label = devices.place(dataset.splits["train"])
     evaluations = {
         name: make_evaluate(job.objective, split, job.map_seeds, devices=devices)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def load(
 
 def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     """What is stored about a checkpoint, and its variables; those of several seeds have the seeds in front."""
-    folder = Path(workdir).expanduser() / "checkpoints"
+    folder = Path(os.path.expanduser(workdir)) / "checkpoints"
     step = select(folder, which)
     try:
         about = read_about(folder, step)
