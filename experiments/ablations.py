@@ -6,7 +6,6 @@ Trains the reference, pooling instead of strided convolutions, and latents short
 their samples and reconstructions; and splits their losses. Each is a run directory, and the same command continues.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +80,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    workdir = Path(os.path.expanduser(flags.FLAGS.workdir))
+    workdir = data.local_path(flags.FLAGS.workdir)
     name, epochs = flags.FLAGS.data, flags.FLAGS.epochs
     manual_dir = flags.FLAGS.manual_dir
     base = launch.config_for("vae", name)

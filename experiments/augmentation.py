@@ -224,7 +224,7 @@ class Study:
     """
 
     def __init__(self, path: str, settings: dict):
-        self.path = Path(os.path.expanduser(path))
+        self.path = data.local_path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
         try:

@@ -8,7 +8,6 @@ is report.html, one file, and report.md with its figures in report/.
 """
 
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -353,7 +352,7 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
-    workdir = Path(os.path.expanduser(given.workdir))
+    workdir = data.local_path(given.workdir)
     name = "digits" if given.quick else "mnist"
     commands = plan(workdir, name, given.manual_dir, given.quick)
     for part in given.parts:

@@ -103,6 +103,11 @@ def epoch_order(
     return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
 
 
+def local_path(path: str) -> Path:
+    """A path on this machine, with ~ and ~user for homes; `Path.expanduser` fails where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
     """Positions of the first example of each label, at most ten; where all are unlabelled, of the first ten."""
     if label.max() < 0:
@@ -168,7 +173,7 @@ def _mnist_family(name, manual_dir):
     url_infos = tfds.builder_cls(name).url_infos
     infos = {info.filename: (url, info) for url, info in url_infos.items()}
     folder = (
-        Path(os.path.expanduser(manual_dir))
+        local_path(manual_dir)
         if manual_dir
         else Path.home() / ".cache" / "vae_jax" / "data" / name
     )
@@ -340,7 +345,7 @@ def read_images(path: str) -> tuple[list[str], UInt8[np.ndarray, "n h w channel"
         image = _read_npz(path)[""].image
         return [str(i) for i in range(len(image))], image
     files, image, _ = _read_folder(path)
-    folder = Path(os.path.expanduser(path))
+    folder = local_path(path)
     return [str(file.relative_to(folder)) for file in files], image
 
 
@@ -358,7 +363,7 @@ def _npz(name, manual_dir):
 
 def _read_npz(name):
     """{prefix: Split}, the prefixes being "" and, where there is one, "test_"."""
-    path = Path(os.path.expanduser(name))
+    path = local_path(name)
     if not path.is_file():
         raise ValueError(f"there is no file {name}")
     try:
@@ -415,7 +420,7 @@ def _folder(name, manual_dir):
 
 def _read_folder(name):
     """Files, images and labels of the images in a folder, or in its subfolders."""
-    folder = Path(os.path.expanduser(name))
+    folder = local_path(name)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
     classes = sorted(

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +235,7 @@ def choose_images(
 
 def generated(workdir: str) -> Path:
     """Where the modes write."""
-    folder = Path(os.path.expanduser(workdir)) / "generated"
+    folder = data.local_path(workdir) / "generated"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -17,6 +17,8 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from vae_jax.data import local_path
+
 FIELDS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
 FIELDS |= dict.fromkeys(("epochs", "seed", "seeds"), int)  # of a config.json
 BEGINNING = {"lock", "config.tmp"}  # all that a run killed in its first moment leaves
@@ -65,7 +67,7 @@ class RunDirectory:
     ):
         self.remote = epath.Path(path) if is_remote(path) else None
         local = tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path
-        self.path = Path(os.path.expanduser(local))
+        self.path = local_path(local)
         self.command = command
         self.history: list[dict] = []
         self._open_board = _tensorboard() if tensorboard else None
@@ -160,7 +162,7 @@ class RunDirectory:
         write_whole(self.path / "summary.md", "\n".join(lines))
 
     def upload(self, part: str = "") -> None:
-        """Copy every file to where `path` is remote: those of a folder there are whole and of one moment."""
+        """Copy every file, or those of the folder `part`, to where `path` is remote: there they are whole and of one moment."""
         if self.remote is None:
             return
         for file in (self.path / part).rglob("*"):

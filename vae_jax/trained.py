@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jaxtyping import Float, Int
 
 from vae_jax import generate
 from vae_jax.checkpoint import read_about, restore_variables, select, steps
+from vae_jax.data import local_path
 from vae_jax.models import MODELS, VAE, Classifier, derive
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
@@ -51,7 +51,7 @@ def load(
 
 def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     """What is stored about a checkpoint, and its variables; those of several seeds have the seeds in front."""
-    folder = Path(os.path.expanduser(workdir)) / "checkpoints"
+    folder = local_path(workdir) / "checkpoints"
     step = select(folder, which)
     try:
         about = read_about(folder, step)
