@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from vae_jax import checkpoint, main, rundir, train
+from vae_jax import checkpoint, main, parallel, rundir, train
 
 
 def without_optimizer(step):
@@ -60,24 +60,28 @@ def slow(step):
 
 
 def not_a_number(step, name):
-    """A training step that ends with NaN: in the metric `name`, or in the parameters alone."""
-    make = train.make_train_step
+    """A step that ends with NaN: in the metric `name`, or in the parameters alone. Chunks are of one step.
 
-    def make_broken(*arguments, **options):
-        train_step = make(*arguments, **options)
+    The NaN comes from outside: another compiled program may round otherwise in the steps before.
+    """
+    compile_ = parallel.Devices.compile
 
-        def broken(state, batch):
-            bad = jnp.where(state.step + 1 == step, jnp.nan, 0.0)
-            state, metrics = train_step(state, batch)
+    def compile_broken(devices, function, donate=False):
+        call = compile_(devices, function, donate)
+
+        def broken(*arguments):
+            state, history = call(*arguments)
+            if state.step != step:
+                return state, history
             if name == "params":
                 weights = state.params, state.average
-                params, average = jax.tree.map(lambda leaf: leaf + bad, weights)
-                return state.replace(params=params, average=average), metrics
-            return state, metrics | {name: metrics[name] + bad}
+                params, average = jax.tree.map(lambda leaf: leaf * jnp.nan, weights)
+                return state.replace(params=params, average=average), history
+            return state, history | {name: history[name] * jnp.nan}
 
-        return broken
+        return broken if donate else call  # training alone gives its state away
 
-    train.make_train_step = make_broken
+    parallel.Devices.compile = compile_broken
 
 
 FAULTS = {
