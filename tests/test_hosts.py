@@ -249,6 +249,16 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     directory = RunDirectory(str(remote), {"epochs": 1}, "")
     directory.rewind(1, pytest.fail)
     assert [row["step"] for row in directory.history] == [1]
+
+    def unavailable(path, content):
+        raise RuntimeError("503\nand more")  # gcsfs raises what is no OSError
+
+    monkeypatch.setattr(type(directory.remote), "write_bytes", unavailable)
+    with pytest.raises(
+        OSError,
+        match=r"cannot copy the run's files to .*remote \(RuntimeError: 503\): the same",
+    ):
+        directory.upload()
     directory.close()
 
 

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from vae_jax.data import reason
 from vae_jax.parallel import plain
 from vae_jax.steps import TrainState
 
@@ -134,17 +135,18 @@ class Checkpoints:
                     about=ocp.args.JsonSave(self._about | {"step": step, "best": best}),
                 ),
             )
+            if saved:
+                part = self._folder / str(step) / f"{DIGESTS}.tmp"
+                part.write_text(json.dumps(_digests(part.parent), indent=1))
+                part.rename(part.parent / DIGESTS)
         except Exception as error:  # a full disk shows as almost anything
             raise OSError(
-                f"checkpoint {step} was not saved ({_reason(error)}): the same command continues from the one before it"
+                f"checkpoint {step} was not saved ({reason(error)}): the same command continues from the last whole one"
             ) from error
         if not saved:
             raise OSError(
                 f"checkpoint {step} was not saved: {self._folder} has later ones"
             )
-        part = self._folder / str(step) / f"{DIGESTS}.tmp"
-        part.write_text(json.dumps(_digests(self._folder / str(step)), indent=1))
-        part.rename(self._folder / str(step) / DIGESTS)
 
     def _check_room(self, nbytes):
         """Write as much, and raise the system's OSError: of a full disk Orbax's threads tell in a hundred lines."""
@@ -244,7 +246,7 @@ def _restore(folder, step, item, like):
             tree = checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything
         raise ValueError(
-            f"checkpoint {step} cannot be read ({_reason(error)})"
+            f"checkpoint {step} cannot be read ({reason(error)})"
         ) from error
     for (place, leaf), wanted in zip(
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)
@@ -261,10 +263,6 @@ def absolute(folder):
     """As Orbax wants it. Of a path on gs:// `resolve` would make one of this machine."""
     path = epath.Path(folder)
     return path if path.is_absolute() else path.resolve()
-
-
-def _reason(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def _check_finite(state, step):

@@ -108,6 +108,11 @@ def local_path(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def reason(error: Exception) -> str:
+    """The kind of an error and what it says, in one short line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
 def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
     """Positions of the first example of each label, at most ten; where all are unlabelled, of the first ten."""
     if label.max() < 0:

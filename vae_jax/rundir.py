@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
-from vae_jax.data import local_path
+from vae_jax.data import local_path, reason
 
 FIELDS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
 FIELDS |= dict.fromkeys(("epochs", "seed", "seeds"), int)  # of a config.json
@@ -85,7 +85,6 @@ class RunDirectory:
                 (self.path / "figures").mkdir(exist_ok=True)
                 if self.remote and (rows := self.remote / "metrics.jsonl").exists():
                     write_whole(self.path / rows.name, rows.read_text(encoding="utf-8"))
-                self.upload()
             except BlockingIOError as error:
                 raise OSError(
                     f"another process is training in the work directory {path}: name another with --workdir"
@@ -100,6 +99,7 @@ class RunDirectory:
                 raise OSError(
                     f"cannot write to the work directory {path} ({error.strerror}): name another with --workdir"
                 ) from error
+            self.upload()
             undo.pop_all()
 
     def rewind(self, step: int, note: Callable[[str], None]) -> None:
@@ -162,14 +162,22 @@ class RunDirectory:
         write_whole(self.path / "summary.md", "\n".join(lines))
 
     def upload(self, part: str = "") -> None:
-        """Copy every file, or those of the folder `part`, to where `path` is remote: there they are whole and of one moment."""
+        """Copy every file, or those of the folder `part`, to where `path` is remote: there they are whole and of one moment.
+
+        Raises OSError where they cannot be copied.
+        """
         if self.remote is None:
             return
-        for file in (self.path / part).rglob("*"):
-            if file.is_file() and file.name != "lock":
-                target = self.remote / file.relative_to(self.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+        try:
+            for file in (self.path / part).rglob("*"):
+                if file.is_file() and file.name != "lock":
+                    target = self.remote / file.relative_to(self.path)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+        except Exception as error:  # of gcsfs, of its credentials, of the network
+            raise OSError(
+                f"cannot copy the run's files to {self.remote} ({reason(error)}): the same command continues once it can be written to"
+            ) from error
 
     def close(self) -> None:
         """Release the lock, and drop a temporary folder."""
