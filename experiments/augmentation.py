@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -564,51 +565,43 @@ def summarize(rows, settings) -> str:
 
 
 def draw_arms(rows, settings) -> Figure:
-    """Accuracy of each arm, and the paired differences, by the share of half B."""
+    """Accuracy of each arm, and the paired differences: a panel and a scale for each share of half B."""
     accuracy, columns = by_arm(rows), settings["percentages"]
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    place = np.arange(len(columns))
-
-    def draw(axes, i, count, values, label):
-        mean, half = zip(*values)
-        axes.errorbar(
-            place + 0.5 * (i / (count - 1) - 0.5),
-            mean,
-            half,
-            fmt="o",
-            capsize=3,
-            label=label,
-        )
-
-    for i, (name, arm) in enumerate(ARMS.items()):
-        draw(
-            left,
-            i,
-            len(ARMS),
-            [mean_and_interval(accuracy[p, name]) for p in columns],
-            f"{name}: {arm.label}",
-        )
-    for i, (pair, what) in enumerate(PAIRS.items()):
-        draw(
-            right,
-            i,
-            len(PAIRS),
-            [difference(accuracy, p, pair) for p in columns],
-            f"{pair}: {what}",
-        )
-    right.axhline(0, color="black", linewidth=0.8)
-    for axes, title, unit in [
-        (left, "Accuracy", "test accuracy, %"),
-        (right, "Paired differences", "points"),
-    ]:
-        axes.set(title=title, ylabel=unit, xlabel="share of half B that is learned")
-        axes.set_xticks(place, [f"{p:g} %" for p in columns])
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    width = max(2, len(columns))
+    figure = Figure(figsize=(1 + 2.3 * width, 8.5), layout="constrained")
     figure.suptitle(
         f"Generated training data: {settings['data']}, {settings['seeds']} seeds, 95 % intervals"
     )
+    above, below = figure.subfigures(2, 1)
+
+    def draw(part, unit, found, meanings):
+        """`found(percentage, name)` is a mean and its interval; `meanings` are {name: what it stands for}."""
+        panels = part.subplots(1, len(columns), squeeze=False)[0]
+        for axes, percentage in zip(panels, columns):
+            means, halves = zip(*(found(percentage, name) for name in meanings))
+            axes.errorbar(range(len(means)), means, halves, fmt="o", capsize=3)
+            axes.set_xticks(range(len(means)), meanings, fontsize=9)
+            axes.set_title(f"{percentage:g} % of half B", fontsize=11)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(unit)
+        told = "; ".join(f"{name}: {meaning}" for name, meaning in meanings.items())
+        part.supxlabel(textwrap.fill(told, 28 * width), fontsize=10)
+        return panels
+
+    draw(
+        above,
+        "test accuracy, %",
+        lambda percentage, name: mean_and_interval(accuracy[percentage, name]),
+        {name: arm.label for name, arm in ARMS.items()},
+    )
+    differences = draw(
+        below,
+        "paired difference, points",
+        lambda percentage, pair: difference(accuracy, percentage, pair),
+        PAIRS,
+    )
+    for axes in differences:
+        axes.axhline(0, color="black", linewidth=0.8)
     return figure
 
 

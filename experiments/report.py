@@ -97,27 +97,33 @@ def to_html(blocks: list, folder: Path) -> str:
 
 
 def _table(cells, caption):
-    heading, *body = cells
-    head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in heading)
+    """Columns of numbers are set to the right, so that they line up; those of sentences stay wide on a narrow screen."""
+    kinds = [_kind(column) for _, *column in zip(*cells)]
 
-    def row(line):
-        return "<tr>" + "".join(_cell(cell) for cell in line) + "</tr>"
+    def row(line, tag, scope=""):
+        pairs = zip(kinds, map(_inline, line))
+        return f"<tr>{''.join(f'<{tag}{scope}{kind}>{text}</{tag}>' for kind, text in pairs)}</tr>"
 
-    title = f"<caption>{_inline(caption)}</caption>" if caption else ""
+    title = f"<figcaption>{_inline(caption)}</figcaption>" if caption else ""
+    head = row(cells[0], "th", ' scope="col"')
+    body = "".join(row(line, "td") for line in cells[1:])
     return (
-        f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(map(row, body))}</tbody></table></div>"
+        f'<figure class="table">{title}<div><table><thead>{head}</thead>'
+        f"<tbody>{body}</tbody></table></div></figure>"
     )
 
 
-def _cell(text):
-    """Numbers are kept on one line and set to the right, so that they line up."""
-    plain = text.replace("*", "")
-    number = re.fullmatch(r"[-+]?[\d.,]+( ?%)?( ± [\d.]+( ?%)?)?", plain)
-    return f"<td{' class=number' if number else ''}>{_inline(text)}</td>"
+def _kind(column):
+    """The attribute of all cells of a column."""
+    number = r"[-+]?[\d.,]+( ?%)?( ± [\d.]+( ?%)?)?"
+    if all(re.fullmatch(number, text.replace("*", "")) for text in column if text):
+        return " class=number"
+    return " class=words" if max(map(len, column)) > 24 else ""
 
 
 def _inline(text):
+    """HTML, in which a number stays on one line with its interval and its %."""
+    text = re.sub(r"(?<=[\d*]) (?=[±%])|(?<=±) ", "\N{NO-BREAK SPACE}", text)
     text = html.escape(text, quote=False)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
@@ -133,12 +139,14 @@ main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.35rem; margin: 2.8rem 0 .8rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); color: var(--mark); }
 p, ul { max-width: 46rem; }
-.wide { overflow-x: auto; margin: 1.2rem 0; }
+.table { margin: 1.2rem 0; }
+.table div { overflow-x: auto; }
+.table figcaption { color: var(--ink); font-weight: 600; margin: 0 0 .4rem; }
 table { border-collapse: collapse; font-size: .92rem; }
-caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { background: var(--band); border-bottom: 2px solid var(--line); }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.words { min-width: 9rem; }
 figure { margin: 1.6rem 0; }
 figure img { display: block; background: #fff; border-radius: 6px; box-shadow: 0 0 0 1px var(--line); }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 46rem; }

@@ -1,7 +1,7 @@
 """The post, reproduced: every table and figure, our numbers beside the post's, in one report.
 
     python -m experiments.reproduce --workdir=runs/post            MNIST
-    python -m experiments.reproduce --workdir=runs/quick --quick   the same on the bundled digits, in a quarter of an hour or less
+    python -m experiments.reproduce --workdir=runs/quick --quick   the same on the bundled digits, in 12 minutes or so
 
 It runs commands of this project, each of which can be run, stopped and continued alone, and so can this one. The report
 is report.html, one file, and report.md with its figures in report/.
@@ -49,7 +49,7 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
     study = ["python", "-m", "experiments.augmentation"]
     study += [f"--data={name}", f"--workdir={workdir / 'augmentation'}"]
     if quick:
-        study += ["--steps=200", "--seeds=3", "--percentages=20,100"]
+        study += ["--steps=100", "--seeds=3", "--percentages=20,100"]
     if manual_dir:
         study += [f"--manual_dir={manual_dir}"]
     epochs = {"epochs": 40} if quick else {}
@@ -278,7 +278,7 @@ class Report:
                 for title, cells in augmentation.tables(*self._study)
             ),
             self._picture(
-                figures / "arms.png", "The arms, and their paired differences."
+                figures / "arms.png", "The arms, and their paired differences.", 1000
             ),
             self._picture(
                 figures / "noise.png",

@@ -50,7 +50,7 @@ def test_html_is_one_file_and_escaped(tmp_path):
     save_figure(Figure(figsize=(1, 1)), tmp_path / "p.png")
     text = to_html(BLOCKS, tmp_path)
     assert "<h1>A &lt;b&gt; title</h1>" in text and "<code>x &lt; y</code>" in text
-    assert "<td class=number><strong>18.52</strong> ± 0.03</td>" in text
+    assert "<td class=number><strong>18.52</strong>\xa0±\xa00.03</td>" in text
     assert 'src="data:image/png;base64,' in text
     assert not re.search(r'(src|href)="(?!data:)', text)
 
