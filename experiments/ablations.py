@@ -16,10 +16,11 @@ import vae_jax
 from configs import vae as vae_config
 from experiments import launch
 from experiments.report import markdown_table
-from vae_jax import data
-from vae_jax.evaluate import active_units
+from vae_jax import batch, data
+from vae_jax.evaluation.latents import active_units
 from vae_jax.figures import mosaic, show_image
-from vae_jax.rundir import save_figure, write_whole
+from vae_jax.run import files
+from vae_jax.run.files import save_figure, write_whole
 
 VARIANTS = {  # of configs/vae.py
     "default": "the post's model",
@@ -44,7 +45,7 @@ def commands(workdir: Path, base: str, fields: dict, manual_dir: str) -> dict:
     }
 
 
-def table(workdir: Path, test: data.Split) -> list[list[str]]:
+def table(workdir: Path, test: batch.Split) -> list[list[str]]:
     """Test loss and its parts after the last epoch, and how many latents are in use."""
     cells = [["model", "loss", "reconstruction", "KL", "active latents"]]
     for name, title in VARIANTS.items():
@@ -58,9 +59,9 @@ def table(workdir: Path, test: data.Split) -> list[list[str]]:
     return cells
 
 
-def draw(workdir: Path, test: data.Split, title: str) -> Figure:
+def draw(workdir: Path, test: batch.Split, title: str) -> Figure:
     """Samples of every model, and ten test images each followed by its reconstruction."""
-    shown = data.first_of_each_label(test.label)
+    shown = batch.first_of_each_label(test.label)
     image = test.image[shown] / np.float32(255)
     figure = Figure(figsize=(15, 7.6), layout="constrained")
     above, below = figure.subplots(2, len(VARIANTS))
@@ -80,7 +81,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    workdir = data.local_path(flags.FLAGS.workdir)
+    workdir = files.local_path(flags.FLAGS.workdir)
     name, epochs = flags.FLAGS.data, flags.FLAGS.epochs
     manual_dir = flags.FLAGS.manual_dir
     base = launch.config_for("vae", name)

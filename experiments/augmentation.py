@@ -30,16 +30,23 @@ import vae_jax
 from configs import classifier as classifier_config
 from experiments import launch
 from experiments.report import markdown_table
-from vae_jax import data, generate
-from vae_jax.build import changes, fingerprint
-from vae_jax.evaluate import make_evaluate, mean_and_interval
+from vae_jax import batch, data, generate
+from vae_jax.batch import example_keys
+from vae_jax.data import own
+from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.figures import show_image
-from vae_jax.models import make_classifier
-from vae_jax.objectives import cross_entropy, example_keys, reparameterize
-from vae_jax.rundir import read_objects, save_figure, whole_file, write_whole
-from vae_jax.steps import fixed_key, init_state, make_adam, make_train_step
-from vae_jax.train import make_run_chunk, map_seeds, root_keys
-from vae_jax.trained import TrainedVAE
+from vae_jax.nn.networks import make_classifier
+from vae_jax.objectives import cross_entropy, reparameterize
+from vae_jax.optimizers import make_adam
+from vae_jax.pretrained import TrainedVAE
+from vae_jax.run import files
+from vae_jax.run.config import changes
+from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.files import read_objects, save_figure, whole_file, write_whole
+from vae_jax.run.loop import make_run_chunk
+from vae_jax.run.seeds import map_seeds, root_keys
+from vae_jax.run.session import fingerprint
+from vae_jax.steps import fixed_key, init_state, make_train_step
 
 PERCENTAGES = (1.0, 5.0, 20.0, 50.0, 100.0)
 FEWEST = 10  # real images a class that a default percentage leaves
@@ -113,7 +120,7 @@ def stratified_order(label: np.ndarray, key: tuple) -> np.ndarray:
 
 def halves(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions of halves A and B of the training images: part of the study, the same for every seed."""
-    order = stratified_order(label, (data.SPLIT_SEED, 0))
+    order = stratified_order(label, (own.SPLIT_SEED, 0))
     return np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
 
 
@@ -133,7 +140,7 @@ def generate_images(
     )
 
 
-def make_pool(parts: dict[str, data.Split]) -> Pool:
+def make_pool(parts: dict[str, batch.Split]) -> Pool:
     sizes = [len(part.label) for part in parts.values()]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     image, label = (np.concatenate(arrays) for arrays in zip(*parts.values()))
@@ -212,7 +219,7 @@ class Trainer:
         )
         return self._programs[augmented](self._keys, order, label, image)
 
-    def make_judged(self, split: data.Split) -> Callable[[dict], dict]:
+    def make_judged(self, split: batch.Split) -> Callable[[dict], dict]:
         """`judged(variables)`: `accuracy`, `prediction` and `confidence`, [seeds, examples of the split] each."""
         evaluate = make_evaluate(self._objective, split, map_seeds)
         return lambda variables: evaluate(variables, self._keys)
@@ -225,7 +232,7 @@ class Study:
     """
 
     def __init__(self, path: str, settings: dict):
-        self.path = data.local_path(path)
+        self.path = files.local_path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR)
         try:
@@ -321,13 +328,13 @@ def choice_percentage(settings: dict) -> float:
 
 
 def run_study(
-    study: Study, settings: dict, dataset: data.Dataset, manual_dir: str
+    study: Study, settings: dict, dataset: batch.Dataset, manual_dir: str
 ) -> None:
     """Everything that is not there yet."""
     train, test = dataset.splits["train"], dataset.splits["test"]
     a, b = halves(train.label)
     half_a, half_b = (
-        data.Split(train.image[half], train.label[half]) for half in (a, b)
+        batch.Split(train.image[half], train.label[half]) for half in (a, b)
     )
     workdir, fields = str(study.path / "classifier"), {"data.name": settings["data"]}
     launch.run(launch.make_command(settings["classifier"], workdir, fields, manual_dir))
@@ -414,7 +421,7 @@ def run_study(
             return trainer(image, label, rows, arm.augmented)
         start = pool().start[arm.beside]
         part = slice(start, start + len(a))
-        judged_part = trainer.make_judged(data.Split(image[part], label[part]))
+        judged_part = trainer.make_judged(batch.Split(image[part], label[part]))
         found = judged_part(trained(percentage, "c"))
         label = taught_labels(label, part, found["prediction"])
         rows = [
@@ -443,7 +450,7 @@ def run_study(
 
 
 def relabelled(
-    vae, judge, sources: data.Split, share: float, scale: float
+    vae, judge, sources: batch.Split, share: float, scale: float
 ) -> dict[str, float]:
     """The share of generated images that the judge gives another label than their sources have."""
     image = generate_images(vae, sources.image[:SWEPT], share, scale)
@@ -605,9 +612,9 @@ def draw_arms(rows, settings) -> Figure:
     return figure
 
 
-def draw_sweep(rows, vae, test: data.Split, share: float, settings) -> Figure:
+def draw_sweep(rows, vae, test: batch.Split, share: float, settings) -> Figure:
     """Variations of one test image of each class as the noise grows, under the share that lost its label."""
-    shown = data.first_of_each_label(test.label)
+    shown = batch.first_of_each_label(test.label)
     image = test.image[shown]
     figure = Figure(figsize=(10, 4 + 0.75 * len(shown)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[3, 0.75 * len(shown)])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from vae_jax.rundir import read_config, read_rows
+from vae_jax.run.directory import read_config, read_rows
 
 
 @contextlib.contextmanager

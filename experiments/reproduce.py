@@ -27,13 +27,12 @@ from experiments.report import (
     to_html,
     to_markdown,
 )
-from vae_jax import data
-from vae_jax.evaluate import (
-    covariance_eigenvalues,
-    linear_vae_loss,
-    mean_and_interval,
-)
-from vae_jax.rundir import read_config, read_rows, save_figure, write_whole
+from vae_jax import batch, data
+from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
+from vae_jax.evaluation.statistics import mean_and_interval
+from vae_jax.run import files
+from vae_jax.run.directory import read_config, read_rows
+from vae_jax.run.files import save_figure, write_whole
 
 PARTS = ("vae", "ablations", "classifier", "augmentation", "report")
 POST_LOSS, POST_ACCURACY = 18.5, 99.21
@@ -69,7 +68,9 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
 class Report:
     """The blocks of the report of a work directory in which all parts are done; its figures go to report/ there."""
 
-    def __init__(self, workdir: Path, name: str, dataset: data.Dataset, commands: dict):
+    def __init__(
+        self, workdir: Path, name: str, dataset: batch.Dataset, commands: dict
+    ):
         self._workdir, self._name, self._commands = workdir, name, commands
         self._dataset, self._test = dataset, dataset.splits["test"]
         self._of_post = name == "mnist"
@@ -352,7 +353,7 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
-    workdir = data.local_path(given.workdir)
+    workdir = files.local_path(given.workdir)
     name = "digits" if given.quick else "mnist"
     commands = plan(workdir, name, given.manual_dir, given.quick)
     for part in given.parts:

@@ -32,13 +32,13 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from vae_jax.data import Split
-from vae_jax.evaluate import make_evaluate
-from vae_jax.models import make_classifier, make_vae
-from vae_jax.objectives import cross_entropy, elbo, make_batch
-from vae_jax.rundir import save_figure, write_whole
+from vae_jax.batch import Split, make_batch
+from vae_jax.nn.networks import make_classifier, make_vae
+from vae_jax.objectives import cross_entropy, elbo
+from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.files import save_figure, write_whole
+from vae_jax.run.loop import make_run_chunk
 from vae_jax.steps import init_state, jit_train_step, make_eval_step, make_train_step
-from vae_jax.train import make_run_chunk
 
 _MODEL = flags.DEFINE_enum("model", "both", ["vae", "classifier", "both"], "Which.")
 _PRECISION = flags.DEFINE_enum(

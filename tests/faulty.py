@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app
 
-from vae_jax import checkpoint, main, parallel, rundir, train
+from vae_jax import main
+from vae_jax.run import checkpoint, devices, directory, loop
 
 
 def without_optimizer(step):
@@ -25,19 +26,19 @@ def without_optimizer(step):
 
 def raises(step):
     """An exception that nobody expects, in the middle of the loop."""
-    log = rundir.RunDirectory.log
+    log = directory.RunDirectory.log
 
     def broken(directory, row):
         if row["step"] == step:
             raise RuntimeError("put in by faulty.py")
         log(directory, row)
 
-    rundir.RunDirectory.log = broken
+    directory.RunDirectory.log = broken
 
 
 def slow(step):
     """A compiled program that does not come back for a while, and says so."""
-    make = train.make_train_step
+    make = loop.make_train_step
 
     def wait(now):
         if now + 1 == step:
@@ -56,7 +57,7 @@ def slow(step):
 
         return slowed
 
-    train.make_train_step = make_slow
+    loop.make_train_step = make_slow
 
 
 def not_a_number(step, name):
@@ -64,7 +65,7 @@ def not_a_number(step, name):
 
     The NaN comes from outside: another compiled program may round otherwise in the steps before.
     """
-    compile_ = parallel.Devices.compile
+    compile_ = devices.Devices.compile
 
     def compile_broken(devices, function, donate=False):
         call = compile_(devices, function, donate)
@@ -81,7 +82,7 @@ def not_a_number(step, name):
 
         return broken if donate else call  # training alone gives its state away
 
-    parallel.Devices.compile = compile_broken
+    devices.Devices.compile = compile_broken
 
 
 FAULTS = {

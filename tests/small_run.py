@@ -1,10 +1,11 @@
 """A training that takes a second: what tests of the loop and of what comes after it begin with."""
 
 from configs import vae
-from vae_jax import build
-from vae_jax.checkpoint import Checkpoints
-from vae_jax.rundir import Progress, RunDirectory
-from vae_jax.train import train
+from vae_jax.run import session
+from vae_jax.run.checkpoint import Checkpoints
+from vae_jax.run.directory import RunDirectory
+from vae_jax.run.loop import train
+from vae_jax.run.progress import Progress
 
 
 def small_job(changes=None, drawn=False, **run):
@@ -14,7 +15,7 @@ def small_job(changes=None, drawn=False, **run):
     config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
     config["optimizer"] |= {"average": 0.9}
     config["run"] |= run
-    job = build.build(config)
+    job = session.build(config)
     return job if drawn else job._replace(report=lambda *_: (dict, {})), config
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from vae_jax import checkpoint
-from vae_jax.checkpoint import Checkpoints, restore_variables, select
+from vae_jax.run import checkpoint
+from vae_jax.run.checkpoint import Checkpoints, restore_variables, select
 from vae_jax.steps import init_state
 
 OPTIMIZER = optax.adam(optax.cosine_decay_schedule(1.0, 10))

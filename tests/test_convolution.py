@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vae_jax import convolution
+from vae_jax.nn import convolution
 
 
 def lax_conv(x, kernel, stride):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vae_jax import data
+from vae_jax import batch, data
+from vae_jax.data import named, own
 
 
 def one_line(error):
@@ -71,8 +72,8 @@ def test_validation_images_are_taken_out_of_training():
 
 def test_first_of_each_label():
     label = np.array([3, 1, 3, 0, 1])
-    assert data.first_of_each_label(label).tolist() == [3, 1, 0]
-    assert data.first_of_each_label(np.full(12, -1)).tolist() == list(range(10))
+    assert batch.first_of_each_label(label).tolist() == [3, 1, 0]
+    assert batch.first_of_each_label(np.full(12, -1)).tolist() == list(range(10))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -97,7 +98,7 @@ def idx(array):
 
 def test_read_idx():
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    np.testing.assert_array_equal(data.read_idx(io.BytesIO(idx(array))), array)
+    np.testing.assert_array_equal(named.read_idx(io.BytesIO(idx(array))), array)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_read_idx():
 )
 def test_damaged_idx_is_refused(damage):
     with pytest.raises(ValueError, match="not an idx file"):
-        data.read_idx(io.BytesIO(damage(idx(np.zeros((2, 3), np.uint8)))))
+        named.read_idx(io.BytesIO(damage(idx(np.zeros((2, 3), np.uint8)))))
 
 
 @pytest.fixture
@@ -205,14 +206,14 @@ def test_a_download_with_a_wrong_checksum_is_told_in_one_line(served_mnist, tiny
 
 def test_a_silent_network_is_given_up_in_time(tiny_mnist, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
-    monkeypatch.setattr(data, "NETWORK_TIMEOUT", 0.01)
+    monkeypatch.setattr(named, "NETWORK_TIMEOUT", 0.01)
     answered = threading.Event()
 
     def silent(request, timeout):
         answered.wait()
         raise OSError
 
-    monkeypatch.setattr(data.urllib.request, "urlopen", silent)
+    monkeypatch.setattr(named.urllib.request, "urlopen", silent)
     with pytest.raises(OSError, match="no answer in 0.01 s"):
         data.load(name="fashion_mnist")
     answered.set()
@@ -273,7 +274,7 @@ def test_what_a_library_says_in_many_lines_is_told_in_one(monkeypatch):
 
     import tensorflow_datasets as tfds
 
-    monkeypatch.setattr(data, "_check_network", lambda *names: None)
+    monkeypatch.setattr(named, "_check_network", lambda *names: None)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(OSError, match="no folder /x. Please get the file.$") as error:
         data.load(name="cifar100")
@@ -446,7 +447,7 @@ def test_data_set_larger_than_memory_is_refused_with_its_size(tmp_path, monkeypa
     save_images(tmp_path, ["a"])
     np.savez(tmp_path / "own.npz", image=np.zeros((5, 8, 12), np.uint8))
     memory = types.SimpleNamespace(available=1000)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(own.psutil, "virtual_memory", lambda: memory)
     for name in (tmp_path, tmp_path / "own.npz"):
         with pytest.raises(
             ValueError,

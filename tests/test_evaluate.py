@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vae_jax import data
-from vae_jax.evaluate import (
+from vae_jax import batch, data
+from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
+from vae_jax.evaluation.classification import (
     class_accuracy,
     confusion_matrix,
-    covariance_eigenvalues,
     expected_calibration_error,
-    linear_vae_loss,
-    make_evaluate,
-    mean_metrics,
 )
-from vae_jax.models import make_vae
+from vae_jax.nn.networks import make_vae
 from vae_jax.objectives import elbo
+from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.seeds import mean_metrics
 
 KEY = jax.random.key(3)
 
@@ -39,7 +38,7 @@ def vae():
 @pytest.fixture(scope="module")
 def split():
     rng = np.random.default_rng(0)
-    return data.Split(
+    return batch.Split(
         rng.integers(0, 256, (23, 8, 8, 1), np.uint8),
         np.arange(23, dtype=np.int32) % 10,
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,24 +13,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vae_jax import rundir
-from vae_jax.checkpoint import steps
-from vae_jax.rundir import RunDirectory
+from vae_jax.run import directory as run_directory
+from vae_jax.run import files
+from vae_jax.run.checkpoint import steps
+from vae_jax.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 # The program itself, which at the end also writes down what this host has.
 PROGRAM = """
 import os, jax, numpy as np
 from absl import app
-from vae_jax import main, train
+from vae_jax import main
+from vae_jax.run import loop
 
-def noted(*arguments, original=train.train):
+def noted(*arguments, original=loop.train):
     state = original(*arguments)
     leaves = jax.tree.leaves(jax.device_get(state.params))
     np.savez(os.environ["PARAMS"], *leaves, step=state.step)
     return state
 
-train.train = noted
+loop.train = noted
 app.run(main.main, flags_parser=main.parse_flags)
 """
 CONFIG = (
@@ -51,16 +54,16 @@ def start(tmp_path_factory):
     """Starts the program, as one of the hosts; what is still running at the end is killed."""
     cache, started = tmp_path_factory.mktemp("cache"), []
 
-    def start(workdir, *arguments, devices, host=0):
+    def start(workdir, *arguments, devices, host=0, source=ROOT):
         env = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "PARAMS": str(workdir) + f"-{host}.npz",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(source),
         }
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, f"--workdir={workdir}", *arguments],
-            cwd=ROOT,
+            cwd=source,
             env=env,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -78,15 +81,23 @@ def start(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_pair(start):
-    def start_pair(workdir, *arguments, second=()):
+    def start_pair(workdir, *arguments, second=(), second_source=ROOT):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         common = ["--num_processes=2", f"--coordinator={address}", *arguments]
         common += ["--heartbeat_timeout=10", "--start_timeout=200"]
         return [
-            start(workdir, *common, f"--process_id={i}", *more, devices=2, host=i)
-            for i, more in enumerate([(), second])
+            start(
+                workdir,
+                *common,
+                f"--process_id={i}",
+                *more,
+                devices=2,
+                host=i,
+                source=source,
+            )
+            for i, (more, source) in enumerate([((), ROOT), (second, second_source)])
         ]
 
     return start_pair
@@ -179,6 +190,20 @@ def test_hosts_that_differ_are_refused(tmp_path, start_pair):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_host_whose_source_differs_by_one_byte_is_refused(tmp_path, start_pair):
+    """Also in a subfolder of the package."""
+    for folder in ("vae_jax", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / "other" / folder)
+    with open(tmp_path / "other" / "vae_jax" / "nn" / "layers.py", "a") as file:
+        file.write("\n")
+    pair = start_pair(tmp_path / "run", *CONFIG, second_source=tmp_path / "other")
+    for process in pair:
+        _, stderr = process.communicate(timeout=200)
+        assert process.returncode == 1
+        assert "the source of vae_jax is " in stderr, stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_wrong_on_one_host_ends_all(tmp_path, start_pair):
     """The first one cannot write there, and the second one would wait for it."""
     (tmp_path / "run").write_text("")
@@ -230,7 +255,7 @@ def test_bad_input_is_told_in_one_line(tmp_path, start, arguments, code, message
 
 def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch):
     """A folder stands for one on gs://. What was copied at the last save is what a second start begins with."""
-    monkeypatch.setattr(rundir, "is_remote", lambda path: True)
+    monkeypatch.setattr(run_directory, "is_remote", lambda path: True)
     remote = tmp_path / "remote"
     directory = RunDirectory(str(remote), {"epochs": 1}, "", tensorboard=True)
     assert {path.name for path in remote.iterdir()} == {"config.json"}
@@ -243,9 +268,9 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     assert not directory.path.exists()
     (board,) = (remote / "tensorboard").iterdir()
     assert b"train/loss" in board.read_bytes()
-    assert [row["step"] for row in rundir.read_rows(remote)] == [1]
+    assert [row["step"] for row in run_directory.read_rows(remote)] == [1]
 
-    monkeypatch.setattr(rundir, "read_config", lambda path: {"epochs": 1})
+    monkeypatch.setattr(run_directory, "read_config", lambda path: {"epochs": 1})
     directory = RunDirectory(str(remote), {"epochs": 1}, "")
     directory.rewind(1, pytest.fail)
     assert [row["step"] for row in directory.history] == [1]
@@ -273,6 +298,6 @@ def test_a_remote_directory_that_cannot_be_reached_is_told(monkeypatch, error, t
     def fail(path):
         raise error
 
-    monkeypatch.setattr(rundir.epath, "Path", fail)
+    monkeypatch.setattr(files.epath, "Path", fail)
     with pytest.raises(ValueError, match="cannot reach gs://no-such/run " + told):
-        rundir.check_reachable("gs://no-such/run")
+        files.check_reachable("gs://no-such/run")

@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vae_jax.augment import augment, rotate, translate
+from vae_jax.batch import Batch, example_keys
 from vae_jax.objectives import (
-    Batch,
-    augment,
     cross_entropy,
     elbo,
-    example_keys,
     half_squared_error,
     kl_to_standard_normal,
     reparameterize,
-    rotate,
-    translate,
 )
 
 ROOT = jax.random.key(0)

@@ -20,9 +20,10 @@ from experiments.report import (
     to_html,
     to_markdown,
 )
-from vae_jax import build, data
+from vae_jax import data
 from vae_jax.figures import mosaic
-from vae_jax.rundir import save_figure
+from vae_jax.run import session
+from vae_jax.run.files import save_figure
 
 BLOCKS = [
     Heading("A <b> title", 1),
@@ -81,7 +82,7 @@ def parts(tmp_path_factory):
     for name in ablations.VARIANTS:
         shutil.copytree(path / "vae", path / "ablations" / name)
     config = classifier.get_config("smoke").to_dict() | {"seeds": reproduce.SEEDS}
-    run_job(build.build(config), config, path / "classifier")
+    run_job(session.build(config), config, path / "classifier")
     study, figures = path / "augmentation", path / "augmentation" / "figures"
     figures.mkdir(parents=True)
     for name in ("arms.png", "noise.png"):

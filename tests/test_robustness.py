@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from vae_jax import checkpoint
+from vae_jax.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PER_EPOCH, EPOCHS = 10, 12

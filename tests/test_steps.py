@@ -11,14 +11,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from vae_jax.models import make_classifier, make_vae
-from vae_jax.objectives import Batch, cross_entropy, elbo, example_keys
-from vae_jax.steps import (
-    init_state,
-    jit_train_step,
-    make_adam,
-    make_train_step,
-)
+from vae_jax.batch import Batch, example_keys
+from vae_jax.nn.networks import make_classifier, make_vae
+from vae_jax.objectives import cross_entropy, elbo
+from vae_jax.optimizers import make_adam
+from vae_jax.steps import init_state, jit_train_step, make_train_step
 
 SHAPE = (8, 8, 1)
 

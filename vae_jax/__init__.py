@@ -3,7 +3,7 @@
 
 def __getattr__(name):
     if name == "load":  # only now, so that importing the steps alone stays light
-        from vae_jax.trained import load
+        from vae_jax.pretrained import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

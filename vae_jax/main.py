@@ -144,24 +144,21 @@ def train(config: dict, workdir: str) -> None:
     import jax
     from etils import epath
 
-    from vae_jax import parallel
-    from vae_jax.build import build
-    from vae_jax.checkpoint import Checkpoints, check_same_data, latest_whole
-    from vae_jax.rundir import (
-        Progress,
-        RunDirectory,
-        Silent,
-        check_reachable,
-        read_config,
-    )
-    from vae_jax.train import train
+    from vae_jax.run import hosts
+    from vae_jax.run.checkpoint import Checkpoints, check_same_data, latest_whole
+    from vae_jax.run.devices import Devices
+    from vae_jax.run.directory import RunDirectory, read_config
+    from vae_jax.run.files import check_reachable
+    from vae_jax.run.loop import train
+    from vae_jax.run.progress import Progress
+    from vae_jax.run.session import build
 
     several = jax.process_count() > 1
-    directory = checkpoints = progress = Silent()
+    directory = checkpoints = progress = hosts.Silent()
     try:
-        parallel.check_alike(facts(config))
-        with parallel.together():
-            devices = parallel.Devices(_DEVICES.value)
+        hosts.check_alike(facts(config))
+        with hosts.together():
+            devices = Devices(_DEVICES.value)
             check_reachable(workdir)
             check = functools.partial(check_same, workdir)
             if devices.first and (stored := read_config(workdir)) is not None:
@@ -173,11 +170,11 @@ def train(config: dict, workdir: str) -> None:
             if latest is not None:
                 check_same_data(latest, job.about)
             finished = latest is not None and latest["step"] >= job.steps
-        if parallel.gather(finished)[0]:
+        if hosts.gather(finished)[0]:
             print(f"finished already: {folder.parent / 'summary.md'}")
             return
-        parallel.check_alike({"data": job.about["data"]})
-        with parallel.together():
+        hosts.check_alike({"data": job.about["data"]})
+        with hosts.together():
             if devices.first:
                 command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
                 board = job.run.tensorboard
@@ -189,11 +186,11 @@ def train(config: dict, workdir: str) -> None:
         enable_compilation_cache()
     if devices.first:
         progress = Progress(job.steps * job.batch_size * job.seeds, job.epochs)
-    stop = parallel.StopTogether() if several else Stop()
+    stop = hosts.StopTogether() if several else Stop()
     try:
         state = train(job, directory, checkpoints, progress, stop, devices)
         # A host that left while the first one still saves would end it.
-        parallel.gather("done")
+        hosts.gather("done")
     except (FloatingPointError, OSError) as error:
         reason = getattr(error, "strerror", None)  # of what the system refuses
         way_out = f"cannot go on in the work directory {workdir} ({reason}): the same command continues once it can be written to"
@@ -220,7 +217,7 @@ def train(config: dict, workdir: str) -> None:
 
 def join_hosts() -> None:
     """Meet the other hosts, before anything touches a device."""
-    from vae_jax.parallel import connect
+    from vae_jax.run.hosts import connect
 
     try:
         connect(
@@ -238,11 +235,11 @@ def facts(config: dict) -> dict:
     """In what all hosts must agree: the config, the versions, the package's source, the devices."""
     import jax
 
-    from vae_jax.build import flatten
-    from vae_jax.rundir import versions
+    from vae_jax.run.config import flatten
+    from vae_jax.run.directory import versions
 
     source = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
     device = jax.local_devices()[0].device_kind
     return (
@@ -287,8 +284,9 @@ class Stop:
 
 def use(mode: str, config: dict | None, workdir: str) -> None:
     """Do with a trained model what the mode says."""
-    from vae_jax import modes
-    from vae_jax.rundir import is_remote, read_config
+    from vae_jax import commands
+    from vae_jax.run.directory import read_config
+    from vae_jax.run.files import is_remote
 
     count, checkpoint, split = _COUNT.value, _CHECKPOINT.value, _SPLIT.value
     count = COUNTS.get(mode) if count is None else count
@@ -309,7 +307,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
         check_same(workdir, stored, config)
         match mode:
             case "evaluate":
-                metrics = modes.evaluate(workdir, config, checkpoint, split)
+                metrics = commands.evaluate(workdir, config, checkpoint, split)
                 print(
                     "\n".join(f"{name} {value:.6g}" for name, value in metrics.items())
                 )
@@ -317,17 +315,17 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
             case "predict":
                 if _INPUT.value is None:
                     raise ValueError("--mode=predict needs --input=FOLDER or FILE.npz")
-                paths = modes.predict(workdir, checkpoint, _INPUT.value)
+                paths = commands.predict(workdir, checkpoint, _INPUT.value)
             case "sample":
-                paths = modes.sample(workdir, checkpoint, count, _SAMPLE_SEED.value)
+                paths = commands.sample(workdir, checkpoint, count, _SAMPLE_SEED.value)
             case "reconstruct":
-                paths = modes.reconstruct(workdir, config, checkpoint, split, count)
+                paths = commands.reconstruct(workdir, config, checkpoint, split, count)
             case "interpolate":
-                paths = modes.interpolate(
+                paths = commands.interpolate(
                     workdir, config, checkpoint, split, count, *chosen
                 )
             case "traverse":
-                paths = modes.traverse(
+                paths = commands.traverse(
                     workdir, config, checkpoint, split, count, *chosen
                 )
     except (ValueError, OSError) as error:
@@ -348,7 +346,7 @@ def numbers(flag: str) -> list[int] | None:
 
 def check_same(workdir: str, stored: dict, config: dict) -> None:
     """Raise ValueError if the run in the work directory has another config, naming the fields that differ."""
-    from vae_jax.build import changes
+    from vae_jax.run.config import changes
 
     if changed := changes(stored, config):
         raise ValueError(
@@ -407,7 +405,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def print_help(argv: list[str]) -> None:
     """The flags, and the fields of a config."""
-    from vae_jax.build import describe, flatten
+    from vae_jax.run.config import flatten
+    from vae_jax.run.session import describe
 
     flags.FLAGS([argument for argument in argv if argument not in HELP])
     values = flatten(_CONFIG.value.to_dict()) if _CONFIG.value else None
@@ -428,7 +427,7 @@ def print_help(argv: list[str]) -> None:
 
 def check_field_names(argv: list[str]) -> None:
     """Fail for the first --config.FIELD that the config does not have."""
-    from vae_jax.build import nearest
+    from vae_jax.run.config import nearest
 
     overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
     # ml_collections reads sys.argv itself.

@@ -9,36 +9,14 @@ them; nothing here does.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.scipy.ndimage import map_coordinates
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
-
-class Batch(NamedTuple):
-    """Examples of one step."""
-
-    image: Float[Array, "batch height width channel"]  # in [0, 1]
-    label: Int[Array, " batch"]  # -1 = unlabelled
-    weight: Float[Array, " batch"]  # 0 = padding
-    index: Int[Array, " batch"]  # position in the data set
-
-
-def make_batch(
-    image: UInt8[Array, "batch height width channel"], label, weight, index
-) -> Batch:
-    """A batch of float images in [0, 1] from stored ones in 0..255."""
-    return Batch(image.astype(jnp.float32) / 255, label, weight, index)
-
-
-def example_keys(
-    key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]
-) -> Key[Array, " batch"]:
-    """One key an example, a pure function of (root key, step, example): the same however a batch is divided."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
+from vae_jax.augment import augment
+from vae_jax.batch import Batch
 
 
 def reparameterize(
@@ -103,64 +81,6 @@ def elbo(
         "reconstruction": reconstruction,
         "kl": kl,
     }, {}
-
-
-def rotate(
-    image: Float[Array, "batch height width channel"], degrees: Float[Array, " batch"]
-) -> Float[Array, "batch height width channel"]:
-    """Each image turned counterclockwise about its centre, bilinearly; what comes from outside is 0."""
-    _, height, width, _ = image.shape
-    row, column = jnp.mgrid[:height, :width]
-    down, right = row - (height - 1) / 2, column - (width - 1) / 2
-
-    def turn(image, angle):
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        sources = [
-            cos * down + sin * right + (height - 1) / 2,
-            cos * right - sin * down + (width - 1) / 2,
-        ]
-        return jax.vmap(lambda plane: map_coordinates(plane, sources, 1), -1, -1)(image)
-
-    return jax.vmap(turn)(image, jnp.deg2rad(degrees))
-
-
-def translate(
-    image: Float[Array, "batch height width channel"],
-    offset: Int[Array, "batch 2"],
-    furthest: int,
-) -> Float[Array, "batch height width channel"]:
-    """Each image moved by its (down, right) pixels, exactly, none above `furthest`; what comes from outside is 0."""
-    margin = (furthest, furthest)
-    padded = jnp.pad(image, ((0, 0), margin, margin, (0, 0)))
-
-    def cut(padded, offset):
-        down, right = furthest - offset
-        return lax.dynamic_slice(padded, (down, right, 0), image.shape[1:])
-
-    return jax.vmap(cut)(padded, offset)
-
-
-def augment(
-    image: Float[Array, "batch height width channel"],
-    keys: Key[Array, " batch"],
-    shift: int,
-    rotation: float,
-) -> Float[Array, "batch height width channel"]:
-    """Each image rotated by up to `rotation` degrees, then moved by up to `shift` pixels, uniformly by its own key."""
-
-    def draw(key):
-        turn, move = jax.random.split(key)
-        return (
-            jax.random.uniform(turn, minval=-rotation, maxval=rotation),
-            jax.random.randint(move, (2,), -shift, shift + 1),
-        )
-
-    degrees, offset = jax.vmap(draw)(keys)
-    if rotation:
-        image = rotate(image, degrees)
-    if shift:
-        image = translate(image, offset, shift)
-    return image
 
 
 def cross_entropy(

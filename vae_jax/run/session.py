@@ -1,12 +1,10 @@
-"""A config's sections -> the objects they name. Names and types are checked here, since Linen checks none."""
+"""A config -> the job that it describes."""
 
-import difflib
 import functools
 import hashlib
-import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, get_args, get_origin
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +12,30 @@ import numpy as np
 import psutil
 
 from vae_jax import generate
-from vae_jax.data import Dataset, first_of_each_label, load
-from vae_jax.evaluate import (
+from vae_jax.batch import Dataset, first_of_each_label, make_batch
+from vae_jax.data import load
+from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
+from vae_jax.evaluation.classification import (
     class_accuracy,
     confusion_matrix,
-    covariance_eigenvalues,
     expected_calibration_error,
-    linear_vae_loss,
 )
-from vae_jax.models import MODELS, derive
-from vae_jax.objectives import OBJECTIVES, make_batch
-from vae_jax.steps import OPTIMIZERS, averaging, fixed_key, make_eval_step
-from vae_jax.train import Job, RunOptions
-from vae_jax.trained import make_title
+from vae_jax.nn.networks import MODELS
+from vae_jax.objectives import OBJECTIVES
+from vae_jax.optimizers import OPTIMIZERS, averaging
+from vae_jax.run.config import (
+    argument_docs,
+    bind,
+    choose,
+    derive,
+    fields,
+    make_title,
+    nearest,
+)
+from vae_jax.run.loop import Job, RunOptions
+from vae_jax.steps import fixed_key, make_eval_step
 
 LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
-LARGEST = {int: 2**32, float: float(np.finfo(np.float32).max)}  # numbers in a config
 MISTAKES = 24  # misclassified images that are shown
 
 
@@ -79,14 +85,14 @@ def make_job(
         raise ValueError(f"seed is {seed}, but must lie in [0, 2**32 - seeds]")
     # Every section is checked before the first one acts: a slip in the last is told before data are read.
     load_data = bind("data", load, data)
-    make_model = choose("model", model)
-    loss = choose("objective", objective)
+    make_model = choose("model", model, MODELS)
+    loss = choose("objective", objective, OBJECTIVES)
     averaged = {
         name: optimizer[name] for name in fields(averaging) if name in optimizer
     }
     average = bind("optimizer", averaging, averaged)()
     others = {name: optimizer[name] for name in optimizer if name not in averaged}
-    make_optimizer = choose("optimizer", others)
+    make_optimizer = choose("optimizer", others, OPTIMIZERS)
     options = bind("run", RunOptions, run)()
     make_parts = parts_of(model["name"], objective["name"])
 
@@ -151,39 +157,6 @@ def metric_names(job: Job) -> list[str]:
     return [name for name, leaf in shapes.items() if leaf.dtype == jnp.float32]
 
 
-def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
-
-    Left out is what a run may change as it continues: section `run` but for `best`, `data.manual_dir`, and more epochs
-    where the optimizer does not depend on their number.
-    """
-    old, new = flatten(stored), flatten(config)
-    for fields_ in (old, new):
-        for name in [*fields_]:
-            free = name.startswith("run.") and name != "run.best"
-            if free or name == "data.manual_dir":
-                del fields_[name]
-    if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
-        old["epochs"] = max(old["epochs"], new["epochs"])
-    absent = "absent"
-    return [
-        f"{name} is {old.get(name, absent)} there, {new.get(name, absent)} here"
-        for name in [*old, *(new.keys() - old.keys())]
-        if old.get(name, absent) != new.get(name, absent)
-    ]
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names -> values, as they are after a journey through JSON."""
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 def describe() -> list[tuple[str, str]]:
     """Every config field, and what the function that takes it says of it."""
     sections = {
@@ -207,79 +180,6 @@ def describe() -> list[tuple[str, str]]:
     return list(described.items())
 
 
-def argument_docs(function: Callable) -> dict[str, str]:
-    """What a docstring says of each argument, in its part "Args:" or "Attributes:"."""
-    _, _, part = inspect.getdoc(function).partition("Args:\n")
-    if not part:
-        _, _, part = inspect.getdoc(function).partition("Attributes:\n")
-    docs = {}
-    for line in part.partition("\n\n")[0].splitlines():
-        if line[4] != " ":
-            name, _, text = line.strip().partition(": ")
-            docs[name] = text
-        else:
-            docs[name] += " " + line.strip()
-    return docs
-
-
-def fields(function: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of `function` that a config sets: the keyword-only ones of a type that a config can hold."""
-    parameters = inspect.signature(function).parameters
-    configurable = (int, float, bool, str, tuple, Mapping)
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if parameter.kind == parameter.KEYWORD_ONLY
-        and (get_origin(parameter.annotation) or parameter.annotation) in configurable
-    }
-
-
-def bind(section: str, function: Callable, values: Mapping) -> functools.partial:
-    """`function` with a section's values as keywords; defaults filled in. Raises ValueError for an unknown, missing or mistyped one."""
-    expected, prefix = fields(function), section and f"{section}."
-    for name, value in values.items():
-        if name not in expected:
-            raise ValueError(
-                f"unknown config field {prefix}{name}: {nearest(name, expected)}"
-            )
-        if not is_a(value, expected[name].annotation):
-            wanted = type_name(expected[name].annotation)
-            raise ValueError(
-                f"config field {prefix}{name} is {value!r}, but must be of type {wanted}"
-            )
-        items = value if isinstance(value, tuple | list) else [value]
-        for item in items:
-            largest = LARGEST.get(type(item), math.inf)
-            if isinstance(item, int | float) and abs(item) > largest:
-                raise ValueError(
-                    f"config field {prefix}{name} is beyond the largest number, {largest:.10g}"
-                )
-    for name, parameter in expected.items():
-        if name not in values and parameter.default is parameter.empty:
-            raise ValueError(f"config field {prefix}{name} is missing")
-    defaults = {
-        name: parameter.default
-        for name, parameter in expected.items()
-        if parameter.default is not parameter.empty
-    }
-    typed = {
-        name: float(value) if expected[name].annotation is float else value
-        for name, value in values.items()
-    }
-    return functools.partial(function, **(defaults | typed))
-
-
-def choose(section: str, values: Mapping) -> functools.partial:
-    """`bind` for the function that the section's `name` selects from `CHOICES`."""
-    values, choices = dict(values), CHOICES[section]
-    name = values.pop("name", None)
-    if name not in choices:
-        raise ValueError(
-            f"unknown {section}.name {name!r}: {nearest(str(name), choices)}"
-        )
-    return bind(section, choices[name], values)
-
-
 def parts_of(model: str, objective: str) -> Callable:
     """The entry of `PARTS` for a model and its objective. Raises ValueError for two that do not fit."""
     if (model, objective) not in PARTS:
@@ -288,27 +188,6 @@ def parts_of(model: str, objective: str) -> Callable:
             f"objective.name {objective} does not fit model.name {model}: give {fitting}"
         )
     return PARTS[model, objective]
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """What to say to someone who wrote `name`."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-
-
-def is_a(value: Any, annotation: Any) -> bool:
-    """Whether a config's value is of the annotated type; whole numbers are floats too, but booleans are no numbers."""
-    if get_origin(annotation) is tuple:
-        return isinstance(value, tuple | list) and all(
-            is_a(item, get_args(annotation)[0]) for item in value
-        )
-    if annotation in (int, float):
-        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
-    return isinstance(value, annotation)
-
-
-def type_name(annotation: Any) -> str:
-    return str(annotation) if get_args(annotation) else annotation.__name__
 
 
 def check_fits(dataset: Dataset, device) -> None:

@@ -10,10 +10,12 @@ import pytest
 from small_run import run_job, small_job
 
 from configs import classifier
-from vae_jax import build, data
-from vae_jax.checkpoint import Checkpoints, select, steps
-from vae_jax.rundir import Progress, RunDirectory, read_config
-from vae_jax.train import make_run_chunk
+from vae_jax import batch, data
+from vae_jax.run import session
+from vae_jax.run.checkpoint import Checkpoints, select, steps
+from vae_jax.run.directory import RunDirectory, read_config
+from vae_jax.run.loop import make_run_chunk
+from vae_jax.run.progress import Progress
 
 
 def read_rows(path):
@@ -170,7 +172,7 @@ def test_more_epochs(finished, tmp_path):
 def test_a_classifier_learns_the_digits(tmp_path):
     """The same loop; what it leaves in the run directory."""
     config = classifier.get_config("digits").to_dict() | {"epochs": 2}
-    _, directory = run_job(build.build(config), config, tmp_path)
+    _, directory = run_job(session.build(config), config, tmp_path)
     tested = [row for row in directory.history if "test/loss" in row]
     assert tested[1]["test/loss"] < tested[0]["test/loss"]
     assert tested[1]["test/accuracy"] > 0.9 and "test/prediction" not in tested[1]
@@ -186,7 +188,7 @@ def test_validation_images_mark_the_best_checkpoint(tmp_path):
     )
     config |= {"epochs": 6, "batch_size": 400}
     config["run"] |= {"keep": 1}
-    _, directory = run_job(build.build(config), config, tmp_path)
+    _, directory = run_job(session.build(config), config, tmp_path)
     losses = {
         row["step"]: row["validation/loss"]
         for row in directory.history
@@ -261,7 +263,9 @@ def test_an_epoch_takes_each_example_once():
         rows = batch.index
         return state.at[rows].add(1), {"first": rows[0], "label": batch.label[0]}
 
-    split = data.Split(np.zeros((23, 2, 2, 1), np.uint8), np.arange(23, dtype=np.int32))
+    split = batch.Split(
+        np.zeros((23, 2, 2, 1), np.uint8), np.arange(23, dtype=np.int32)
+    )
     order = data.epoch_order(0, 1, 23, shuffle=True)
     run_chunk = jax.jit(make_run_chunk(train_step, batch_size=5, chunk=3))
     seen = jnp.zeros(23, jnp.int32)

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
-from vae_jax.checkpoint import read_about, restore_variables, select, steps
-from vae_jax.data import local_path
-from vae_jax.models import MODELS, VAE, Classifier, derive
+from vae_jax.nn.networks import MODELS, VAE, Classifier
+from vae_jax.run.checkpoint import read_about, restore_variables, select, steps
+from vae_jax.run.config import derive
+from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 

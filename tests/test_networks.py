@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from vae_jax.models import make_classifier, make_vae, relu, window_extreme
+from vae_jax.nn.layers import relu, window_extreme
+from vae_jax.nn.networks import make_classifier, make_vae
 
 
 @pytest.fixture(scope="module")

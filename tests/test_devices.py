@@ -9,11 +9,11 @@ import pytest
 from small_run import run_job, small_job
 
 from configs import classifier, vae
-from vae_jax import build
-from vae_jax.evaluate import make_evaluate
-from vae_jax.parallel import Devices
+from vae_jax.run import session
+from vae_jax.run.devices import Devices
+from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.loop import make_run_chunk
 from vae_jax.steps import init_state, make_train_step
-from vae_jax.train import make_run_chunk
 
 
 def sgd_job(config, **changes):
@@ -25,7 +25,7 @@ def sgd_job(config, **changes):
     for name in config["model"]:
         if "features" in name:
             config["model"][name] = (4,)
-    return build.build(config)._replace(optimizer=optax.sgd(1e-3))
+    return session.build(config)._replace(optimizer=optax.sgd(1e-3))
 
 
 JOBS = {

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from vae_jax.data import reason
-from vae_jax.parallel import plain
+from vae_jax.run.devices import plain
+from vae_jax.run.files import reason
 from vae_jax.steps import TrainState
 
 DIGESTS = "sha256.json"

@@ -16,12 +16,20 @@ import numpy as np
 import optax
 from jax import lax
 
-from vae_jax.checkpoint import Checkpoints
-from vae_jax.data import Dataset, epoch_order
-from vae_jax.evaluate import combine_seeds, make_evaluate, mean_metrics, over_seeds
-from vae_jax.objectives import make_batch
-from vae_jax.parallel import Devices
-from vae_jax.rundir import Progress, RunDirectory
+from vae_jax.batch import Dataset, make_batch
+from vae_jax.data import epoch_order
+from vae_jax.run.checkpoint import Checkpoints
+from vae_jax.run.devices import Devices
+from vae_jax.run.directory import RunDirectory
+from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.progress import Progress
+from vae_jax.run.seeds import (
+    combine_seeds,
+    map_seeds,
+    mean_metrics,
+    over_seeds,
+    root_keys,
+)
 from vae_jax.steps import TrainState, init_state, make_train_step
 
 PROFILED = range(1, 4)  # chunks since the start, the first of which compiles
@@ -136,27 +144,6 @@ class Job(NamedTuple):
             for seed in range(self.seed, self.seed + self.seeds)
         ]
         return orders[0] if self.seeds == 1 else np.stack(orders)
-
-
-def root_keys(seeds: range):
-    """The root key of each seed, [seeds]."""
-    return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
-
-
-def map_seeds(function: Callable, seeded: int) -> Callable:
-    """`function` for several seeds, which its first `seeded` arguments and its results have in front.
-
-    `jax.vmap`; on the CPU in one program too, but one seed after the other. There it is faster, and the numbers are to
-    the last bit those of each seed alone.
-    """
-
-    def mapped(*arguments):
-        own, shared = arguments[:seeded], arguments[seeded:]
-        if jax.default_backend() == "cpu":
-            return lax.map(lambda own: function(*own, *shared), own)
-        return jax.vmap(lambda *own: function(*own, *shared))(*own)
-
-    return mapped
 
 
 def make_run_chunk(

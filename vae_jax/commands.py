@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import data, figures, generate
-from vae_jax.build import bind, build, fingerprint
-from vae_jax.evaluate import make_evaluate, over_seeds
+from vae_jax.batch import Dataset, Split
 from vae_jax.objectives import kl_to_standard_normal
-from vae_jax.rundir import save_figure, whole_file, write_whole
-from vae_jax.trained import TrainedVAE, load, load_variables
+from vae_jax.pretrained import TrainedVAE, load, load_variables
+from vae_jax.run.config import bind
+from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.files import local_path, save_figure, whole_file, write_whole
+from vae_jax.run.seeds import over_seeds
+from vae_jax.run.session import build, fingerprint
 
 MOST_SHOWN = 100  # images beside their reconstructions
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -176,7 +179,7 @@ def load_model(workdir: str, checkpoint: str, wanted: str) -> Any:
 
 def load_with_split(
     workdir: str, config: dict, checkpoint: str, split: str
-) -> tuple[TrainedVAE, data.Split]:
+) -> tuple[TrainedVAE, Split]:
     """The VAE of a run, and a split of the data that it was trained on."""
     vae = load_model(workdir, checkpoint, "vae")
     dataset = bind("data", data.load, config["data"])()
@@ -192,7 +195,7 @@ def check_trained_on(expected: dict, found: dict) -> None:
         )
 
 
-def choose_split(dataset: data.Dataset, split: str) -> data.Split:
+def choose_split(dataset: Dataset, split: str) -> Split:
     """A split by its name. Raises ValueError if there is none of that name."""
     if split not in dataset.splits:
         raise ValueError(
@@ -202,7 +205,7 @@ def choose_split(dataset: data.Dataset, split: str) -> data.Split:
 
 
 def choose_images(
-    examples: data.Split,
+    examples: Split,
     split: str,
     count: int,
     images: list[int] | None,
@@ -235,7 +238,7 @@ def choose_images(
 
 def generated(workdir: str) -> Path:
     """Where the modes write."""
-    folder = data.local_path(workdir) / "generated"
+    folder = local_path(workdir) / "generated"
     folder.mkdir(exist_ok=True)
     return folder
 

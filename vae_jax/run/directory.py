@@ -1,4 +1,4 @@
-"""The run directory (config.json, metrics.jsonl, checkpoints/, figures/, summary.md) and what the terminal shows."""
+"""The run directory: config.json, metrics.jsonl, checkpoints/, figures/, summary.md."""
 
 import contextlib
 import fcntl
@@ -7,17 +7,22 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from etils import epath
-from tqdm import tqdm
 
-from vae_jax.data import local_path, reason
+from vae_jax.run.files import (
+    is_remote,
+    local_path,
+    read_objects,
+    reason,
+    save_figure,
+    write_whole,
+)
 
 FIELDS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
 FIELDS |= dict.fromkeys(("epochs", "seed", "seeds"), int)  # of a config.json
@@ -190,29 +195,6 @@ class RunDirectory:
             shutil.rmtree(self.path)
 
 
-class Silent:
-    """In the place of run directory, checkpoints and progress on all hosts but the first: whatever it is asked, it does nothing."""
-
-    def __getattr__(self, name):
-        return lambda *arguments, **keywords: None
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is on Google Cloud Storage."""
-    return path.startswith("gs://")
-
-
-def check_reachable(path: str) -> None:
-    """Raise ValueError if `path` is remote and this machine cannot reach it."""
-    if not is_remote(path):
-        return
-    try:
-        epath.Path(path).exists()
-    except Exception as error:  # of gcsfs, of its credentials, of the network
-        install = ": pip install -e '.[gcs]'" if isinstance(error, ImportError) else ""
-        raise ValueError(f"cannot reach {path} ({error}){install}") from error
-
-
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
     return {"Python": platform.python_version()} | {
@@ -225,30 +207,6 @@ def read_rows(path: Path) -> list[dict]:
     return read_objects(path / "metrics.jsonl", _check_row)
 
 
-def read_objects(
-    file: Path, check: Callable[[dict, dict], None] = lambda row, before: None
-) -> list[dict]:
-    """The objects of a file with one a line, less a last one that is torn; of no file, none.
-
-    Raises OSError, naming the line, for one that is damaged, or that `check(object, the one before or {})` refuses by
-    a ValueError.
-    """
-    *lines, _torn = (file.read_bytes() if file.exists() else b"").split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise TypeError("no object")
-            check(row, rows[-1] if rows else {})
-        except (ValueError, TypeError, RecursionError) as error:
-            raise OSError(
-                f"line {number} of {file} is damaged: remove that line to continue"
-            ) from error
-        rows.append(row)
-    return rows
-
-
 def _check_row(row, before):
     """Raise ValueError unless it is finite numbers by name, of a step that is not before that of the row before."""
     if not {"step", "epoch", "seconds"} <= row.keys():
@@ -257,26 +215,6 @@ def _check_row(row, before):
         raise ValueError("not numbers")
     if type(row["step"]) is not int or row["step"] < before.get("step", 0):
         raise ValueError("not in order")
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end: at no moment is there half a file."""
-    part = path.with_suffix(".tmp")
-    yield part
-    os.replace(part, path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, as `whole_file` does."""
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a PNG."""
-    with whole_file(path) as part:
-        figure.savefig(part, format="png", dpi=110)
 
 
 def _line(row):
@@ -291,66 +229,3 @@ def _tensorboard():
             "run.tensorboard needs tensorboardX: pip install tensorboardX"
         ) from None
     return SummaryWriter
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line an epoch, at most one in `PAUSE` seconds.
-
-    Args:
-        images: how many a whole training takes.
-        epochs: how many these are.
-    """
-
-    PAUSE = 5.0
-
-    def __init__(self, images: int, epochs: int):
-        self._bar = tqdm(
-            total=images,
-            unit=" images",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
-        self._left, self._epochs = images, epochs
-        self._started = self._printed = time.time()
-        self._done = 0
-        self._tested = ""
-
-    def skip(self, images: int) -> None:
-        """An earlier start has trained these images."""
-        self._left -= images
-        self._bar.update(images)
-        self._bar.unpause()
-
-    def note(self, text: str) -> None:
-        """A line for people, on stderr."""
-        self._bar.write(f"vae_jax: {text}", file=sys.stderr)
-
-    def update(self, images: int, epoch: int, loss: float) -> None:
-        """Some more training images are done; `epoch` counts from 1."""
-        self._done += images
-        self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.2f}{self._tested}", refresh=False)
-        self._bar.update(images)
-
-    def epoch_done(self, epoch: int, metrics: dict) -> None:
-        """An epoch ended with these metrics, `train/loss` and `test/loss` among them."""
-        text = f"epoch {epoch}/{self._epochs}  " + "  ".join(
-            f"{name} {value:.3f}"
-            for name, value in metrics.items()
-            if name.endswith("/loss")
-        )
-        self._tested = f", test {metrics['test/loss']:.2f}"
-        now = time.time()
-        if self._bar.disable and (
-            now - self._printed > self.PAUSE or epoch in (1, self._epochs)
-        ):
-            rate = self._done / (now - self._started)
-            print(
-                f"{text}  {rate:,.0f} images/s  {(self._left - self._done) / rate / 60:.1f} min left",
-                flush=True,
-            )
-            self._printed = now
-
-    def close(self) -> None:
-        self._bar.close()

@@ -13,7 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import classifier, vae
-from vae_jax import build, data, models, objectives, steps, train
+from vae_jax import data, objectives, optimizers, steps
+from vae_jax.batch import Dataset, Split, make_batch
+from vae_jax.nn import networks
+from vae_jax.run import loop, session
+from vae_jax.run.config import changes, fields, flatten
 
 
 @pytest.fixture
@@ -23,10 +27,10 @@ def config():
 
 SIGNATURES = {
     "data": [data.load],
-    "model": models.MODELS,
+    "model": networks.MODELS,
     "objective": objectives.OBJECTIVES,
-    "optimizer": steps.OPTIMIZERS,
-    "run": [train.RunOptions],
+    "optimizer": optimizers.OPTIMIZERS,
+    "run": [loop.RunOptions],
 }
 CONFIGS = {"vae": vae, "classifier": classifier}
 VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
@@ -34,26 +38,24 @@ VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIAN
 
 def fields_and_defaults(name, section):
     """A section of a config file, and the defaults of the function that it sets."""
-    fields = dict(CONFIGS[name].get_config()[section])
+    found = dict(CONFIGS[name].get_config()[section])
     functions = SIGNATURES[section]
     if isinstance(functions, dict):
-        functions = [functions[fields.pop("name")]]
+        functions = [functions[found.pop("name")]]
     if section == "optimizer":
-        functions.append(steps.averaging)
+        functions.append(optimizers.averaging)
     defaults = {
         name: parameter.default
         for function in functions
-        for name, parameter in build.fields(function).items()
+        for name, parameter in fields(function).items()
     }
-    return fields, defaults
+    return found, defaults
 
 
 def test_every_field_is_described():
-    described = dict(build.describe())
+    described = dict(session.describe())
     configs = [module.get_config().to_dict() for module in CONFIGS.values()]
-    assert set(described) == {
-        name for config in configs for name in build.flatten(config)
-    }
+    assert set(described) == {name for config in configs for name in flatten(config)}
     assert all(described.values()), described
     assert described["model.latent_dim"] == "size of z."
 
@@ -72,7 +74,7 @@ def test_the_file_and_the_signature_name_the_same_fields_and_defaults(name, sect
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_file_names_the_top_level_fields(name):
     config = CONFIGS[name].get_config()
-    assert set(config) == set(inspect.signature(build.make_job).parameters)
+    assert set(config) == set(inspect.signature(session.make_job).parameters)
 
 
 @pytest.mark.parametrize("name,variant", VARIANTS)
@@ -81,9 +83,9 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
     config = CONFIGS[name].get_config(variant).to_dict()
     config["data"]["name"] = "digits"
     config["batch_size"] = 8
-    job = build.build(config)
+    job = session.build(config)
     image, label = (array[:8] for array in job.dataset.splits["train"])
-    batch = objectives.make_batch(jnp.asarray(image), label, jnp.ones(8), jnp.arange(8))
+    batch = make_batch(jnp.asarray(image), label, jnp.ones(8), jnp.arange(8))
 
     def initial():
         root = jax.random.key(job.seed)
@@ -110,7 +112,7 @@ def test_the_schedule_spans_the_training(config):
     """110 steps: 5 epochs of 22; a cosine has come down to zero after them."""
     config |= {"epochs": 5, "batch_size": 64}
     config["optimizer"] |= {"schedule": "cosine", "learning_rate": 0.1}
-    optimizer = build.build(config).optimizer
+    optimizer = session.build(config).optimizer
     state = optimizer.init(jnp.zeros(()))
     rates = []
     for _ in range(111):
@@ -122,7 +124,7 @@ def test_the_schedule_spans_the_training(config):
 
 def test_the_yardsticks_are_those_of_the_training_images(config):
     config["objective"]["beta"] = 2.0
-    job = build.build(config)
+    job = session.build(config)
     variables = jax.jit(job.init)(jax.random.key(0))
     history = [
         {"epoch": 1, "train/loss": 2.0, "train/reconstruction": 1.0, "train/kl": 1.0}
@@ -136,12 +138,12 @@ def test_the_yardsticks_are_those_of_the_training_images(config):
 
 def test_defaults_are_filled_in(config):
     del config["objective"]["beta"]
-    assert build.build(config).objective.keywords["beta"] == 1.0
+    assert session.build(config).objective.keywords["beta"] == 1.0
 
 
 def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch):
     monkeypatch.setattr(
-        build,
+        session,
         "load",
         functools.wraps(data.load)(lambda **_: pytest.fail("data were read")),
     )
@@ -150,7 +152,7 @@ def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch)
         ValueError,
         match="unknown config field optimizer.learning_rat: did you mean learning_rate",
     ):
-        build.build(config)
+        session.build(config)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def refuse(config, field, value, message):
     *section, name = field.split(".")
     (config[section[0]] if section else config)[name] = value
     with pytest.raises(ValueError, match=message) as error:
-        build.build(config)
+        session.build(config)
     assert "\n" not in str(error.value)
 
 
@@ -222,7 +224,7 @@ def test_an_unknown_metric_for_the_best_checkpoint(config):
     with pytest.raises(
         ValueError, match="unknown metric run.best 'los': did you mean loss"
     ):
-        build.build(config)
+        session.build(config)
 
 
 def changed(config, field, value):
@@ -238,7 +240,7 @@ def changed(config, field, value):
 )
 def test_what_a_run_may_change_as_it_continues(config, field, value):
     stored = json.loads(json.dumps(config))
-    assert build.changes(stored, changed(config, field, value)) == []
+    assert changes(stored, changed(config, field, value)) == []
 
 
 @pytest.mark.parametrize(
@@ -258,13 +260,13 @@ def test_what_a_run_may_change_as_it_continues(config, field, value):
 )
 def test_what_a_run_may_not_change(config, field, value, told):
     stored = json.loads(json.dumps(config))
-    assert build.changes(stored, changed(config, field, value)) == [told]
+    assert changes(stored, changed(config, field, value)) == [told]
 
 
 def test_epochs_may_not_be_raised_where_the_rate_depends_on_them(config):
     for field, value in [("optimizer.schedule", "cosine"), ("optimizer.warmup", 0.1)]:
         other = changed(config, field, value)
-        told = build.changes(other, changed(other, "epochs", 9))
+        told = changes(other, changed(other, "epochs", 9))
         assert told == ["epochs is 1 there, 9 here"]
 
 
@@ -308,7 +310,7 @@ def test_a_classifier_refuses_images_without_labels(tmp_path, label, message):
 
 def test_what_a_classifier_shows():
     """On predictions with two mistakes, the second of which is the surer one."""
-    job = build.build(classifier.get_config("smoke").to_dict())
+    job = session.build(classifier.get_config("smoke").to_dict())
     label = job.dataset.splits["test"].label
     prediction, confidence = label.copy(), np.full(len(label), 1.0, np.float32)
     prediction[[3, 8]] = (label[[3, 8]] + 1) % 10
@@ -330,12 +332,12 @@ def test_what_a_classifier_shows():
 def test_a_missing_field(config):
     del config["epochs"]
     with pytest.raises(ValueError, match="config field epochs is missing"):
-        build.build(config)
+        session.build(config)
 
 
 def test_whole_numbers_are_floats_too(config):
     config["objective"]["beta"] = 2
-    assert build.build(config).objective.keywords["beta"] == 2
+    assert session.build(config).objective.keywords["beta"] == 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -346,7 +348,7 @@ def test_unknown_variant(name):
 
 def test_config_survives_as_plain_data(config):
     before = copy.deepcopy(config)
-    build.build(ConfigDict(config).to_dict())
+    session.build(ConfigDict(config).to_dict())
     assert config == before
 
 
@@ -357,8 +359,8 @@ def test_images_larger_than_the_device_are_refused_with_their_size():
         def memory_stats(self):
             return {"bytes_limit": 2**20}
 
-    split = data.Split(np.zeros((2000, 32, 32, 1), np.uint8), np.zeros(2000, np.int32))
-    dataset = data.Dataset({"train": split}, 1, True)
+    split = Split(np.zeros((2000, 32, 32, 1), np.uint8), np.zeros(2000, np.int32))
+    dataset = Dataset({"train": split}, 1, True)
     with pytest.raises(ValueError, match="small GPU has 0.0 GiB"):
-        build.check_fits(dataset, Device())
-    build.check_fits(dataset, jax.local_devices()[0])
+        session.check_fits(dataset, Device())
+    session.check_fits(dataset, jax.local_devices()[0])

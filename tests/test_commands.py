@@ -10,7 +10,8 @@ from small_run import run_job, small_job
 
 import vae_jax
 from configs import classifier
-from vae_jax import build, modes
+from vae_jax import commands
+from vae_jax.run import session
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     job, config = small_job()
     config["data"]["validation"] = 100
-    job = modes.build(config)
+    job = session.build(config)
     _, directory = run_job(job, config, path)
     return str(path), config, directory.history, job.dataset.splits
 
@@ -35,11 +36,11 @@ def test_evaluate_repeats_the_logged_numbers(run):
     path, config, history, _ = run
     logged = history[-1]
     for split in ("test", "validation"):
-        found = modes.evaluate(path, config, "latest", split)
+        found = commands.evaluate(path, config, "latest", split)
         expected = {name: v for name, v in logged.items() if name.startswith(split)}
         assert {name: found[name] for name in found if "/" in name} == expected
         assert found["step"] == 10
-    assert modes.evaluate(path, config, "latest", "train")["train/loss"] > 0
+    assert commands.evaluate(path, config, "latest", "train")["train/loss"] > 0
 
 
 def test_evaluate_needs_no_metrics_and_knows_home(run, tmp_path, monkeypatch):
@@ -47,17 +48,17 @@ def test_evaluate_needs_no_metrics_and_knows_home(run, tmp_path, monkeypatch):
     copy = shutil.copytree(path, tmp_path / "moved")
     (copy / "metrics.jsonl").unlink()
     monkeypatch.setenv("HOME", str(tmp_path))
-    found = modes.evaluate("~/moved", config, "latest", "test")
+    found = commands.evaluate("~/moved", config, "latest", "test")
     assert found["test/loss"] == history[-1]["test/loss"]
 
 
 def test_other_data_are_refused(run, monkeypatch):
     path, config, _, _ = run
-    for module in (build, modes):
+    for module in (session, commands):
         monkeypatch.setattr(module, "fingerprint", lambda dataset: {"train": 3})
     for use in (
-        lambda: modes.evaluate(path, config, "", "test"),
-        lambda: modes.traverse(path, config, "", "test", 3, None, None),
+        lambda: commands.evaluate(path, config, "", "test"),
+        lambda: commands.traverse(path, config, "", "test", 3, None, None),
     ):
         with pytest.raises(ValueError, match="the data are not those that the model"):
             use()
@@ -66,7 +67,7 @@ def test_other_data_are_refused(run, monkeypatch):
 def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
     job, config = small_job({"seeds": 2})
     _, directory = run_job(job, config, tmp_path)
-    found = modes.evaluate(str(tmp_path), config, "", "test")
+    found = commands.evaluate(str(tmp_path), config, "", "test")
     logged = directory.history[-1]
     expected = {name: v for name, v in logged.items() if name.startswith("test")}
     assert found.items() >= expected.items()
@@ -74,7 +75,7 @@ def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
 
 def test_sample(run):
     path, _, _, _ = run
-    found = arrays(modes.sample(path, "latest", 7, 3))
+    found = arrays(commands.sample(path, "latest", 7, 3))
     np.testing.assert_array_equal(
         found["image"], vae_jax.load(path, "latest").sample(7, 3)
     )
@@ -82,7 +83,7 @@ def test_sample(run):
 
 def test_reconstruct(run):
     path, config, _, splits = run
-    found = arrays(modes.reconstruct(path, config, "latest", "validation", 12))
+    found = arrays(commands.reconstruct(path, config, "latest", "validation", 12))
     np.testing.assert_array_equal(found["image"], splits["validation"].image[:12])
     np.testing.assert_array_equal(found["label"], splits["validation"].label[:12])
     expected = vae_jax.load(path, "latest").reconstruct(found["image"])
@@ -91,7 +92,9 @@ def test_reconstruct(run):
 
 def test_interpolate_begins_and_ends_at_the_reconstructions(run):
     path, config, _, splits = run
-    found = arrays(modes.interpolate(path, config, "latest", "test", 5, None, [3, 8]))
+    found = arrays(
+        commands.interpolate(path, config, "latest", "test", 5, None, [3, 8])
+    )
     label = splits["test"].label
     assert label[found["index"]].tolist() == [3, 8]
     assert 3 not in label[: found["index"][0]]  # the first one
@@ -104,7 +107,7 @@ def test_interpolate_begins_and_ends_at_the_reconstructions(run):
 
 def test_traverse_moves_one_latent_at_a_time_the_one_with_most_kl_first(run):
     path, config, history, splits = run
-    found = arrays(modes.traverse(path, config, "latest", "test", 3, [4], None))
+    found = arrays(commands.traverse(path, config, "latest", "test", 3, [4], None))
     assert found["image"].shape == (20, 3, 28, 28, 1)
     assert np.all(np.diff(found["kl"]) <= 0) and sorted(found["latent"]) == [*range(20)]
     assert found["kl"].sum() == pytest.approx(history[-1]["test/kl"], rel=1e-4)
@@ -115,7 +118,7 @@ def test_traverse_moves_one_latent_at_a_time_the_one_with_most_kl_first(run):
 
 
 def choose(run, count=1, images=None, digits=None):
-    return modes.choose_images(run[3]["test"], "test", count, images, digits)
+    return commands.choose_images(run[3]["test"], "test", count, images, digits)
 
 
 def test_without_a_choice_the_first_images_are_taken(run):
@@ -142,14 +145,14 @@ def test_without_a_choice_the_first_images_are_taken(run):
         ),
         (lambda run: choose(run, digits=[-1]), "no image labelled -1"),
         (
-            lambda run: modes.reconstruct(*run[:2], "", "tset", 1),
+            lambda run: commands.reconstruct(*run[:2], "", "tset", 1),
             "no split 'tset': this run has train, test, validation",
         ),
         (
-            lambda run: modes.reconstruct(*run[:2], "", "test", 101),
+            lambda run: commands.reconstruct(*run[:2], "", "test", 101),
             "--count is 101, but can be at most 100 for test",
         ),
-        (lambda run: modes.sample(run[0], "9", 3, 0), "no checkpoint '9'"),
+        (lambda run: commands.sample(run[0], "9", 3, 0), "no checkpoint '9'"),
     ],
 )
 def test_bad_choices(run, act, message):
@@ -163,7 +166,7 @@ def classified(tmp_path_factory):
     """A run of the classifier, and ten test images as files."""
     path = tmp_path_factory.mktemp("classifier")
     config = classifier.get_config("smoke").to_dict()
-    job = modes.build(config)
+    job = session.build(config)
     _, directory = run_job(job._replace(report=lambda *_: (dict, {})), config, path)
     image = job.dataset.splits["test"].image[:10]
     for i, pixels in enumerate(image[..., 0]):
@@ -185,7 +188,7 @@ def test_predict(classified):
     np.testing.assert_allclose(
         probability, vae_jax.load(str(path)).probabilities(image).max(1)
     )
-    rows = read_csv(modes.predict(str(path), "", str(path / "photos.npz")))
+    rows = read_csv(commands.predict(str(path), "", str(path / "photos.npz")))
     assert [row["file"] for row in rows] == [str(i) for i in range(10)]
     assert [int(row["label"]) for row in rows] == label.tolist()
     np.testing.assert_allclose(
@@ -201,18 +204,18 @@ def test_predict_a_folder_and_never_overwrite_other_predictions(classified):
     for old in (path / "generated").glob("*.csv"):
         old.unlink()
     for _ in range(2):  # the same again is no matter
-        rows = read_csv(modes.predict(str(path), "", name))
+        rows = read_csv(commands.predict(str(path), "", name))
     assert {row["file"]: int(row["label"]) for row in rows} == {
         f"{i % 2}/{i}.png": label[i] for i in range(10)
     }
     with pytest.raises(FileExistsError, match="holds other predictions: move it away"):
-        modes.predict(str(path), "", name + ".npz")
+        commands.predict(str(path), "", name + ".npz")
 
 
 def test_evaluate_a_classifier(classified):
     path, _, logged = classified
     config = classifier.get_config("smoke").to_dict()
-    found = modes.evaluate(str(path), config, "", "test")
+    found = commands.evaluate(str(path), config, "", "test")
     expected = {name: v for name, v in logged.items() if name.startswith("test")}
     assert found.items() >= expected.items()
     assert 0 <= found["expected calibration error"] <= 1
@@ -242,13 +245,13 @@ def test_bad_images_to_predict(classified, run, tmp_path):
         ("none", "there is no folder .*none"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
-            modes.predict(path, "", str(tmp_path / name))
+            commands.predict(path, "", str(tmp_path / name))
         assert "\n" not in str(error.value)
     with pytest.raises(
         ValueError, match="holds a classifier, but this mode needs a vae"
     ):
-        modes.sample(path, "", 3, 0)
+        commands.sample(path, "", 3, 0)
     with pytest.raises(
         ValueError, match="holds a vae, but this mode needs a classifier"
     ):
-        modes.predict(run[0], "", str(tmp_path))
+        commands.predict(run[0], "", str(tmp_path))

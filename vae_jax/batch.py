@@ -1,0 +1,55 @@
+"""Examples: a data set in memory, the batch of a step, and the noise that belongs to each example."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+
+class Split(NamedTuple):
+    image: UInt8[np.ndarray, "n height width channel"]
+    label: Int[np.ndarray, " n"]  # int32, -1 = unlabelled
+
+
+class Dataset(NamedTuple):
+    """A data set in memory. `splits` has "train", "test" and, where images are held out, "validation"."""
+
+    splits: dict[str, Split]
+    num_classes: int  # 0 = unlabelled
+    shuffle: bool
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.splits["train"].image.shape[1:]
+
+
+def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
+    """Positions of the first example of each label, at most ten; where all are unlabelled, of the first ten."""
+    if label.max() < 0:
+        return np.arange(min(10, len(label)))
+    return np.unique(label, return_index=True)[1][:10]
+
+
+class Batch(NamedTuple):
+    """Examples of one step."""
+
+    image: Float[Array, "batch height width channel"]  # in [0, 1]
+    label: Int[Array, " batch"]  # -1 = unlabelled
+    weight: Float[Array, " batch"]  # 0 = padding
+    index: Int[Array, " batch"]  # position in the data set
+
+
+def make_batch(
+    image: UInt8[Array, "batch height width channel"], label, weight, index
+) -> Batch:
+    """A batch of float images in [0, 1] from stored ones in 0..255."""
+    return Batch(image.astype(jnp.float32) / 255, label, weight, index)
+
+
+def example_keys(
+    key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]
+) -> Key[Array, " batch"]:
+    """One key an example, a pure function of (root key, step, example): the same however a batch is divided."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)

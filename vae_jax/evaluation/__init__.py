@@ -1,0 +1,1 @@
+"""Numbers about a trained model, each checked against a case where the answer is known."""

@@ -1,0 +1,36 @@
+"""How well a classifier's predictions and their confidence hold."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def expected_calibration_error(
+    confidence: Float[np.ndarray, " n"],
+    correct: Float[np.ndarray, " n"],
+    bins: int = 15,
+) -> float:
+    """How far confidence is from accuracy: sum over bins of |accuracy - mean confidence|, each times its share of the examples.
+
+    The bins ((i - 1) / bins, i / bins] are of equal width. Source: Guo et al. 2017, equation 3.
+    """
+    position = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(position, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def confusion_matrix(
+    label: Int[np.ndarray, " n"], prediction: Int[np.ndarray, " n"], num_classes: int
+) -> Int[np.ndarray, "label prediction"]:
+    """How many examples of each class (rows) were taken for each class (columns)."""
+    pairs = np.bincount(label * num_classes + prediction, minlength=num_classes**2)
+    return pairs.reshape(num_classes, num_classes)
+
+
+def class_accuracy(
+    confusion: Int[np.ndarray, "label prediction"],
+) -> Float[np.ndarray, " label"]:
+    """The share of each class's examples that were recognised; NaN for a class without examples."""
+    total = confusion.sum(axis=1)
+    return np.divide(
+        confusion.diagonal(), total, out=np.full(len(total), np.nan), where=total > 0
+    )

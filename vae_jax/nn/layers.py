@@ -1,0 +1,167 @@
+"""Layers, as Flax Linen modules: pure functions of their parameters."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from vae_jax.nn import convolution
+
+kernel_init = nn.initializers.glorot_uniform()
+
+
+@jax.custom_jvp
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """max(x, 0), with derivative 0 at 0 as `jax.nn.relu` has."""
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+    # The derivative reads the output, so that XLA never has to store the input.
+    y = relu(*primals)
+    return y, jnp.where(y > 0, tangents[0], 0)
+
+
+def add_bias(
+    x: Float[Array, "*place c"], bias: Float[Array, " c"]
+) -> Float[Array, "*place c"]:
+    """x + bias, in the type of x, but added in float32: a sum over all places in bfloat16 would ruin the bias's gradient."""
+    bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+class Conv(nn.Module):
+    """SAME convolution, or its transpose, with bias; parameters as `nn.Conv` and `nn.ConvTranspose` have them."""
+
+    features: int
+    stride: int
+    transpose: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c_in"]
+    ) -> Float[Array, "batch h_out w_out c_out"]:
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        apply = convolution.conv_transpose if self.transpose else convolution.conv
+        y = apply(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        return add_bias(y, bias)
+
+
+class Spread(nn.Module):
+    """The transposed convolution of a 1x1 map onto one of the kernel's size: a dense layer, and computed as one.
+
+    Its parameters are those of `nn.ConvTranspose`, whose kernel lies flipped.
+    """
+
+    size: tuple[int, int]
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, z: Float[Array, "batch c_in"]
+    ) -> Float[Array, "batch h w c_out"]:
+        kernel = self.param(
+            "kernel", kernel_init, (*self.size, z.shape[-1], self.features)
+        )
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        z, kernel = z.astype(self.dtype), kernel[::-1, ::-1].astype(self.dtype)
+        return add_bias(jnp.einsum("bz,hwzc->bhwc", z, kernel), bias)
+
+
+class WindowConv(nn.Module):
+    """`Conv` of stride 1 whose output comes in the 2x2 windows that a max pooling reads, as 4 adjacent vectors each.
+
+    It is one convolution of stride 2: a window sees 4x4 inputs, so its kernel is the 3x3 one at four places. On the CPU
+    that moves less than half the memory. The last row or column of an odd size is in no window, and left out.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c_in"]
+    ) -> Float[Array, "batch h_out w_out 4 c_out"]:
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = kernel.astype(self.dtype)
+        places = [
+            jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)))
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        wide = jnp.stack(places, axis=3).reshape(4, 4, x.shape[-1], -1)
+        height, width = (size // 2 for size in x.shape[1:3])
+        y = convolution.conv(x.astype(self.dtype), wide, stride=2)[:, :height, :width]
+        return add_bias(y.reshape(*y.shape[:3], 4, -1), bias)
+
+
+@jax.custom_jvp
+def window_extreme(
+    x: Float[Array, "batch h w window c"], largest: Bool[Array, " c"]
+) -> Float[Array, "batch h w c"]:
+    """The largest value of each window, or the smallest in channels where `largest` is false; ties share the gradient."""
+    return jnp.where(largest.reshape(1, 1, 1, -1), x.max(axis=3), x.min(axis=3))
+
+
+@window_extreme.defjvp
+def _window_extreme_jvp(primals, tangents):
+    # As JAX differentiates max, but with one comparison for both, and a selection where it multiplies.
+    x, y = primals[0], window_extreme(*primals)
+    hit = x == y[:, :, :, None]
+    count = hit.sum(axis=3).astype(x.dtype)
+    return y, jnp.where(hit, tangents[0], 0).sum(axis=3) / count
+
+
+class NormPool(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015); of an x in windows, then the maximum of each window.
+
+    Normalising is monotone in each channel, so the maximum is taken first, or the minimum where the scale is negative,
+    and a quarter of the values is left to normalise. Parameters and statistics are those of `nn.BatchNorm`.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch h w *window c"],
+        train: bool,
+        axis_name: str | None = None,
+    ) -> Float[Array, "batch h w c"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        stored_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+        if train:
+            exact = x.astype(jnp.float32)
+            mean, square = channel_mean(exact), channel_mean(exact * exact)
+            if axis_name is not None:
+                mean, square = lax.pmean((mean, square), axis_name)
+            var = jnp.maximum(square - mean**2, 0)
+            if not self.is_initializing():
+                stored_mean.value += (1 - self.momentum) * (mean - stored_mean.value)
+                stored_var.value += (1 - self.momentum) * (var - stored_var.value)
+        else:
+            mean, var = stored_mean.value, stored_var.value
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        if x.ndim == 5:
+            x = window_extreme(x, scale >= 0)
+        offset = (bias - mean * factor).reshape(1, 1, 1, -1)
+        return (x * factor.reshape(1, 1, 1, -1) + offset).astype(x.dtype)
+
+
+def channel_mean(x: Float[Array, "batch h w *window c"]) -> Float[Array, " c"]:
+    """The mean over all but channels, in two steps: XLA's CPU sums are slow where few channels are left."""
+    rows = x.reshape(math.prod(x.shape[:3]), -1)
+    return rows.mean(axis=0).reshape(-1, x.shape[-1]).mean(axis=0)

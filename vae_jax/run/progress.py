@@ -1,0 +1,69 @@
+"""What the terminal shows of a training."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line an epoch, at most one in `PAUSE` seconds.
+
+    Args:
+        images: how many a whole training takes.
+        epochs: how many these are.
+    """
+
+    PAUSE = 5.0
+
+    def __init__(self, images: int, epochs: int):
+        self._bar = tqdm(
+            total=images,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._left, self._epochs = images, epochs
+        self._started = self._printed = time.time()
+        self._done = 0
+        self._tested = ""
+
+    def skip(self, images: int) -> None:
+        """An earlier start has trained these images."""
+        self._left -= images
+        self._bar.update(images)
+        self._bar.unpause()
+
+    def note(self, text: str) -> None:
+        """A line for people, on stderr."""
+        self._bar.write(f"vae_jax: {text}", file=sys.stderr)
+
+    def update(self, images: int, epoch: int, loss: float) -> None:
+        """Some more training images are done; `epoch` counts from 1."""
+        self._done += images
+        self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.2f}{self._tested}", refresh=False)
+        self._bar.update(images)
+
+    def epoch_done(self, epoch: int, metrics: dict) -> None:
+        """An epoch ended with these metrics, `train/loss` and `test/loss` among them."""
+        text = f"epoch {epoch}/{self._epochs}  " + "  ".join(
+            f"{name} {value:.3f}"
+            for name, value in metrics.items()
+            if name.endswith("/loss")
+        )
+        self._tested = f", test {metrics['test/loss']:.2f}"
+        now = time.time()
+        if self._bar.disable and (
+            now - self._printed > self.PAUSE or epoch in (1, self._epochs)
+        ):
+            rate = self._done / (now - self._started)
+            print(
+                f"{text}  {rate:,.0f} images/s  {(self._left - self._done) / rate / 60:.1f} min left",
+                flush=True,
+            )
+            self._printed = now
+
+    def close(self) -> None:
+        self._bar.close()
