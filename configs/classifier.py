@@ -19,6 +19,7 @@ def get_config(variant: str = "default") -> ConfigDict:
             "seeds": 1,
             "epochs": 10,
             "batch_size": 128,
+            "best": "accuracy",
             "data": {
                 "name": "mnist",
                 "manual_dir": "",
@@ -53,7 +54,6 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "chunk": 20,
                 "save_every": 500,
                 "keep": 2,
-                "best": "accuracy",
                 "figures_every": 10,
                 "tensorboard": False,
                 "profile": False,

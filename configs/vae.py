@@ -19,6 +19,7 @@ def get_config(variant: str = "default") -> ConfigDict:
             "seeds": 1,
             "epochs": 50,
             "batch_size": 512,
+            "best": "loss",
             "data": {
                 "name": "mnist",
                 "manual_dir": "",
@@ -51,7 +52,6 @@ def get_config(variant: str = "default") -> ConfigDict:
                 "chunk": 20,
                 "save_every": 500,
                 "keep": 2,
-                "best": "loss",
                 "figures_every": 10,
                 "tensorboard": False,
                 "profile": False,

@@ -53,7 +53,8 @@ def slow(step):
             shape = jax.ShapeDtypeStruct((), np.float32)
             nothing = jax.experimental.io_callback(wait, shape, state.step)
             state, metrics = train_step(state, batch)
-            return state, metrics | {"loss": metrics["loss"] + nothing}
+            loss = metrics["loss"]
+            return state, metrics | {"loss": loss._replace(total=loss.total + nothing)}
 
         return slowed
 
@@ -78,7 +79,9 @@ def not_a_number(step, name):
                 weights = state.params, state.average
                 params, average = jax.tree.map(lambda leaf: leaf * jnp.nan, weights)
                 return state.replace(params=params, average=average), history
-            return state, history | {name: history[name] * jnp.nan}
+            return state, history | {
+                name: jax.tree.map(lambda leaf: leaf * jnp.nan, history[name])
+            }
 
         return broken if donate else call  # training alone gives its state away
 

@@ -71,7 +71,7 @@ def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split):
 def test_padding_is_inert(split):
     """Rows of weight 0 fill up the last batch; an objective that counts them shows that they are cut off."""
 
-    def objective(variables, batch, keys, train, axis_name=None):
+    def objective(variables, batch, keys, train, step, axis_name=None):
         return {
             "loss": batch.weight,
             "index": batch.index.astype(float),

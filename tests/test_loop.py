@@ -234,8 +234,8 @@ def test_a_profile_is_written(tmp_path):
 def test_a_number_that_is_not_finite_stops_with_its_step_and_name(tmp_path, bad_step):
     job, config = small_job(chunk=2)
 
-    def objective(variables, batch, keys, train, axis_name=None):
-        metrics, model_state = job.objective(variables, batch, keys, train)
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        metrics, model_state = job.objective(variables, batch, keys, train, step)
         # The gradient's noise differs at each step; find out which one this is from the first key.
         is_bad = jnp.any(jax.random.key_data(keys)[0] == bad_data) & train
         return metrics | {

@@ -57,7 +57,7 @@ def test_reparameterize_has_the_given_mean_and_deviation():
     keys = example_keys(ROOT, 0, jnp.arange(n))
     z = reparameterize(
         jnp.full((n, 2), 3.0), jnp.full((n, 2), np.log(4.0), jnp.float32), keys
-    )
+    )[0]
     np.testing.assert_allclose(z.mean(axis=0), 3.0, atol=5 * 2 / np.sqrt(n))
     np.testing.assert_allclose(z.std(axis=0), 2.0, rtol=0.02)
 
@@ -85,7 +85,7 @@ def linear_gaussian():
         return mean, jnp.broadcast_to(-jnp.log(precision), mean.shape)
 
     def decode(variables, z):
-        return (z @ w.T).reshape(-1, 2, 3, 1)
+        return (z @ w.T).reshape(*z.shape[:-1], 2, 3, 1)
 
     return encode, decode, jnp.asarray(x, jnp.float32).reshape(1, 2, 3, 1), log_p
 
@@ -104,6 +104,7 @@ def test_elbo_of_a_linear_gaussian_model_is_its_evidence_less_the_posterior_gap(
         batch,
         example_keys(ROOT, 0, batch.index),
         train=True,
+        step=0,
     )
     assert model_state == {}
     loss = metrics["loss"] + 6 / 2 * np.log(2 * np.pi)
@@ -118,7 +119,7 @@ def test_beta_weighs_the_kl():
     variables = {"shift": jnp.zeros((1, 2))}
     keys = example_keys(ROOT, 0, batch.index)
     metrics, _ = elbo(
-        variables, batch, keys, True, encode=encode, decode=decode, beta=3.0
+        variables, batch, keys, True, 0, encode=encode, decode=decode, beta=3.0
     )
     np.testing.assert_allclose(
         metrics["loss"], metrics["reconstruction"] + 3 * metrics["kl"], rtol=1e-6
@@ -129,10 +130,10 @@ def test_noise_belongs_to_the_example():
     index = jnp.array([7, 3, 3])
     keys = example_keys(ROOT, 5, index)
     zeros = jnp.zeros((3, 2))
-    z = reparameterize(zeros, zeros, keys)
+    z = reparameterize(zeros, zeros, keys)[0]
     np.testing.assert_array_equal(z[1], z[2])
     np.testing.assert_array_equal(
-        z[:1], reparameterize(zeros[:1], zeros[:1], example_keys(ROOT, 5, index[:1]))
+        z[:1], reparameterize(zeros[:1], zeros[:1], example_keys(ROOT, 5, index[:1]))[0]
     )
     assert not np.isin(z[0], z[1]).any()
     assert not np.isin(
@@ -167,7 +168,7 @@ def test_cross_entropy_in_evaluation():
     keys = example_keys(ROOT, 0, batch.index)
     fields = {"label_smoothing": 0.3, "shift": 2, "rotation": 90.0}
     metrics, state = cross_entropy(
-        KERNEL, batch, keys, False, "devices", apply=linear, **fields
+        KERNEL, batch, keys, False, None, "devices", apply=linear, **fields
     )
     p, label = numpy_probabilities(batch), np.asarray(batch.label)
     np.testing.assert_allclose(metrics["loss"], -np.log(p[range(5), label]), rtol=1e-5)
@@ -185,7 +186,7 @@ def test_label_smoothing(smoothing):
     batch = labelled_batch()
     keys = example_keys(ROOT, 0, batch.index)
     metrics, _ = cross_entropy(
-        KERNEL, batch, keys, True, apply=linear, label_smoothing=smoothing
+        KERNEL, batch, keys, True, 0, apply=linear, label_smoothing=smoothing
     )
     log_p = np.log(numpy_probabilities(batch))
     likelihood = log_p[range(5), np.asarray(batch.label)]
@@ -199,7 +200,7 @@ def test_training_sees_the_augmented_images():
 
     def seen(**fields):
         keys = example_keys(ROOT, 0, batch.index)
-        _, state = cross_entropy(KERNEL, batch, keys, True, apply=linear, **fields)
+        _, state = cross_entropy(KERNEL, batch, keys, True, 0, apply=linear, **fields)
         return state["image"]
 
     keys = example_keys(ROOT, 0, batch.index)

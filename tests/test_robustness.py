@@ -31,7 +31,7 @@ FLAGS = [
     "--config.model.encoder_features=4,4",
     "--config.model.decoder_features=4,4",
     "--config.optimizer.average=0.9",
-    "--config.run.best=kl",
+    "--config.best=kl",
     "--config.run.chunk=1",
     "--config.run.figures_every=100",
 ]

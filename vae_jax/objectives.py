@@ -2,10 +2,11 @@
 
 An objective is a pure function
 
-    objective(variables, batch, keys, train, axis_name=None) -> (metrics, model_state)
+    objective(variables, batch, keys, train, step, axis_name=None) -> (metrics, model_state)
 
-where metrics is a dict of `[batch]` arrays, of which `metrics["loss"]` is differentiated. Steps and evaluation reduce
-them; nothing here does.
+`metrics` is a dict of `[batch]` arrays, and `metrics["loss"]` is minimised. A metric that counts some examples more than
+others is a pair `(value, weight)` of such arrays. `step` is None in evaluation: schedules then stand at their end.
+Steps and evaluation reduce the metrics; an objective never does.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,18 @@ def reparameterize(
     mean: Float[Array, "batch latent"],
     logvar: Float[Array, "batch latent"],
     keys: Key[Array, " batch"],
-) -> Float[Array, "batch latent"]:
-    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1) (Kingma & Welling 2013, section 2.4; the post, Figure 2)."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], mean.dtype))(
-        keys
-    )
-    return mean + jnp.exp(logvar / 2) * noise
+    samples: int = 1,
+) -> Float[Array, "samples batch latent"]:
+    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), drawn `samples` times.
+
+    Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
+    """
+
+    def draw(key):
+        return jax.random.normal(key, (samples, *mean.shape[1:]), mean.dtype)
+
+    noise = jax.vmap(draw, out_axes=1)(keys)
+    return mean[None] + jnp.exp(logvar / 2)[None] * noise
 
 
 def kl_to_standard_normal(
@@ -42,10 +49,12 @@ def kl_to_standard_normal(
 
 
 def half_squared_error(
-    image: Float[Array, "batch ..."], mean: Float[Array, "batch ..."]
-) -> Float[Array, " batch"]:
+    image: Float[Array, "batch height width channel"],
+    mean: Float[Array, "*samples batch height width channel"],
+) -> Float[Array, "*samples batch"]:
     """1/2 sum((image - mean)^2) over pixels: -log N(image; mean, 1) less its constant D/2 ln(2 pi), in nats."""
-    return 0.5 * jnp.sum((image - mean) ** 2, axis=tuple(range(1, image.ndim)))
+    image = image.reshape((1,) * (mean.ndim - 4) + image.shape)
+    return 0.5 * jnp.sum((image - mean) ** 2, axis=(-3, -2, -1))
 
 
 def elbo(
@@ -53,6 +62,7 @@ def elbo(
     batch: Batch,
     keys: Key[Array, " batch"],
     train: bool,
+    step: Int[Array, ""] | int | None,
     axis_name: str | None = None,
     *,
     encode: Callable,
@@ -65,16 +75,16 @@ def elbo(
 
     Args:
         encode: (variables, image) -> (mean, logvar), each [batch, latent].
-        decode: (variables, z) -> the mean of p(x | z), of the image's shape.
+        decode: (variables, z) -> the mean of p(x | z), of the image's shape; z may have leading axes.
         beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
 
     Returns:
         `loss`, `reconstruction` and `kl` of each example, in nats; and no model state.
     """
-    del train, axis_name
+    del train, step, axis_name
     mean, logvar = encode(variables, batch.image)
     z = reparameterize(mean, logvar, keys)
-    reconstruction = half_squared_error(batch.image, decode(variables, z))
+    reconstruction = half_squared_error(batch.image, decode(variables, z)).mean(axis=0)
     kl = kl_to_standard_normal(mean, logvar)
     return {
         "loss": reconstruction + beta * kl,
@@ -88,6 +98,7 @@ def cross_entropy(
     batch: Batch,
     keys: Key[Array, " batch"],
     train: bool,
+    step: Int[Array, ""] | int | None,
     axis_name: str | None = None,
     *,
     apply: Callable,
@@ -111,6 +122,7 @@ def cross_entropy(
         `loss` and `accuracy` of each example, in evaluation also the `prediction` and its probability, `confidence`; and
         the model state.
     """
+    del step
     image = augment(batch.image, keys, shift, rotation) if train else batch.image
     logits, model_state = apply(variables, image, train, axis_name)
     log_p = jax.nn.log_softmax(logits)

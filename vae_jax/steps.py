@@ -1,14 +1,14 @@
 """One step of training and of evaluation: pure functions, neither jitted nor mapped, for any objective."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from vae_jax.batch import Batch, example_keys
 
@@ -36,6 +36,26 @@ class TrainState:
     def published(self) -> dict:
         """What is evaluated, and saved for inference."""
         return self.variables if self.average is None else self.average
+
+
+class Total(NamedTuple):
+    """A metric's weighted sum over examples, and the sum of the weights."""
+
+    total: Any  # float32
+    weight: Any  # float32
+
+    @property
+    def mean(self):
+        """The weighted mean."""
+        return self.total / self.weight
+
+
+def total(value: Any, weight: Float[Array, " batch"]) -> Total:
+    """The sum of a metric, `value` or `(value, own weight)`, over the examples of a batch."""
+    if isinstance(value, tuple):
+        value, own = value
+        weight = weight * own
+    return Total(jnp.sum(weight * value), jnp.sum(weight))
 
 
 def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
@@ -70,8 +90,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
-    Metrics are the weighted means of the objective's, and `grad_norm`. Under `pmap`, `vmap` or
-    `shard_map(check_vma=False)` give `axis_name`: sums and gradients are then added over that axis before they are divided by the summed weight.
+    Metrics are the `Total`s of the objective's metrics over the batch, and of `grad_norm`: `metrics["loss"].mean` is the
+    mean loss. Under `pmap`, `vmap` or `shard_map(check_vma=False)` give `axis_name`: gradients and totals are then summed
+    over that axis before the gradients are divided by the summed weight.
 
     With `average` above 0, `state.average` is the exponential moving average of the variables (Polyak & Juditsky 1992),
     average <- d average + (1 - d) variables with d = min(average, (1 + t) / (10 + t)) at the t-th step, so that it forgets where it began.
@@ -83,24 +104,21 @@ def make_train_step(
         def summed_loss(params):
             variables = {"params": params, **state.model_state}
             metrics, model_state = objective(
-                variables, batch, keys, train=True, axis_name=axis_name
+                variables, batch, keys, True, state.step, axis_name
             )
             return jnp.sum(batch.weight * metrics["loss"]), (metrics, model_state)
 
         grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(
             state.params
         )
-        metrics = {
-            name: jnp.sum(batch.weight * value) for name, value in metrics.items()
-        }
-        weight = jnp.sum(batch.weight)
+        metrics = {name: total(value, batch.weight) for name, value in metrics.items()}
         if axis_name is not None:
-            grads, metrics, weight = lax.psum((grads, metrics, weight), axis_name)
-        grads, metrics = jax.tree.map(lambda total: total / weight, (grads, metrics))
+            grads, metrics = lax.psum((grads, metrics), axis_name)
+        grads = jax.tree.map(lambda leaf: leaf / metrics["loss"].weight, grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["grad_norm"] = Total(optax.tree.norm(grads), jnp.ones(()))
         state = state.replace(
             step=state.step + 1,
             params=params,
@@ -133,7 +151,7 @@ def make_eval_step(
 
     def eval_step(variables, batch, key):
         keys = example_keys(key, PURPOSES["evaluation"], batch.index)
-        metrics, _ = objective(variables, batch, keys, train=False)
+        metrics, _ = objective(variables, batch, keys, False, None)
         return metrics
 
     return eval_step

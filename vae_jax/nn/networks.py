@@ -91,7 +91,8 @@ class VAE(nn.Module):
         return self.encoder(image)
 
     def decode(self, z):
-        return self.decoder(z)
+        image = self.decoder(z.reshape(-1, z.shape[-1]))
+        return image.reshape(*z.shape[:-1], *self.image_shape)
 
     def __call__(self, image):
         return self.decode(self.encode(image)[0])

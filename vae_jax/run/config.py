@@ -106,14 +106,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
 
-    Left out is what a run may change as it continues: section `run` but for `best`, `data.manual_dir`, and more epochs
+    Left out is what a run may change as it continues: section `run`, `data.manual_dir`, and more epochs
     where the optimizer does not depend on their number.
     """
     old, new = flatten(stored), flatten(config)
     for fields_ in (old, new):
         for name in [*fields_]:
-            free = name.startswith("run.") and name != "run.best"
-            if free or name == "data.manual_dir":
+            if name.startswith("run.") or name == "data.manual_dir":
                 del fields_[name]
     if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
         old["epochs"] = max(old["epochs"], new["epochs"])

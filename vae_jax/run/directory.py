@@ -25,7 +25,9 @@ from vae_jax.run.files import (
 )
 
 FIELDS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
-FIELDS |= dict.fromkeys(("epochs", "seed", "seeds"), int)  # of a config.json
+FIELDS |= dict.fromkeys(("epochs", "seed", "seeds"), int) | {
+    "best": str
+}  # of a config.json
 BEGINNING = {"lock", "config.tmp"}  # all that a run killed in its first moment leaves
 LARGEST = 1e300  # in metrics.jsonl; this refuses NaN and infinity too
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -19,6 +19,7 @@ def make_evaluate(
     split: Split,
     map_seeds: Callable = lambda function, seeded: function,
     batch_size: int = BATCH_SIZE,
+    decodes_per_example: int = 1,
     devices: Devices | None = None,
 ) -> Callable[[dict, Key[Array, "..."]], dict]:
     """`evaluate(variables, key) -> {name: [n] array}` on the host, for every example of the split.
@@ -29,6 +30,7 @@ def make_evaluate(
     """
     devices = devices or Devices(1)
     size = len(split.label)
+    batch_size = max(1, batch_size // decodes_per_example)
     batch_size = min(batch_size, -(-size // devices.count))
     batches = -(-size // (batch_size * devices.count))
     index = np.arange(devices.count * batches * batch_size)
@@ -46,15 +48,13 @@ def make_evaluate(
                 variables, make_batch(image[rows], label[rows], weight, rows), key
             )
 
-        arrays = {
-            name: values.reshape(-1, *values.shape[2:])
-            for name, values in lax.map(
-                one_batch, (index[shard], weight[shard])
-            ).items()
-        }
+        arrays = jax.tree.map(
+            lambda values: values.reshape(-1, *values.shape[2:]),
+            lax.map(one_batch, (index[shard], weight[shard])),
+        )
         if devices.axis_name is not None:
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
-        return {name: values[:size] for name, values in arrays.items()}
+        return jax.tree.map(lambda values: values[:size], arrays)
 
     run = devices.compile(map_seeds(run, 2))
 

@@ -26,7 +26,6 @@ from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import (
     combine_seeds,
     map_seeds,
-    mean_metrics,
     over_seeds,
     root_keys,
 )
@@ -43,8 +42,6 @@ class RunOptions:
         chunk: training steps in one call of the compiled program, and in one row of metrics.jsonl.
         save_every: training steps between two checkpoints; there is one at the end too, and at each best epoch.
         keep: how many of the latest checkpoints are kept, beside the best one.
-        best: the validation metric that marks the best checkpoint, where data.validation holds images out: of accuracy
-            the highest, of all others the lowest. A run cannot change it as it continues.
         figures_every: epochs between two drawings of the figures; they are drawn after the first and last epoch too.
         tensorboard: also write the metrics for TensorBoard.
         profile: write a trace of three chunks into the run directory, for TensorBoard or Perfetto.
@@ -54,7 +51,6 @@ class RunOptions:
     chunk: int = 20
     save_every: int = 500
     keep: int = 2
-    best: str = "loss"
     figures_every: int = 10
     tensorboard: bool = False
     profile: bool = False
@@ -82,6 +78,7 @@ class Job(NamedTuple):
     optimizer: optax.GradientTransformation
     average: float
     report: Callable  # (variables, {split: per-example arrays}, history) -> (() -> {name: Figure}, {name: number})
+    metric: str  # of the validation images, which marks the best checkpoint
     about: dict  # what a checkpoint says of itself
     run: RunOptions
 
@@ -98,7 +95,7 @@ class Job(NamedTuple):
     def best(self) -> str | None:
         """The metric that marks the best checkpoint."""
         held_out = "validation" in self.dataset.splits
-        return f"validation/{self.run.best}" if held_out else None
+        return f"validation/{self.metric}" if held_out else None
 
     def map_seeds(self, function: Callable, seeded: int) -> Callable:
         """`function` as it is for one seed; for several as `map_seeds` makes it."""
@@ -149,7 +146,7 @@ class Job(NamedTuple):
 def make_run_chunk(
     train_step: Callable, batch_size: int, chunk: int, shards: int = 1
 ) -> Callable:
-    """`run_chunk(state, order, first, count, image, label, shard=0) -> (state, {name: [chunk] array})`, to be jitted.
+    """`run_chunk(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
 
     Runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, at most `chunk`,
     may differ from call to call of one compiled program. Of each batch it takes the share `shard`, of `shards` equal
@@ -168,15 +165,13 @@ def make_run_chunk(
             state, metrics = train_step(
                 state, make_batch(image[rows], label[rows], weight, rows)
             )
-            return state, {
-                name: history[name].at[i].set(value) for name, value in metrics.items()
-            }
+            return state, jax.tree.map(
+                lambda values, value: values.at[i].set(value), history, metrics
+            )
 
         batch = make_batch(image[:share], label[:share], weight, order[:share])
         shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
-        history = {
-            name: jnp.zeros(chunk, shape.dtype) for name, shape in shapes.items()
-        }
+        history = jax.tree.map(lambda leaf: jnp.zeros(chunk, leaf.dtype), shapes)
         return lax.fori_loop(0, count, one_step, (state, history))
 
     return run_chunk
@@ -240,17 +235,24 @@ def train(
     def read(end, count, history):
         """Bring a chunk's metrics to the host; this waits until the device has come so far."""
         history = {
-            f"train/{name}": np.asarray(values)[..., :count].reshape(-1, count).mean(0)
+            f"train/{name}": tuple(
+                np.float64(part)[..., :count].reshape(-1, count).sum(axis=0)
+                for part in values
+            )
             for name, values in jax.device_get(history).items()
         }
-        finite = np.isfinite(list(history.values())).all(axis=0)
+        finite = np.isfinite([total for total, _ in history.values()]).all(axis=0)
         if not finite.all():  # name the first bad step, not the mean over the chunk
             bad = int(np.argmin(finite))
             log(
                 end - count + bad + 1,
-                {name: float(values[bad]) for name, values in history.items()},
+                {name: float(total[bad]) for name, (total, _) in history.items()},
             )
-        means = mean_metrics(history)
+        means = {
+            name: float(total.sum() / weight.sum())
+            for name, (total, weight) in history.items()
+            if weight.sum() > 0
+        }
         log(end, means)
         epoch = (end - 1) // per_epoch + 1
         progress.update(count * images_per_step, epoch, means["train/loss"])

@@ -1,6 +1,7 @@
 """Several seeds trained in one program: mapping over them, and their mean with its interval."""
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import jax
 import numpy as np
@@ -30,25 +31,33 @@ def map_seeds(function: Callable, seeded: int) -> Callable:
     return mapped
 
 
-def mean_metrics(arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """The mean of each array over the examples. Whole numbers, such as predicted classes, are no metrics."""
-    return {
-        name: float(values.mean(dtype=np.float64))
-        for name, values in arrays.items()
-        if not np.issubdtype(values.dtype, np.integer)
-    }
+def mean_metrics(arrays: dict) -> dict[str, float]:
+    """The mean of each metric over the examples; of a pair `(value, weight)` the weighted mean.
+
+    A metric whose weights are all 0 is left out. Integers, such as predicted classes, are no metrics.
+    """
+    means = {}
+    for name, values in arrays.items():
+        if isinstance(values, tuple):
+            values, weight = (np.float64(part) for part in values)
+            if weight.sum() > 0:
+                means[name] = float((values * weight).sum() / weight.sum())
+        elif not np.issubdtype(values.dtype, np.integer):
+            means[name] = float(values.mean(dtype=np.float64))
+    return means
 
 
-def over_seeds(arrays: dict[str, np.ndarray], first_seed: int) -> dict[str, float]:
+def over_seeds(arrays: dict, first_seed: int) -> dict[str, float]:
     """`mean_metrics` of [n] arrays; of [seeds, n] arrays also each seed's, and the half-width of the mean's 95 % interval.
 
     The interval is Student's; beside `loss` there are then `loss/interval`, `loss/seed0`, ...
     """
-    if next(iter(arrays.values())).ndim == 1:
+    leaves = jax.tree.leaves(arrays)
+    if leaves[0].ndim == 1:
         return mean_metrics(arrays)
+    seeds = range(len(leaves[0]))
     return combine_seeds(
-        [mean_metrics(dict(zip(arrays, row))) for row in zip(*arrays.values())],
-        first_seed,
+        [mean_metrics(jax.tree.map(itemgetter(i), arrays)) for i in seeds], first_seed
     )
 
 

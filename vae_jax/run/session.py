@@ -47,9 +47,9 @@ def build(config: Mapping[str, Any]) -> Job:
     """
     job = bind("", make_job, config)()
     check_model_fits(job, jax.local_devices()[0])
-    if job.run.best not in (known := metric_names(job)):
+    if job.metric not in (known := metric_names(job)):
         raise ValueError(
-            f"unknown metric run.best {job.run.best!r}: {nearest(job.run.best, known)}"
+            f"unknown metric best {job.metric!r}: {nearest(job.metric, known)}"
         )
     return job._replace(about=job.about | {"config": config})
 
@@ -60,6 +60,7 @@ def make_job(
     seeds: int,
     epochs: int,
     batch_size: int,
+    best: str,
     data: Mapping,
     model: Mapping,
     objective: Mapping,
@@ -73,6 +74,8 @@ def make_job(
         seeds: how many seeds, from `seed` on, are trained together in one program.
         epochs: passes over the training images.
         batch_size: images in one training step.
+        best: the validation metric that marks the best checkpoint, where data.validation holds images out. A run cannot
+            change it as it continues.
     """
     for name, value in [
         ("seeds", seeds),
@@ -129,6 +132,7 @@ def make_job(
             "num_classes": dataset.num_classes,
             "data": fingerprint(dataset),
         },
+        metric=best,
         run=options,
     )
 
