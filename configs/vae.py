@@ -9,64 +9,14 @@ python -m vae_jax.main --config=configs/vae.py:pooling  what the post says fails
 python -m vae_jax.main --config=configs/vae.py:smoke    two steps on the bundled digits, for tests
 """
 
-from ml_collections import ConfigDict
+from vae_jax.run.config import make_config
 
 
-def get_config(variant: str = "default") -> ConfigDict:
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "seeds": 1,
-            "epochs": 50,
-            "batch_size": 512,
-            "best": "loss",
-            "data": {
-                "name": "mnist",
-                "manual_dir": "",
-                "validation": 0,
-                "shuffle": True,
-            },
-            "model": {
-                "name": "vae",
-                "latent_dim": 20,
-                "encoder_features": (32, 64),
-                "decoder_features": (64, 32),
-                "pooling": False,
-                "precision": "float32",
-            },
-            "objective": {"name": "elbo", "beta": 1.0},
-            "optimizer": {
-                "name": "adam",
-                "learning_rate": 0.001,
-                "base_batch_size": 0,
-                "scaling": "sqrt",
-                "schedule": "constant",
-                "warmup": 0.0,
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "average": 0.0,
-            },
-            "run": {
-                "chunk": 20,
-                "save_every": 500,
-                "keep": 2,
-                "figures_every": 10,
-                "tensorboard": False,
-                "profile": False,
-                "compilation_cache": True,
-            },
-        }
-    )
-    if variant not in VARIANTS:
-        raise ValueError(
-            f"configs/vae.py has no variant {variant!r}: there are {', '.join(VARIANTS)}"
-        )
-    config.update_from_flattened_dict(VARIANTS[variant])
-    return config
+def get_config(variant: str = "default"):
+    return make_config("vae", BASE, VARIANTS, variant)
 
 
+BASE = {"epochs": 50, "batch_size": 512, "best": "bound"}
 VARIANTS = {
     "default": {},
     "matlab": {"data.shuffle": False},

@@ -1,4 +1,4 @@
-"""Examples: a data set in memory, the batch of a step, and the noise that belongs to each example."""
+"""Examples: a data set in memory, the batch of one step, and the noise that belongs to each example."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 
 class Split(NamedTuple):
+    """Images and labels of one part of a data set, on the host."""
+
     image: UInt8[np.ndarray, "n height width channel"]
     label: Int[np.ndarray, " n"]  # int32, -1 = unlabelled
 
@@ -25,15 +27,8 @@ class Dataset(NamedTuple):
         return self.splits["train"].image.shape[1:]
 
 
-def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
-    """Positions of the first example of each label, at most ten; where all are unlabelled, of the first ten."""
-    if label.max() < 0:
-        return np.arange(min(10, len(label)))
-    return np.unique(label, return_index=True)[1][:10]
-
-
 class Batch(NamedTuple):
-    """Examples of one step."""
+    """The examples of one step."""
 
     image: Float[Array, "batch height width channel"]  # in [0, 1]
     label: Int[Array, " batch"]  # -1 = unlabelled
@@ -44,12 +39,19 @@ class Batch(NamedTuple):
 def make_batch(
     image: UInt8[Array, "batch height width channel"], label, weight, index
 ) -> Batch:
-    """A batch of float images in [0, 1] from stored ones in 0..255."""
+    """A batch of float images in [0, 1] from stored bytes in 0..255."""
     return Batch(image.astype(jnp.float32) / 255, label, weight, index)
+
+
+def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
+    """Positions of the first example of each label, at most ten; of the first ten examples if all are unlabelled."""
+    if label.max() < 0:
+        return np.arange(min(10, len(label)))
+    return np.unique(label, return_index=True)[1][:10]
 
 
 def example_keys(
     key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]
 ) -> Key[Array, " batch"]:
-    """One key an example, a pure function of (root key, step, example): the same however a batch is divided."""
+    """One key per example, a pure function of (root key, step, index): dividing a batch does not change its noise."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)

@@ -1,86 +1,102 @@
-"""Arrays -> matplotlib Figures; nothing here shows or saves one."""
+"""Arrays -> Matplotlib figures; nothing here shows or saves one, and importing it does not import Matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-TRAIN, TEST, YARDSTICK = "#8fb3d9", "#1b4f8a", "#a04000"
-ELBO_PANELS = {
-    "loss": "loss = reconstruction + KL",
-    "reconstruction": "half squared error",
-    "kl": "KL from the prior",
-}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAIN, TEST, BASELINE = "#8fb3d9", "#1b4f8a", "#a04000"
 LARGEST_COUNTED = 25  # classes; for more, counts would be too small to read
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def whole_numbers(**options):
+    """Axis ticks at integers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True, **options)
 
 
 def training_curve(
     history: Sequence[dict],
-    yardsticks: dict[str, float],
+    baselines: Mapping[str, float],
     title: str,
-    panels: Mapping[str, str] = ELBO_PANELS,
+    panels: Mapping[str, str],
     loss_scale: str = "linear",
-) -> Figure:
-    """Loss of training and test over the epochs beside other metrics, such as its two parts (the post's Figure 3).
+) -> "Figure":
+    """The loss of training and test over the epochs, beside other metrics such as its parts (the post's Figure 3).
 
     Args:
         history: rows as in metrics.jsonl: `epoch`, and `train/loss`, `test/loss`, ... where known.
-        yardsticks: losses drawn as dashed lines under their names.
-        panels: the metrics, `loss` first, and the title of each one's panel.
+        baselines: losses drawn as dashed lines under their names.
+        panels: the metrics, "loss" first, and the title of each one's panel.
         loss_scale: "linear" or "log".
     """
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = new_figure(12, 4.5)
     others = [name for name in panels if name != "loss"]
     axes = figure.subplot_mosaic([["loss"] * len(others) + others])
     axes["loss"].set_yscale(loss_scale)
     for name, ax in axes.items():
-        curves = {}
-        for split in ("train", "test"):
-            rows = [row for row in history if f"{split}/{name}" in row]
-            curves[split] = np.array(
-                [[row["epoch"], row[f"{split}/{name}"]] for row in rows]
-            ).reshape(-1, 2)
-        ax.plot(*curves["train"].T, color=TRAIN, label="training, as it ran")
-        ax.plot(
-            *curves["test"].T,
-            color=TEST,
-            label="test",
-            marker="o" if len(curves["test"]) < 20 else None,
-        )
-        ax.set_xlabel("epoch")
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_yscale() == "log":
-            continue
-        # The first steps tower above everything else: show what comes after them.
-        values = np.concatenate(
-            [curves["test"][:, 1], curves["train"][len(curves["train"]) // 20 :, 1]]
-        )
-        if name == "loss":
-            values = np.concatenate([values, list(yardsticks.values())])
-        low, high = values.min(), values.max()
-        ax.set_ylim(low - 0.06 * (high - low + 1e-3), high + 0.06 * (high - low + 1e-3))
-    for label, value in yardsticks.items():
-        axes["loss"].axhline(value, color=YARDSTICK, linestyle="--", linewidth=1)
-        place = {
-            "xy": (1, value),
-            "xycoords": ("axes fraction", "data"),
-            "xytext": (-4, 3),
-            "textcoords": "offset points",
-        }
-        axes["loss"].annotate(
-            f"{label}: {value:.2f}", **place, ha="right", color=YARDSTICK, fontsize=9
-        )
-    for name, ax in axes.items():
+        train, test = (_curve(history, f"{part}/{name}") for part in ("train", "test"))
+        _draw_curves(ax, train, test)
         ax.set_title(panels[name])
-    axes["loss"].set_ylabel("nats an image")
+        if ax.get_yscale() != "log":
+            # The first steps tower above everything else: show what comes after them.
+            shown = [*test[:, 1], *train[len(train) // 20 :, 1]]
+            _limit(ax, shown + (list(baselines.values()) if name == "loss" else []))
+    _draw_baselines(axes["loss"], baselines)
+    axes["loss"].set_ylabel("nats per image")
     axes["loss"].legend(frameon=False)
     figure.suptitle(title)
     return figure
+
+
+def _curve(history, metric) -> np.ndarray:
+    """Epochs and values of the rows that have the metric, [rows, 2]."""
+    rows = [[row["epoch"], row[metric]] for row in history if metric in row]
+    return np.array(rows).reshape(-1, 2)
+
+
+def _draw_curves(ax, train, test):
+    ax.plot(*train.T, color=TRAIN, label="training, during the epoch")
+    marker = "o" if len(test) < 20 else None
+    ax.plot(*test.T, color=TEST, label="test", marker=marker)
+    ax.set_xlabel("epoch")
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(whole_numbers(steps=[1, 2, 5, 10]))
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _limit(ax, values):
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low + 1e-3)
+    ax.set_ylim(low - margin, high + margin)
+
+
+def _draw_baselines(ax, baselines):
+    for name, value in baselines.items():
+        ax.axhline(value, color=BASELINE, linestyle="--", linewidth=1)
+        ax.annotate(
+            f"{name}: {value:.2f}",
+            xy=(1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            color=BASELINE,
+            fontsize=9,
+        )
 
 
 def reconstructions(
@@ -88,13 +104,11 @@ def reconstructions(
     reconstruction: Float[np.ndarray, "n height width channel"],
     label: Int[np.ndarray, " n"],
     title: str,
-) -> Figure:
+) -> "Figure":
     """Each image above its reconstruction (the post's Figure 4), ten side by side."""
     columns = min(10, len(image))
     rows = -(-len(image) // columns)
-    figure = Figure(
-        figsize=(1.1 * columns + 0.9, 2.4 * rows + 0.5), layout="constrained"
-    )
+    figure = new_figure(1.1 * columns + 0.9, 2.4 * rows + 0.5)
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -117,12 +131,10 @@ def image_rows(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     title: str,
-) -> Figure:
+) -> "Figure":
     """Images in labelled rows and columns."""
     rows, columns = image.shape[:2]
-    figure = Figure(
-        figsize=(0.75 * columns + 1.5, 0.75 * rows + 1), layout="constrained"
-    )
+    figure = new_figure(0.75 * columns + 1.5, 0.75 * rows + 1)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         for column in range(columns):
@@ -152,21 +164,21 @@ def mosaic(
 
 def image_grid(
     image: Float[np.ndarray, "n height width channel"], title: str
-) -> Figure:
+) -> "Figure":
     """Images side by side in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)
-    figure = Figure(figsize=(7, 7 * rows / columns + 0.5), layout="constrained")
+    figure = new_figure(7, 7 * rows / columns + 0.5)
     show_image(figure.subplots(), mosaic(image, columns, margin=1, fill=0.5))
     figure.suptitle(title)
     return figure
 
 
-def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> Figure:
+def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figure":
     """The counts of each label (rows) and prediction (columns). Only the errors are coloured, and so seen beside the many hits."""
     classes = len(counts)
     errors = counts - np.diag(counts.diagonal())
-    figure = Figure(figsize=(8.2, 7.4), layout="constrained")
+    figure = new_figure(8.2, 7.4)
     ax = figure.subplots()
     shown = np.ma.masked_array(errors, np.eye(classes, dtype=bool))
     image = ax.imshow(shown, cmap="Oranges", vmin=0, vmax=max(errors.max(), 1))
@@ -183,7 +195,7 @@ def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> Figure
     ax.set(xlabel="predicted", ylabel="label")
     ax.spines[:].set_visible(False)
     bar = figure.colorbar(image, shrink=0.6, label="errors")
-    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar.ax.yaxis.set_major_locator(whole_numbers())
     bar.outline.set_visible(False)
     figure.suptitle(f"{title}\n{errors.sum():,} errors in {counts.sum():,} images")
     return figure
@@ -195,11 +207,11 @@ def mistakes(
     prediction: Int[np.ndarray, " n"],
     confidence: Float[np.ndarray, " n"],
     title: str,
-) -> Figure:
+) -> "Figure":
     """Misclassified images in the given order, each under its label, prediction and the prediction's probability."""
     columns = 6
     rows = max(-(-len(image) // columns), 1)
-    figure = Figure(figsize=(1.75 * columns, 2.15 * rows + 0.6), layout="constrained")
+    figure = new_figure(1.75 * columns, 2.15 * rows + 0.6)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()

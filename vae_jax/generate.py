@@ -1,28 +1,32 @@
-"""Images made by a trained model. `encode` and `decode` are (variables, array) -> ..., as in `objectives.elbo`."""
-
-from collections.abc import Callable
+"""Images made by a trained model, as pure functions of its variables."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from vae_jax.families import Model
+
+
+def decode(
+    model: Model, variables: dict, z: Float[Array, "*samples latent"]
+) -> Float[Array, "*samples height width channel"]:
+    """The mean image of p(x | z), in [0, 1]."""
+    return model.likelihood.mean(variables, model.decode_raw(variables, z))
+
 
 def reconstruct(
-    encode: Callable,
-    decode: Callable,
-    variables: dict,
-    image: Float[Array, "batch height width channel"],
+    model: Model, variables: dict, image: Float[Array, "batch height width channel"]
 ) -> Float[Array, "batch height width channel"]:
-    """decode(mean of q(z | image)), in [0, 1]."""
-    mean, _ = encode(variables, image)
-    return decode(variables, mean)
+    """decode(mean of q(z | image))."""
+    mean, _ = model.encode(variables, image)
+    return decode(model, variables, mean)
 
 
-def prior(
-    key: Key[Array, ""], count: int, latent_dim: int
-) -> Float[Array, "count latent_dim"]:
-    """Draws z ~ N(0, 1)."""
-    return jax.random.normal(key, (count, latent_dim))
+def sample(
+    model: Model, variables: dict, key: Key[Array, ""], count: int
+) -> Float[Array, "count height width channel"]:
+    """decode(z) of `count` draws z ~ p(z)."""
+    return decode(model, variables, model.prior.sample(variables, key, count))
 
 
 def perturb(

@@ -1,4 +1,4 @@
-"""What is minimised, per example, in nats.
+"""The equations of the objectives, per example and in nats; `families/` composes them.
 
 An objective is a pure function
 
@@ -9,15 +9,27 @@ others is a pair `(value, weight)` of such arrays. `step` is None in evaluation:
 Steps and evaluation reduce the metrics; an objective never does.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from vae_jax.augment import augment
 from vae_jax.batch import Batch
+
+
+class Objective(Protocol):
+    """What a family's `make_objective` returns; see the module's docstring."""
+
+    def __call__(
+        self,
+        variables: Any,
+        batch: Batch,
+        keys: Key[Array, " batch"],
+        train: bool,
+        step: Int[Array, ""] | int | None,
+        axis_name: str | None = None,
+    ) -> tuple[dict[str, Any], dict]: ...
 
 
 def reparameterize(
@@ -26,7 +38,7 @@ def reparameterize(
     keys: Key[Array, " batch"],
     samples: int = 1,
 ) -> Float[Array, "samples batch latent"]:
-    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), drawn `samples` times.
+    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), drawn `samples` times from each example's key.
 
     Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
     """
@@ -38,105 +50,29 @@ def reparameterize(
     return mean[None] + jnp.exp(logvar / 2)[None] * noise
 
 
-def kl_to_standard_normal(
-    mean: Float[Array, "batch latent"], logvar: Float[Array, "batch latent"]
+def negative_elbo(
+    distortion: Float[Array, "samples batch"],
+    kl: Float[Array, " batch"],
+    beta: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, " batch"]:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) = -1/2 sum(1 + logvar - mean^2 - exp(logvar)), in nats.
+    """-ELBO = mean over samples of -log p(x | z) + beta KL(q(z | x) || p(z)).
 
-    Source: Kingma & Welling 2013, appendix B; the post's formula lacks the factor -1/2.
+    Source: Kingma & Welling 2013, equation 7; beta: Higgins et al. 2017.
     """
-    return -0.5 * jnp.sum(1 + logvar - mean**2 - jnp.exp(logvar), axis=-1)
-
-
-def half_squared_error(
-    image: Float[Array, "batch height width channel"],
-    mean: Float[Array, "*samples batch height width channel"],
-) -> Float[Array, "*samples batch"]:
-    """1/2 sum((image - mean)^2) over pixels: -log N(image; mean, 1) less its constant D/2 ln(2 pi), in nats."""
-    image = image.reshape((1,) * (mean.ndim - 4) + image.shape)
-    return 0.5 * jnp.sum((image - mean) ** 2, axis=(-3, -2, -1))
-
-
-def elbo(
-    variables: Any,
-    batch: Batch,
-    keys: Key[Array, " batch"],
-    train: bool,
-    step: Int[Array, ""] | int | None,
-    axis_name: str | None = None,
-    *,
-    encode: Callable,
-    decode: Callable,
-    beta: float = 1.0,
-) -> tuple[dict[str, Float[Array, " batch"]], dict]:
-    """The negative ELBO of a unit-variance Gaussian decoder, less D/2 ln(2 pi), from one sample of z an image.
-
-        loss = 1/2 ||x - decode(z)||^2 + beta * KL(q(z | x) || N(0, 1)),    z ~ q(z | x) = N(mean, exp(logvar))
-
-    Args:
-        encode: (variables, image) -> (mean, logvar), each [batch, latent].
-        decode: (variables, z) -> the mean of p(x | z), of the image's shape; z may have leading axes.
-        beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
-
-    Returns:
-        `loss`, `reconstruction` and `kl` of each example, in nats; and no model state.
-    """
-    del train, step, axis_name
-    mean, logvar = encode(variables, batch.image)
-    z = reparameterize(mean, logvar, keys)
-    reconstruction = half_squared_error(batch.image, decode(variables, z)).mean(axis=0)
-    kl = kl_to_standard_normal(mean, logvar)
-    return {
-        "loss": reconstruction + beta * kl,
-        "reconstruction": reconstruction,
-        "kl": kl,
-    }, {}
+    return distortion.mean(axis=0) + beta * kl
 
 
 def cross_entropy(
-    variables: Any,
-    batch: Batch,
-    keys: Key[Array, " batch"],
-    train: bool,
-    step: Int[Array, ""] | int | None,
-    axis_name: str | None = None,
-    *,
-    apply: Callable,
+    logits: Float[Array, "batch classes"],
+    label: Int[Array, " batch"],
     label_smoothing: float = 0.0,
-    shift: int = 0,
-    rotation: float = 0.0,
-) -> tuple[dict[str, Float[Array, " batch"] | Int[Array, " batch"]], dict]:
-    """The negative log-likelihood of each label, in nats.
+) -> Float[Array, " batch"]:
+    """-sum_k t_k log p_k with t = (1 - s) onehot(label) + s / classes and p = softmax(logits).
 
-        loss = -sum_k t_k log p_k,    t = (1 - label_smoothing) onehot(label) + label_smoothing / classes
-
-    Only training augments the images and smooths the labels (Szegedy et al. 2016).
-
-    Args:
-        apply: (variables, image, train, axis_name) -> (logits [batch, classes], model_state).
-        label_smoothing: share of a label that is spread evenly over the classes.
-        shift: pixels by which training images are moved at most, in each direction.
-        rotation: degrees by which they are rotated at most, either way.
-
-    Returns:
-        `loss` and `accuracy` of each example, in evaluation also the `prediction` and its probability, `confidence`; and
-        the model state.
+    Source: s is the label smoothing of Szegedy et al. 2016, section 7.
     """
-    del step
-    image = augment(batch.image, keys, shift, rotation) if train else batch.image
-    logits, model_state = apply(variables, image, train, axis_name)
-    log_p = jax.nn.log_softmax(logits)
-    target = jax.nn.one_hot(batch.label, logits.shape[-1])
-    if train:
-        target = (1 - label_smoothing) * target + label_smoothing / logits.shape[-1]
-    prediction = logits.argmax(axis=-1).astype(jnp.int32)
-    metrics = {
-        "loss": -jnp.sum(target * log_p, axis=-1),
-        "accuracy": (prediction == batch.label).astype(logits.dtype),
-    }
-    if not train:
-        metrics |= {"prediction": prediction, "confidence": jnp.exp(log_p.max(axis=-1))}
-    return metrics, model_state
-
-
-OBJECTIVES = {"elbo": elbo, "cross_entropy": cross_entropy}
+    classes = logits.shape[-1]
+    target = jax.nn.one_hot(label, classes)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing / classes
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)

@@ -84,17 +84,18 @@ def warmed_up(schedule: Callable) -> Callable:
     return make_schedule
 
 
-def averaging(*, average: float = 0.0) -> float:
+def ema(*, ema_decay: float = 0.0) -> float:
     """The part of the optimizer section that `make_train_step` takes.
 
     Args:
-        average: decay of the moving average of the weights that is evaluated and published, in [0, 1); 0 publishes the weights themselves.
+        ema_decay: decay, in [0, 1), of the moving average of the weights that is evaluated and saved for inference; 0
+            uses the weights themselves.
 
     Raises ValueError for a value out of range.
     """
-    if not 0 <= average < 1:
-        raise ValueError(f"optimizer.average is {average}, but must lie in [0, 1)")
-    return average
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"optimizer.ema_decay is {ema_decay}, but must lie in [0, 1)")
+    return ema_decay
 
 
 SCHEDULES = {

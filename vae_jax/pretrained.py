@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
-from vae_jax.nn.networks import MODELS, VAE, Classifier
-from vae_jax.run.checkpoint import read_about, restore_variables, select, steps
-from vae_jax.run.config import derive
+from vae_jax.families import FAMILIES, Model
+from vae_jax.run.checkpoint import read_metadata, restore_variables, select, steps
+from vae_jax.run.config import bind, choose, fill_in
 from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
@@ -21,7 +21,7 @@ BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 
 def load(
     workdir: str, checkpoint: str | int = "", seed: int | None = None
-) -> "TrainedVAE | TrainedClassifier":
+) -> "Pretrained":
     """The model that a run directory holds; the directory may have been moved from another machine.
 
     Args:
@@ -30,157 +30,142 @@ def load(
 
     Raises ValueError if there is no such checkpoint or seed, or if it is damaged.
     """
-    about, variables = load_variables(workdir, checkpoint)
-    first, count = about["config"]["seed"], about["config"]["seeds"]
+    metadata, variables = load_variables(workdir, checkpoint)
+    first, count = metadata["config"]["seed"], metadata["config"]["seeds"]
     seed = first if seed is None else seed
     if seed not in range(first, first + count):
+        last = f" to {first + count - 1}" if count > 1 else ""
         raise ValueError(
-            f"seed {seed} was not trained in {workdir}: give {first}"
-            + (f" to {first + count - 1}" if count > 1 else "")
+            f"seed {seed} was not trained in {workdir}: give {first}{last}"
         )
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
-    return TRAINED[about["config"]["model"]["name"]](
-        model=make_model(about),
+    return Pretrained(
+        model=make_model(metadata),
         variables=jax.device_put(variables),
-        image_shape=tuple(about["image_shape"]),
-        step=about["step"],
-        config=about["config"],
-        data=about["data"],
+        image_shape=tuple(metadata["image_shape"]),
+        step=metadata["step"],
+        config=metadata["config"],
+        data=metadata["data"],
     )
 
 
 def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
-    """What is stored about a checkpoint, and its variables; those of several seeds have the seeds in front."""
+    """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis."""
     folder = local_path(workdir) / "checkpoints"
     step = select(folder, which)
     try:
-        about = read_about(folder, step)
+        metadata = read_metadata(folder, step)
     except ValueError as error:
         others = [str(other) for other in steps(folder) if other != step]
         hint = f", or choose another checkpoint: {', '.join(others)}" if others else ""
         raise ValueError(f"{error}; train again{hint}") from error
-    model = make_model(about)
-    image = jax.ShapeDtypeStruct((1, *about["image_shape"]), np.float32)
-    like = jax.eval_shape(model.init, jax.random.key(0), image)
-    seeds = about["config"]["seeds"]
+    like = jax.eval_shape(make_model(metadata).init, jax.random.key(0))
+    seeds = metadata["config"]["seeds"]
     if seeds > 1:
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like
         )
-    return about, restore_variables(folder, about["step"], like)
+    return metadata, restore_variables(folder, metadata["step"], like)
 
 
-def make_model(about: dict) -> Any:
-    """The Flax module that a checkpoint says it is of."""
-    fields = dict(about["config"]["model"])
-    make = MODELS[fields.pop("name")]
-    fields = {
+def make_model(metadata: dict) -> Model:
+    """The model that a checkpoint's metadata describes."""
+    family, values = choose("model", FAMILIES, metadata["config"]["model"])
+    values = {
         name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        for name, value in fields.items()
+        for name, value in values.items()
     }
-    return derive(
-        functools.partial(make, **fields),
-        image_shape=tuple(about["image_shape"]),
-        num_classes=about["num_classes"],
-    )
+    make = bind("model", family.make, values)
+    shape = tuple(metadata["image_shape"])
+    return fill_in(make, image_shape=shape, num_classes=metadata["num_classes"])
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedVAE:
-    """A VAE with its variables. `model.apply(variables, ..., method="encode")` is the pure function below each method.
+class Pretrained:
+    """A trained model. The functions of `model`, which take `variables` first, are the pure ones below each method.
 
-    Images are [n, height, width, channel], or without the channel where there is one: uint8, or float in [0, 1].
-    Results are NumPy arrays. Raises ValueError for images of another size, type or range.
+    Images are [n, height, width, channel], or without the channel axis if there is one channel: uint8, or float in
+    [0, 1]. Results are NumPy arrays. Every method raises ValueError for input that does not fit, and if the model's family
+    has no such method.
     """
 
-    model: VAE
+    model: Model
     variables: dict
     image_shape: tuple[int, int, int]
     step: int
     config: dict
-    data: dict  # how many images it was trained on, and their SHA-256
+    data: dict  # number of images it was trained on, and their SHA-256
 
     @property
     def title(self) -> str:
-        """What was trained on what, for people."""
-        return make_title(self.model, self.config["data"]["name"])
+        """Family and data set, for people."""
+        family = FAMILIES[self.config["model"]["name"]]
+        return f"{family.NAME} on {Path(self.config['data']['name']).name}"
 
     def encode(
         self, image
     ) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""
-        return self._apply("encode", check_images(image, self.image_shape))
+        self.check_has("encode", "encoder")
+        return self._map("encode", check_images(image, self.image_shape))
 
     def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
         """Mean images of p(x | z), in [0, 1]."""
+        self.check_has("decode_raw", "decoder")
         z = np.asarray(z, np.float32)
         if z.ndim != 2 or z.shape[1] != self.model.latent_dim or len(z) == 0:
             raise ValueError(
                 f"z has shape {z.shape}, but must be [n, {self.model.latent_dim}]"
             )
-        return self._apply("decode", z)
+        return self._map("decode", z)
 
     def sample(
         self, count: int, seed: int = 0
     ) -> Float[np.ndarray, "count height width channel"]:
-        """Mean images of `count` draws z ~ N(0, 1), in [0, 1]; count is at least 1."""
+        """Mean images of `count` draws z ~ p(z), in [0, 1]; count is at least 1."""
+        self.check_has("decode_raw", "decoder")
         if count < 1:
             raise ValueError(f"count is {count}, but must be at least 1")
-        return self.decode(
-            generate.prior(jax.random.key(seed), count, self.model.latent_dim)
-        )
+        z = self.model.prior.sample(self.variables, jax.random.key(seed), count)
+        return self.decode(z)
 
     def reconstruct(self, image) -> Float[np.ndarray, "n height width channel"]:
         """decode(mean of q(z | image))."""
         return self.decode(self.encode(image)[0])
 
-    @functools.cached_property
-    def _jitted(self):
-        return jax.jit(self.model.apply, static_argnames="method")
-
-    def _apply(self, method, array):
-        return in_batches(
-            lambda part: self._jitted(self.variables, part, method=method), array
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedClassifier:
-    """A classifier with its variables. `model.apply(variables, image)`, which gives logits, is the pure function below.
-
-    Images are as in `TrainedVAE`.
-    """
-
-    model: Classifier
-    variables: dict
-    image_shape: tuple[int, int, int]
-    step: int
-    config: dict
-    data: dict  # how many images it was trained on, and their SHA-256
-
     def probabilities(self, image) -> Float[np.ndarray, "n classes"]:
         """p(label | image) of every class."""
-        image = check_images(image, self.image_shape)
-        return in_batches(lambda part: self._jitted(self.variables, part), image)
+        self.check_has("probabilities", "classes")
+        return self._map("probabilities", check_images(image, self.image_shape))
 
     def predict(self, image) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """The most probable label of each image, and its probability."""
         probabilities = self.probabilities(image)
         return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
+    def check_has(self, function: str, what: str) -> None:
+        """Raise ValueError if the model's family has no such function."""
+        if getattr(self.model, function) is None:
+            name = self.config["model"]["name"]
+            raise ValueError(f"a model of the family {name} has no {what}")
+
     @functools.cached_property
-    def _jitted(self):
-        return jax.jit(lambda *given: jax.nn.softmax(self.model.apply(*given)))
+    def _functions(self):
+        functions = {
+            "encode": self.model.encode,
+            "decode": functools.partial(generate.decode, self.model),
+            "probabilities": self.model.probabilities,
+        }
+        return {name: jax.jit(f) for name, f in functions.items() if f is not None}
 
-
-def make_title(network: Any, data_name: str) -> str:
-    """What is trained on what, for people."""
-    return f"{type(network).__name__} on {Path(data_name).name}"
+    def _map(self, name, array):
+        function = functools.partial(self._functions[name], self.variables)
+        return in_batches(function, array)
 
 
 def in_batches(function: Callable, array: np.ndarray) -> Any:
-    """`function` of an array, part by part, as NumPy arrays."""
+    """`function` of an array, batch by batch, as NumPy arrays."""
     starts = range(0, len(array), BATCH_SIZE)
     parts = [function(array[start : start + BATCH_SIZE]) for start in starts]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -207,6 +192,3 @@ def check_images(
             f"images lie in [{image.min():.4g}, {image.max():.4g}], but floats must lie in [0, 1]"
         )
     return image.astype(np.float32)
-
-
-TRAINED = {"vae": TrainedVAE, "classifier": TrainedClassifier}

@@ -11,31 +11,32 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from vae_jax.batch import Batch, example_keys
+from vae_jax.objectives import Objective
 
-# What takes the place of the step in keys that must not depend on it; no training reaches these numbers.
+# These take the place of the step in keys that must not depend on it; no training reaches them.
 PURPOSES = {"evaluation": 2**32 - 1, "init": 2**32 - 2, "samples": 2**32 - 3}
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step reads and writes; data only. For several seeds each leaf has the seeds in front."""
+    """All that a training step reads and writes; data only. With several seeds each leaf has a leading seed axis."""
 
     step: Any  # int32
     params: Any
-    model_state: Any  # BatchNorm's running statistics; empty for the VAE
+    model_state: Any  # BatchNorm's running statistics; {} for the VAE
     opt_state: Any
     key: Any  # the root of all noise; never changes
-    average: Any = None  # of the variables over the steps, where that is published
+    ema: Any = None  # moving average of the variables, where `ema_decay` is above 0
 
     @property
     def variables(self) -> dict:
-        """What is trained."""
+        """What the optimizer trains, and the state beside it."""
         return {"params": self.params, **self.model_state}
 
     @property
-    def published(self) -> dict:
-        """What is evaluated, and saved for inference."""
-        return self.variables if self.average is None else self.average
+    def eval_variables(self) -> dict:
+        """What is evaluated, and saved for inference: the moving average where there is one."""
+        return self.variables if self.ema is None else self.ema
 
 
 class Total(NamedTuple):
@@ -59,7 +60,7 @@ def total(value: Any, weight: Float[Array, " batch"]) -> Total:
 
 
 def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
-    """The key for one of `PURPOSES`, derived from a run's root key."""
+    """The key of one of `PURPOSES`, derived from a run's root key."""
     return jax.random.fold_in(key, PURPOSES[purpose])
 
 
@@ -67,9 +68,9 @@ def init_state(
     variables: dict,
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
-    average: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> TrainState:
-    """The state before the first step, from a module's `init` variables; `average` as in `make_train_step`."""
+    """The state before the first step, from a model's `init` variables; `ema_decay` as in `make_train_step`."""
     model_state = {name: value for name, value in variables.items() if name != "params"}
     params = variables["params"]
     return TrainState(
@@ -78,24 +79,27 @@ def init_state(
         model_state=model_state,
         opt_state=optimizer.init(params),
         key=key,
-        average=jax.tree.map(jnp.copy, variables) if average else None,
+        ema=jax.tree.map(jnp.copy, variables) if ema_decay else None,
     )
 
 
 def make_train_step(
-    objective: Callable,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
-    average: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
     Metrics are the `Total`s of the objective's metrics over the batch, and of `grad_norm`: `metrics["loss"].mean` is the
     mean loss. Under `pmap`, `vmap` or `shard_map(check_vma=False)` give `axis_name`: gradients and totals are then summed
     over that axis before the gradients are divided by the summed weight.
 
-    With `average` above 0, `state.average` is the exponential moving average of the variables (Polyak & Juditsky 1992),
-    average <- d average + (1 - d) variables with d = min(average, (1 + t) / (10 + t)) at the t-th step, so that it forgets where it began.
+    With `ema_decay` above 0, `state.ema` is the exponential moving average of the variables (Polyak & Juditsky 1992),
+
+        ema <- d ema + (1 - d) variables,    d = min(ema_decay, (1 + t) / (10 + t)) at the t-th step,
+
+    so that it forgets its initial value.
     """
 
     def train_step(state, batch):
@@ -111,43 +115,40 @@ def make_train_step(
         grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(
             state.params
         )
-        metrics = {name: total(value, batch.weight) for name, value in metrics.items()}
+        totals = {name: total(value, batch.weight) for name, value in metrics.items()}
         if axis_name is not None:
-            grads, metrics = lax.psum((grads, metrics), axis_name)
-        grads = jax.tree.map(lambda leaf: leaf / metrics["loss"].weight, grads)
+            grads, totals = lax.psum((grads, totals), axis_name)
+        grads = jax.tree.map(lambda leaf: leaf / totals["loss"].weight, grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["grad_norm"] = Total(optax.tree.norm(grads), jnp.ones(()))
+        totals["grad_norm"] = Total(optax.tree.norm(grads), jnp.ones(()))
         state = state.replace(
             step=state.step + 1,
             params=params,
             model_state=model_state,
             opt_state=opt_state,
         )
-        if average:
-            decay = jnp.minimum(average, (1 + state.step) / (10 + state.step))
-            state = state.replace(
-                average=optax.incremental_update(
-                    state.variables, state.average, 1 - decay
-                )
-            )
-        return state, metrics
+        if ema_decay:
+            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(state.variables, state.ema, 1 - decay)
+            state = state.replace(ema=ema)
+        return state, totals
 
     return train_step
 
 
 def jit_train_step(
-    objective: Callable, optimizer: optax.GradientTransformation
-) -> Callable:
-    """`make_train_step`, jitted for one device. The state given is donated: use only the one returned."""
+    objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
+    """`make_train_step`, jitted for one device. The given state is donated: use only the returned one."""
     return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
 
 
 def make_eval_step(
-    objective: Callable,
+    objective: Objective,
 ) -> Callable[[dict, Batch, Key[Array, ""]], dict]:
-    """`eval_step(variables, batch, key) -> metrics`, one value an example; the same key gives the same numbers."""
+    """`eval_step(variables, batch, key) -> metrics`, one value per example; the same key gives the same numbers."""
 
     def eval_step(variables, batch, key):
         keys = example_keys(key, PURPOSES["evaluation"], batch.index)

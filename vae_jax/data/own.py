@@ -5,11 +5,11 @@ import warnings
 import zipfile
 
 import numpy as np
-import psutil
 from jaxtyping import UInt8
 
 from vae_jax.batch import Split
 from vae_jax.run.files import local_path
+from vae_jax.run.memory import check_memory
 
 SPLIT_SEED = 0  # splits are part of a data set: the same whatever a run's seed
 TEST_SHARE = 0.2  # of images that come without a test set
@@ -44,12 +44,8 @@ def _split_off_test(image, label):
 
 def _check_size(name, nbytes):
     """Refuse what memory cannot hold three times: as read, as split, and on the device."""
-    free = psutil.virtual_memory().available
-    if 3 * nbytes > free:
-        raise ValueError(
-            f"{name} takes {nbytes / 2**30:.1f} GiB, and loading it three times that, but {free / 2**30:.1f} GiB are free: "
-            "data sets are held in memory, so take fewer or smaller images"
-        )
+    way_out = "data sets are held in memory, so take fewer or smaller images"
+    check_memory(f"three copies of {name}", 3 * nbytes, way_out)
 
 
 def read_images(path: str) -> tuple[list[str], UInt8[np.ndarray, "n h w channel"]]:

@@ -3,6 +3,21 @@
 import numpy as np
 from jaxtyping import Float, UInt8
 
+LARGEST_COVARIANCE = 4096  # pixels; the baselines of larger images are left out
+
+
+def linear_vae_baselines(
+    image: UInt8[np.ndarray, "n height width channel"], latent_dim: int, beta: float
+) -> dict[str, float]:
+    """The losses of a collapsed model and of the best linear VAE on these training images; {} if they are too large."""
+    if image[0].size > LARGEST_COVARIANCE:
+        return {}
+    eigenvalues = covariance_eigenvalues(image)
+    return {
+        "collapsed model": linear_vae_loss(eigenvalues, 0, beta),
+        "best linear VAE": linear_vae_loss(eigenvalues, latent_dim, beta),
+    }
+
 
 def covariance_eigenvalues(
     image: UInt8[np.ndarray, "n height width channel"],

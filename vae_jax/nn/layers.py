@@ -54,7 +54,7 @@ class Conv(nn.Module):
         return add_bias(y, bias)
 
 
-class Spread(nn.Module):
+class ProjectAndReshape(nn.Module):
     """The transposed convolution of a 1x1 map onto one of the kernel's size: a dense layer, and computed as one.
 
     Its parameters are those of `nn.ConvTranspose`, whose kernel lies flipped.
@@ -76,7 +76,7 @@ class Spread(nn.Module):
         return add_bias(jnp.einsum("bz,hwzc->bhwc", z, kernel), bias)
 
 
-class WindowConv(nn.Module):
+class ConvForPool(nn.Module):
     """`Conv` of stride 1 whose output comes in the 2x2 windows that a max pooling reads, as 4 adjacent vectors each.
 
     It is one convolution of stride 2: a window sees 4x4 inputs, so its kernel is the 3x3 one at four places. On the CPU
@@ -121,7 +121,7 @@ def _window_extreme_jvp(primals, tangents):
     return y, jnp.where(hit, tangents[0], 0).sum(axis=3) / count
 
 
-class NormPool(nn.Module):
+class BatchNormMaxPool(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015); of an x in windows, then the maximum of each window.
 
     Normalising is monotone in each channel, so the maximum is taken first, or the minimum where the scale is negative,

@@ -1,8 +1,8 @@
 """Checkpoints of a run by Orbax; the only file that knows it.
 
-A checkpoint holds `state`, all that training needs to continue; `variables`, the published ones, which suffice for
-inference; and `about`: the config, what the model was built for, the metric that the best one is chosen by. Since Orbax
-does not notice a flipped bit, a list of its files' SHA-256 is kept with them.
+A checkpoint holds `state`, all that training needs to continue; `variables`, the ones to evaluate, which suffice for
+inference; and `metadata`: the config, what the model was built for, the metric that marks the best checkpoint. Orbax
+does not notice a flipped bit, so each checkpoint also lists the SHA-256 of its files.
 """
 
 import contextlib
@@ -21,14 +21,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from vae_jax.run.devices import plain
-from vae_jax.run.files import reason
+from vae_jax.run.devices import unwrap_keys
+from vae_jax.run.files import describe_error
 from vae_jax.steps import TrainState
 
 DIGESTS = "sha256.json"
 OVERHEAD = 2**20  # bytes of a checkpoint that are not numbers
 BLOCK = bytes(2**16)
-HIGHER_IS_BETTER = ("accuracy",)  # of the other metrics the lowest is the best
 FIRST_HOST = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
 )
@@ -41,14 +40,21 @@ class Checkpoints:
 
     Args:
         folder: created if need be; of a file system, or on gs://.
-        about: stored with each, as JSON.
+        metadata: stored with each, as JSON.
         keep: how many of the latest are kept.
-        best: name of the metric that marks the best one, such as "validation/loss"; None: there is no best one.
+        best: the metric that marks the best one and its better direction, such as ("validation/loss", "lower"); None
+            keeps no best one.
     """
 
-    def __init__(self, folder, about: dict, keep: int, best: str | None = None):
+    def __init__(
+        self,
+        folder,
+        metadata: dict,
+        keep: int,
+        best: tuple[str, str] | None = None,
+    ):
         self._folder = absolute(folder)
-        self._about, self._metric = about, best
+        self._metadata, self._mark = metadata, best
         self._policy = _LatestAndBest(keep, *_best(self._folder))
         self._folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
@@ -72,15 +78,15 @@ class Checkpoints:
         damaged = []
         for step in found:
             try:
-                about = read_about(self._folder, step)
+                metadata = read_metadata(self._folder, step)
                 state = _restore(
-                    self._folder, step, "state", jax.eval_shape(plain, like)
+                    self._folder, step, "state", jax.eval_shape(unwrap_keys, like)
                 )
             except ValueError as error:
                 note(f"{error}; looking for an earlier one")
                 damaged.append(step)
                 continue
-            check_same_data(about, self._about)
+            check_same_data(metadata, self._metadata)
             if damaged:
                 self._set_aside(damaged)
             return state.replace(key=jax.random.wrap_key_data(state.key))
@@ -109,9 +115,10 @@ class Checkpoints:
         return _cost(self._marked(metrics)) < self._policy.cost
 
     def _marked(self, metrics):
-        if self._metric not in metrics:
+        if self._mark is None or self._mark[0] not in metrics:
             return None
-        return {"metric": self._metric, "value": metrics[self._metric]}
+        metric, better = self._mark
+        return {"metric": metric, "better": better, "value": metrics[metric]}
 
     def save(self, step: int, state: TrainState, metrics: dict) -> None:
         """Write the checkpoint of `step`, whole or not at all; `metrics` are those of its evaluation, if there was one.
@@ -121,7 +128,7 @@ class Checkpoints:
         best = self._marked(metrics)
         if _cost(best) < self._policy.cost:
             self._policy.cost, self._policy.best = _cost(best), step
-        state, variables = _to_host(state), _to_host(state.published)
+        state, variables = _to_host(state), _to_host(state.eval_variables)
         _check_finite(state, step)
         self._check_room(
             sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables)))
@@ -132,7 +139,9 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     variables=ocp.args.StandardSave(variables),
-                    about=ocp.args.JsonSave(self._about | {"step": step, "best": best}),
+                    metadata=ocp.args.JsonSave(
+                        self._metadata | {"step": step, "best": best}
+                    ),
                 ),
             )
             if saved:
@@ -141,7 +150,7 @@ class Checkpoints:
                 part.rename(part.parent / DIGESTS)
         except Exception as error:  # a full disk shows as almost anything
             raise OSError(
-                f"checkpoint {step} was not saved ({reason(error)}): the same command continues from the last whole one"
+                f"checkpoint {step} was not saved ({describe_error(error)}): the same command continues from the last whole one"
             ) from error
         if not saved:
             raise OSError(
@@ -179,17 +188,17 @@ def steps(folder) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def latest_whole(folder) -> dict | None:
+def latest_metadata(folder) -> dict | None:
     """What is stored about the latest checkpoint that is not damaged; None if there is none."""
     for step in steps(folder):
         with contextlib.suppress(ValueError):
-            return read_about(folder, step)
+            return read_metadata(folder, step)
     return None
 
 
-def check_same_data(stored: dict, about: dict) -> None:
+def check_same_data(stored: dict, metadata: dict) -> None:
     """Raise OSError unless the data that a checkpoint says it is of are those of now; the config may change in parts."""
-    for name, value in about.items():
+    for name, value in metadata.items():
         if name != "config" and stored.get(name) != json.loads(json.dumps(value)):
             raise OSError(
                 f"{name} is not what it was when checkpoint {stored['step']} was saved: give the same data, or name another --workdir"
@@ -217,14 +226,16 @@ def select(folder, which: str | int = "") -> int:
     return names[str(which)]
 
 
-def read_about(folder, step: int) -> dict:
+def read_metadata(folder, step: int) -> dict:
     """What is stored about a checkpoint. Raises ValueError, naming the file, if any of its files is damaged."""
     path = absolute(folder) / str(step)
     _check_files(path, step)
     try:
-        return json.loads((path / "about" / "metadata").read_text())
+        return json.loads((path / "metadata" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {step} is damaged: {path / 'about'}") from error
+        raise ValueError(
+            f"checkpoint {step} is damaged: {path / 'metadata'}"
+        ) from error
 
 
 def restore_variables(folder, step: int, like: Any) -> dict:
@@ -246,7 +257,7 @@ def _restore(folder, step, item, like):
             tree = checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything
         raise ValueError(
-            f"checkpoint {step} cannot be read ({reason(error)})"
+            f"checkpoint {step} cannot be read ({describe_error(error)})"
         ) from error
     for (place, leaf), wanted in zip(
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)
@@ -310,8 +321,7 @@ def _cost(best):
     """What is lowest for the best checkpoint; infinite where there is no metric."""
     if best is None:
         return math.inf
-    sign = -1 if best["metric"].endswith(HIGHER_IS_BETTER) else 1
-    return sign * best["value"]
+    return -best["value"] if best["better"] == "higher" else best["value"]
 
 
 def _best(folder):
@@ -319,10 +329,10 @@ def _best(folder):
     costs = [(math.inf, None)]
     for step in steps(folder):
         with contextlib.suppress(ValueError):
-            best = read_about(folder, step)["best"]
+            best = read_metadata(folder, step)["best"]
             costs += [(_cost(best), step)] if best else []
     return min(costs)
 
 
 def _to_host(tree):
-    return jax.tree.map(np.asarray, jax.device_get(plain(tree)))
+    return jax.tree.map(np.asarray, jax.device_get(unwrap_keys(tree)))

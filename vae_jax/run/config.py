@@ -1,46 +1,117 @@
 """A config's sections -> calls. Names and types are checked here, since Linen checks none."""
 
+import dataclasses
 import difflib
 import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import docstring_parser
 import numpy as np
 
 LARGEST = {int: 2**32, float: float(np.finfo(np.float32).max)}  # numbers in a config
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run proceeds; nothing here changes what is trained.
+
+    Attributes:
+        steps_per_call: training steps in one call of the compiled program, and in one row of metrics.jsonl.
+        save_every: training steps between two checkpoints; there is also one at the end, and one at each best epoch.
+        keep: how many of the latest checkpoints are kept, besides the best one.
+        figures_every: epochs between two drawings of the figures; they are also drawn after the first and last epoch.
+        tensorboard: also write the metrics for TensorBoard.
+        profile: write a trace of three calls into the run directory, for TensorBoard or Perfetto.
+        compilation_cache: keep compiled programs in a folder of the user's, so that the next start is faster.
+    """
+
+    steps_per_call: int = 20
+    save_every: int = 500
+    keep: int = 2
+    figures_every: int = 10
+    tensorboard: bool = False
+    profile: bool = False
+    compilation_cache: bool = True
+
+    def __post_init__(self):
+        for name in ("steps_per_call", "save_every", "keep", "figures_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"run.{name} is {getattr(self, name)}, but must be at least 1"
+                )
+
+
+def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> Any:
+    """The ConfigDict of a config file: the family's defaults, changed by `base`, then by the chosen variant.
+
+    `base` and each of `variants` map dotted fields to values. Raises ValueError for an unknown variant.
+    """
+    from ml_collections import ConfigDict
+
+    if variant not in variants:
+        raise ValueError(
+            f"there is no variant {variant!r} of the {family} config: give one of {', '.join(variants)}"
+        )
+    config = defaults(family)
+    for field, value in {**base, **variants[variant]}.items():
+        *section, name = field.split(".")
+        (config[section[0]] if section else config)[name] = value
+    return ConfigDict(config)
+
+
+def defaults(family: str) -> dict[str, Any]:
+    """The fields of a family's config with the defaults that the signatures give them; top-level ones only where they have one."""
+    from vae_jax.families import FAMILIES
+
+    config: dict[str, Any] = {"seed": 0, "seeds": 1}
+    for section, functions in signatures(FAMILIES[family]).items():
+        config[section] = {
+            name: parameter.default
+            for function in functions
+            for name, parameter in fields(function).items()
+        }
+    config["model"] = {"name": family, **config["model"]}
+    config["optimizer"] = {"name": "adam", **config["optimizer"]}
+    return config
+
+
+def signatures(family: Any) -> dict[str, list[Callable]]:
+    """The functions that take each section of a family's config by keyword."""
+    from vae_jax.data import load
+    from vae_jax.optimizers import OPTIMIZERS, ema
+
+    return {
+        "data": [load],
+        "model": [family.make],
+        "objective": [family.make_objective],
+        "optimizer": [*OPTIMIZERS.values(), ema],
+        "run": [RunOptions],
+    }
+
+
 def bind(section: str, function: Callable, values: Mapping) -> functools.partial:
-    """`function` with a section's values as keywords; defaults filled in. Raises ValueError for an unknown, missing or mistyped one."""
+    """`function` with a section's values as keywords and its defaults filled in.
+
+    Raises ValueError, naming the field, for an unknown, missing or mistyped one.
+    """
     expected, prefix = fields(function), section and f"{section}."
     for name, value in values.items():
         if name not in expected:
             raise ValueError(
                 f"unknown config field {prefix}{name}: {nearest(name, expected)}"
             )
-        if not is_a(value, expected[name].annotation):
-            wanted = type_name(expected[name].annotation)
-            raise ValueError(
-                f"config field {prefix}{name} is {value!r}, but must be of type {wanted}"
-            )
-        items = value if isinstance(value, tuple | list) else [value]
-        for item in items:
-            largest = LARGEST.get(type(item), math.inf)
-            if isinstance(item, int | float) and abs(item) > largest:
-                raise ValueError(
-                    f"config field {prefix}{name} is beyond the largest number, {largest:.10g}"
-                )
-    for name, parameter in expected.items():
-        if name not in values and parameter.default is parameter.empty:
-            raise ValueError(f"config field {prefix}{name} is missing")
+        check_value(prefix + name, value, expected[name].annotation)
     defaults = {
         name: parameter.default
         for name, parameter in expected.items()
         if parameter.default is not parameter.empty
     }
+    for name in expected:
+        if name not in values and name not in defaults:
+            raise ValueError(f"config field {prefix}{name} is missing")
     typed = {
         name: float(value) if expected[name].annotation is float else value
         for name, value in values.items()
@@ -48,19 +119,39 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
     return functools.partial(function, **(defaults | typed))
 
 
-def choose(section: str, values: Mapping, choices: Mapping) -> functools.partial:
-    """`bind` for the function that the section's `name` selects from `choices`."""
+def check_value(field: str, value: Any, annotation: Any) -> None:
+    """Raise ValueError unless a config's value is of the annotated type, and no number in it too large for that type."""
+    if not is_a(value, annotation):
+        raise ValueError(
+            f"config field {field} is {value!r}, but must be of type {type_name(annotation)}"
+        )
+    for item in value if isinstance(value, tuple | list) else [value]:
+        largest = LARGEST.get(type(item), math.inf)
+        if isinstance(item, int | float) and abs(item) > largest:
+            raise ValueError(
+                f"config field {field} is {item:.10g}, but must be at most {largest:.10g} in size"
+            )
+
+
+def split_fields(function: Callable, values: Mapping) -> tuple[dict, dict]:
+    """A section's values, divided into those that `function` takes and the others."""
+    own = {name: values[name] for name in fields(function) if name in values}
+    return own, {name: values[name] for name in values if name not in own}
+
+
+def choose(section: str, choices: Mapping, values: Mapping) -> tuple[Any, dict]:
+    """The entry of `choices` that a section's `name` selects, and the section's other values."""
     values = dict(values)
     name = values.pop("name", None)
     if name not in choices:
         raise ValueError(
             f"unknown {section}.name {name!r}: {nearest(str(name), choices)}"
         )
-    return bind(section, choices[name], values)
+    return choices[name], values
 
 
 def fields(function: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of `function` that a config sets: the keyword-only ones of a type that a config can hold."""
+    """The parameters of `function` that a config sets: the keyword-only ones, of a type that a config can hold."""
     parameters = inspect.signature(function).parameters
     configurable = (int, float, bool, str, tuple, Mapping)
     return {
@@ -71,14 +162,20 @@ def fields(function: Callable) -> dict[str, inspect.Parameter]:
     }
 
 
+def fill_in(function: Callable, **known: Any) -> Any:
+    """`function` called with those of the known values that its parameters name."""
+    wanted = inspect.signature(function).parameters
+    return function(**{name: known[name] for name in known if name in wanted})
+
+
 def nearest(name: str, known: Collection[str]) -> str:
-    """What to say to someone who wrote `name`."""
+    """A hint for someone who wrote `name`."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def is_a(value: Any, annotation: Any) -> bool:
-    """Whether a config's value is of the annotated type; whole numbers are floats too, but booleans are no numbers."""
+    """Whether a config's value is of the annotated type; integers are floats too, but booleans are not numbers."""
     if get_origin(annotation) is tuple:
         return isinstance(value, tuple | list) and all(
             is_a(item, get_args(annotation)[0]) for item in value
@@ -93,7 +190,7 @@ def type_name(annotation: Any) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names -> values, as they are after a journey through JSON."""
+    """Dotted names -> values, in the form that JSON gives back."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -106,14 +203,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
 
-    Left out is what a run may change as it continues: section `run`, `data.manual_dir`, and more epochs
-    where the optimizer does not depend on their number.
+    Left out is what a run may change when it continues: section `run`, `data.manual_dir`, and more epochs where the
+    optimizer does not depend on their number.
     """
     old, new = flatten(stored), flatten(config)
-    for fields_ in (old, new):
-        for name in [*fields_]:
+    for flat in (old, new):
+        for name in [*flat]:
             if name.startswith("run.") or name == "data.manual_dir":
-                del fields_[name]
+                del flat[name]
     if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
         old["epochs"] = max(old["epochs"], new["epochs"])
     absent = "absent"
@@ -125,27 +222,10 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 
 def argument_docs(function: Callable) -> dict[str, str]:
-    """What a docstring says of each argument, in its part "Args:" or "Attributes:"."""
-    _, _, part = inspect.getdoc(function).partition("Args:\n")
-    if not part:
-        _, _, part = inspect.getdoc(function).partition("Attributes:\n")
-    docs = {}
-    for line in part.partition("\n\n")[0].splitlines():
-        if line[4] != " ":
-            name, _, text = line.strip().partition(": ")
-            docs[name] = text
-        else:
-            docs[name] += " " + line.strip()
-    return docs
-
-
-def derive(function: Callable, **known: Any) -> Any:
-    """`function` called with those of the known values that its positional parameters name."""
-    parameters = inspect.signature(function).parameters.values()
-    wanted = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-    return function(**{name: known[name] for name in wanted})
-
-
-def make_title(network: Any, data_name: str) -> str:
-    """What is trained on what, for people."""
-    return f"{type(network).__name__} on {Path(data_name).name}"
+    """What a docstring says about each argument, in its part "Args:" or "Attributes:"."""
+    text = inspect.getdoc(function) or ""
+    parsed = docstring_parser.parse(text, docstring_parser.DocstringStyle.GOOGLE)
+    return {
+        entry.arg_name: " ".join((entry.description or "").split())
+        for entry in parsed.params
+    }

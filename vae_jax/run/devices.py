@@ -1,7 +1,7 @@
-"""The devices that a run is divided over.
+"""The devices that share a run.
 
-Each device has a number, its shard, and takes that share of every batch. State and data lie whole on each of them, so
-nothing outside of this file has an axis for devices. Every host runs the same program; the first one writes for all.
+Each device has a number, its shard, and takes that share of every batch. State and data are replicated on all devices, so
+no code outside this file has a device axis. Every host runs the same program; the primary host writes for all.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vae_jax.run.hosts import gather, together
+from vae_jax.run.hosts import gather, raise_on_all_hosts
 
 AXIS = "device"
 
 
 class Devices:
-    """All devices of all hosts, or some of each host's.
+    """All devices of all hosts, or the first few of each host.
 
     Args:
-        limit: how many each host gives; 0: all that it has.
+        limit: devices used on each host; 0 uses all.
 
     Attributes:
-        count: how many there are, on all hosts together.
-        first: whether this is the host that writes.
+        count: number of devices on all hosts together.
+        is_primary: whether this host writes.
         axis_name: for `make_train_step`; None if there is one device.
 
-    Raises ValueError if there are not so many, or if several hosts have not been connected.
+    Raises ValueError if a host has fewer devices, or if several hosts have not been connected.
     """
 
     def __init__(self, limit: int = 0):
@@ -50,11 +50,11 @@ class Devices:
         ]
         self._local = jax.local_devices()[:each]
         self._shards = np.arange(host * each, (host + 1) * each, dtype=np.int32)
-        self._whole = NamedSharding(
+        self._replicated = NamedSharding(
             Mesh(np.array(self._local), (AXIS,)), PartitionSpec()
         )
         self.count = len(self._all)
-        self.first = host == 0
+        self.is_primary = host == 0
         self.axis_name = AXIS if self.count > 1 else None
 
     def check_divide(self, batch_size: int) -> None:
@@ -69,15 +69,17 @@ class Devices:
                 f"batch_size {batch_size} is not divisible by {self.count} devices: give {nearest}, or fewer --devices"
             )
 
-    def place(self, tree: Any) -> Any:
-        """A copy of the arrays on every device. Only such arguments are not sent again at each call of what `compile` made."""
-        return jax.device_put(tree, self._local[0] if self.count == 1 else self._whole)
+    def replicate(self, tree: Any) -> Any:
+        """Copy the arrays to every device, so that calls of compiled functions do not send them again."""
+        return jax.device_put(
+            tree, self._local[0] if self.count == 1 else self._replicated
+        )
 
     def compile(self, function: Callable, donate: bool = False) -> Callable:
         """`call(first, *others)`, which runs `function(first, *others, shard)` on every device at once.
 
-        All arguments but `shard` are the same on each, and so must the results be. With `donate` the first argument is
-        given away: use only what is returned.
+        All arguments but `shard` are replicated, and so must the results be. With `donate` the first argument's buffers
+        are reused: use only what is returned.
         """
         donated = (0,) if donate else ()
         if self.count == 1:
@@ -98,33 +100,33 @@ class Devices:
         def call(first, *others):
             nonlocal compiled
             if not compiled:
-                # Hosts that begin a program wait for each other, those with CPUs only 30 s: less than compiling may take.
+                # A host that starts a program waits for the others, on CPUs only 30 s, and compiling may take longer.
                 mapped.lower(first, others, self._shards).compile()
                 compiled = bool(gather(True))
             return mapped(first, others, self._shards)
 
         return call
 
-    def single(self, tree: Any) -> Any:
-        """Of placed arrays the copy on the first of this host's devices."""
+    def local_copy(self, tree: Any) -> Any:
+        """Replicated arrays as they lie on this host's first device."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
-    def from_first(self, make: Callable[[], Any], like: Any) -> Any:
-        """What `make()` gives on the first host, on all of them: arrays of the shapes in `like`, or None.
+    def broadcast(self, make: Callable[[], Any], like: Any) -> Any:
+        """What `make()` returns on the primary host, sent to all: arrays of the shapes in `like`, or None.
 
-        Raises on all hosts what `make` raises there, if it is a ValueError or OSError.
+        If `make` raises ValueError or OSError there, every host raises.
         """
         if jax.process_count() == 1:
             return make()
-        with together():
-            made = make() if self.first else None
+        with raise_on_all_hosts():
+            made = make() if self.is_primary else None
         if not gather(made is not None)[0]:
             return None
 
-        if not self.first:
-            shapes = jax.eval_shape(plain, like)
+        if not self.is_primary:
+            shapes = jax.eval_shape(unwrap_keys, like)
             made = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        made = multihost_utils.broadcast_one_to_all(plain(made))
+        made = multihost_utils.broadcast_one_to_all(unwrap_keys(made))
         return jax.tree.map(
             lambda leaf, shape: (
                 jax.random.wrap_key_data(np.asarray(leaf)) if _is_key(shape) else leaf
@@ -134,8 +136,8 @@ class Devices:
         )
 
 
-def plain(tree: Any) -> Any:
-    """`tree` with its typed keys as the integers that they are: between processes neither JAX nor Orbax takes keys."""
+def unwrap_keys(tree: Any) -> Any:
+    """`tree` with typed keys replaced by their integers, since neither JAX nor Orbax sends typed keys between processes."""
     return jax.tree.map(
         lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
     )

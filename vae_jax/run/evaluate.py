@@ -1,52 +1,50 @@
-"""Per-example arrays over a split, brought to the host once."""
+"""A function of each example, mapped over a split on all devices; the results come to the host once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Key
 
-from vae_jax.batch import Split, make_batch
+from vae_jax.batch import Batch, Split, make_batch
+from vae_jax.families import Probes
+from vae_jax.objectives import Objective
 from vae_jax.run.devices import Devices
+from vae_jax.run.seeds import first_seed, map_seeds, mean_metrics, reduce_seeds
 from vae_jax.steps import make_eval_step
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
 
 
-def make_evaluate(
-    objective: Callable,
+def map_examples(
+    function: Callable[[Any, Batch, Key[Array, ""]], Any],
     split: Split,
-    map_seeds: Callable = lambda function, seeded: function,
+    seeds: int = 1,
     batch_size: int = BATCH_SIZE,
-    decodes_per_example: int = 1,
     devices: Devices | None = None,
-) -> Callable[[dict, Key[Array, "..."]], dict]:
-    """`evaluate(variables, key) -> {name: [n] array}` on the host, for every example of the split.
+) -> Callable[[Any, Key[Array, "..."]], Any]:
+    """`call(variables, key)`: the per-example arrays of `function(variables, batch, key)`, [n, ...], on the host.
 
-    The split is placed on the devices once, by default on one, and divided over them; what the last batches lack is
-    filled up with weight 0 and cut off again. `map_seeds` as in `train.Job`: with several seeds, variables and key have
-    them in front, and the arrays are [seeds, n].
+    The split is copied to the devices once, by default to one, and divided over them. The last batches are padded with
+    examples of weight 0, which are cut off again. With several seeds variables and key have a leading seed axis, and the
+    arrays are [seeds, n, ...].
     """
     devices = devices or Devices(1)
     size = len(split.label)
-    batch_size = max(1, batch_size // decodes_per_example)
     batch_size = min(batch_size, -(-size // devices.count))
     batches = -(-size // (batch_size * devices.count))
     index = np.arange(devices.count * batches * batch_size)
     index = index.reshape(devices.count, batches, batch_size)
     weight = (index < size).astype(np.float32)
-    index, weight, image, label = devices.place(
-        (np.minimum(index, size - 1), weight, *split)
-    )
-    eval_step = make_eval_step(objective)
+    arguments = devices.replicate((np.minimum(index, size - 1), weight, *split))
 
     def run(variables, key, index, weight, image, label, shard):
         def one_batch(rows):
             rows, weight = rows
-            return eval_step(
-                variables, make_batch(image[rows], label[rows], weight, rows), key
-            )
+            batch = make_batch(image[rows], label[rows], weight, rows)
+            return function(variables, batch, key)
 
         arrays = jax.tree.map(
             lambda values: values.reshape(-1, *values.shape[2:]),
@@ -56,9 +54,42 @@ def make_evaluate(
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
         return jax.tree.map(lambda values: values[:size], arrays)
 
-    run = devices.compile(map_seeds(run, 2))
+    compiled = devices.compile(map_seeds(run, 2) if seeds > 1 else run)
+    return lambda variables, key: jax.device_get(compiled(variables, key, *arguments))
+
+
+def make_evaluate(
+    objective: Objective,
+    probes: Probes,
+    split: Split,
+    seeds: range = range(1),
+    decodes_per_example: int = 1,
+    devices: Devices | None = None,
+) -> Callable[[Any, Key[Array, "..."]], tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """`evaluate(variables, key) -> (numbers, arrays)` for every example of a split.
+
+    `numbers` are the means of the objective's metrics and what the probes reduce to, combined over the seeds;
+    `arrays` are what the probes measured, of the first seed.
+    """
+    eval_step = make_eval_step(objective)
+
+    def measure(variables, batch, key):
+        return eval_step(variables, batch, key), probes.measure(variables, batch)
+
+    def reduce(arrays):
+        metrics, measured = arrays
+        return mean_metrics(metrics) | probes.reduce(measured, split)
+
+    measured = map_examples(
+        measure,
+        split,
+        len(seeds),
+        max(1, BATCH_SIZE // decodes_per_example),
+        devices,
+    )
 
     def evaluate(variables, key):
-        return jax.device_get(run(variables, key, index, weight, image, label))
+        arrays = measured(variables, key)
+        return reduce_seeds(reduce, arrays, seeds), first_seed(arrays[1], seeds)
 
     return evaluate

@@ -1,4 +1,4 @@
-"""Files and paths: atomic writes, JSON lines."""
+"""Files and paths: atomic writes, JSON lines, local and remote paths."""
 
 import contextlib
 import json
@@ -10,13 +10,8 @@ from etils import epath
 
 
 def local_path(path: str) -> Path:
-    """A path on this machine, with ~ and ~user for homes; `Path.expanduser` fails where there is no such user."""
+    """A path on this machine with ~ and ~user expanded; `Path.expanduser` fails for an unknown user."""
     return Path(os.path.expanduser(path))
-
-
-def reason(error: Exception) -> str:
-    """The kind of an error and what it says, in one short line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def is_remote(path: str) -> bool:
@@ -30,26 +25,51 @@ def check_reachable(path: str) -> None:
         return
     try:
         epath.Path(path).exists()
-    except Exception as error:  # of gcsfs, of its credentials, of the network
+    except Exception as error:  # gcsfs, credentials and network raise many kinds
         install = ": pip install -e '.[gcs]'" if isinstance(error, ImportError) else ""
         raise ValueError(f"cannot reach {path} ({error}){install}") from error
 
 
-def read_objects(
+def describe_error(error: Exception) -> str:
+    """The kind of an error and its message, in one short line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path that replaces `path` when the block ends, so that a reader never sees half a file."""
+    part = path.with_suffix(".tmp")
+    yield part
+    os.replace(part, path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file through `atomic_file`."""
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write a PNG through `atomic_file`."""
+    with atomic_file(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+def read_json_lines(
     file: Path, check: Callable[[dict, dict], None] = lambda row, before: None
 ) -> list[dict]:
-    """The objects of a file with one a line, less a last one that is torn; of no file, none.
+    """The objects of a file with one per line; a last line without its newline is dropped, a missing file is empty.
 
-    Raises OSError, naming the line, for one that is damaged, or that `check(object, the one before or {})` refuses by
-    a ValueError.
+    Raises OSError, naming the line, for one that is damaged, or for which `check(object, the one before or {})` raises
+    ValueError.
     """
-    *lines, _torn = (file.read_bytes() if file.exists() else b"").split(b"\n")
+    *lines, _ = (file.read_bytes() if file.exists() else b"").split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
-                raise TypeError("no object")
+                raise TypeError("not an object")
             check(row, rows[-1] if rows else {})
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(
@@ -59,21 +79,5 @@ def read_objects(
     return rows
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` at the end: at no moment is there half a file."""
-    part = path.with_suffix(".tmp")
-    yield part
-    os.replace(part, path)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, as `whole_file` does."""
-    with whole_file(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a PNG."""
-    with whole_file(path) as part:
-        figure.savefig(part, format="png", dpi=110)
+def json_line(row: dict) -> str:
+    return json.dumps(row) + "\n"

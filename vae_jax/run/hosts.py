@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,26 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-class Silent:
-    """In the place of run directory, checkpoints and progress on all hosts but the first: whatever it is asked, it does nothing."""
+class NotPrimary:
+    """Stands in for run directory, checkpoints and progress on every host but the primary; each method does nothing."""
 
-    def __getattr__(self, name):
-        return lambda *arguments, **keywords: None
+    summary = path = best = None
+    history: tuple = ()
+
+    def restore(self, like, note):
+        return None
+
+    def is_best(self, metrics):
+        return False
+
+    def save(self, step, state, metrics): ...
+    def rewind(self, step, note): ...
+    def log(self, row): ...
+    def upload(self): ...
+    def note(self, text): ...
+    def skip(self, images): ...
+    def update(self, images, epoch, loss): ...
+    def close(self): ...
 
 
 def connect(
@@ -28,21 +44,21 @@ def connect(
     start_timeout: int,
     heartbeat_timeout: int,
 ) -> None:
-    """Take part in a run on several hosts; before anything else touches a device.
+    """Join a run on several hosts. Call this before anything else touches a device.
 
     Args:
-        coordinator: ADDRESS:PORT of the first host. None: it, and what else is None, is what Cloud TPU, Slurm, Open MPI
-            or Kubernetes say.
-        hosts: how many there are.
-        host: which one this is, from 0.
-        start_timeout: seconds after which the program ends, with one line and code 1, if not all hosts are there.
-        heartbeat_timeout: seconds after which a host counts as lost, and the others end.
+        coordinator: ADDRESS:PORT of the primary host. What is None here and below comes from the cluster: Cloud TPU,
+            Slurm, Open MPI or Kubernetes.
+        hosts: number of hosts.
+        host: number of this one, from 0.
+        start_timeout: seconds after which the program ends with one line and code 1 if a host is missing.
+        heartbeat_timeout: seconds of silence after which a host counts as lost, and the others end.
 
     Raises ValueError where the cluster does not say what is None.
     """
     where = f"at {coordinator}" if coordinator else "that the cluster names"
 
-    def give_up():  # what waits is not Python, and would end in a stack trace
+    def give_up():  # initialize waits outside Python and would end in a stack trace
         print(
             f"vae_jax: not all hosts met the coordinator {where} within {start_timeout} s: is host 0 running, and can "
             "each host reach that address?",
@@ -72,7 +88,7 @@ def connect(
 
 
 def gather(value: Any) -> list:
-    """What JSON can hold, of every host in their order. All hosts must ask at the same time."""
+    """Every host's JSON value, in the order of the hosts. All hosts must call this at the same time."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -84,8 +100,8 @@ def gather(value: Any) -> list:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """A block that all hosts leave alike: the ValueError or OSError of one ends it on all, which say whose it is."""
+def raise_on_all_hosts() -> Iterator[None]:
+    """If the block raises ValueError or OSError on any host, every host raises, naming that host."""
     problem = None
     try:
         yield
@@ -93,13 +109,13 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         problem = str(error)
-    for host, told in enumerate(gather(problem)):
-        if told is not None:
-            raise OSError(f"host {host}: {told}")
+    for host, message in enumerate(gather(problem)):
+        if message is not None:
+            raise OSError(f"host {host}: {message}")
 
 
-def check_alike(facts: dict[str, Any]) -> None:
-    """Raise ValueError, naming what differs, if another host has other facts than the first."""
+def check_hosts_agree(facts: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, if another host's facts differ from the primary host's."""
     first, *others = gather(facts)
     for host, other in enumerate(others, start=1):
         differing = [
@@ -108,26 +124,53 @@ def check_alike(facts: dict[str, Any]) -> None:
             if first.get(name) != other.get(name)
         ]
         if differing:
-            raise ValueError(f"the hosts are not alike: {'; '.join(differing)}")
+            raise ValueError(f"the hosts differ: {'; '.join(differing)}")
 
 
-class StopTogether:
-    """Whether any host was told to stop, by SIGTERM or Ctrl-C: all hosts say yes after the same chunk.
+class Stop:
+    """Whether SIGTERM or Ctrl-C asked this process to stop; a second Ctrl-C ends it at once.
 
-    JAX takes SIGTERM for the notice of a preemption, and agrees with the other hosts on the next chunk that all can end
-    at, counting the chunks by one.
+    A thread receives the signals, since Python's own handlers wait until a compiled program has returned.
+    """
+
+    signal = 0
+
+    def __init__(self):
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        while True:
+            (number,) = self._reader.recv(1)
+            if self.signal and number == signal.SIGINT:
+                print("vae_jax: interrupted", file=sys.stderr, flush=True)
+                os._exit(128 + number)  # as safe as SIGKILL: no file is half written
+            self.signal = number
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+
+class StopOnAllHosts:
+    """Whether SIGTERM or Ctrl-C asked any host to stop: all hosts answer yes after the same call.
+
+    JAX treats SIGTERM as the notice of a preemption, and the hosts agree on the next call that all of them can reach.
     """
 
     signal = signal.SIGTERM
 
     def __init__(self):
-        self._asked = 0
-        signal.signal(signal.SIGINT, self._note)
+        self._calls = 0
+        signal.signal(signal.SIGINT, self._forward)
 
-    def _note(self, number, frame):
+    def _forward(self, number, frame):
         os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
-        self._asked += 1
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls)

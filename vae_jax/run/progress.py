@@ -1,4 +1,4 @@
-"""What the terminal shows of a training."""
+"""What the terminal shows while a training runs."""
 
 import sys
 import time
@@ -7,11 +7,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a plain line an epoch, at most one in `PAUSE` seconds.
+    """A bar on a terminal; elsewhere one line per epoch, at most every `PAUSE` seconds.
 
     Args:
-        images: how many a whole training takes.
-        epochs: how many these are.
+        images: training images of all epochs and seeds.
+        epochs: epochs of the training.
     """
 
     PAUSE = 5.0
@@ -30,24 +30,24 @@ class Progress:
         self._tested = ""
 
     def skip(self, images: int) -> None:
-        """An earlier start has trained these images."""
+        """Count images that an earlier start has trained."""
         self._left -= images
         self._bar.update(images)
         self._bar.unpause()
 
     def note(self, text: str) -> None:
-        """A line for people, on stderr."""
+        """Print a line on stderr."""
         self._bar.write(f"vae_jax: {text}", file=sys.stderr)
 
     def update(self, images: int, epoch: int, loss: float) -> None:
-        """Some more training images are done; `epoch` counts from 1."""
+        """Count more training images; `epoch` counts from 1."""
         self._done += images
         self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.2f}{self._tested}", refresh=False)
         self._bar.update(images)
 
     def epoch_done(self, epoch: int, metrics: dict) -> None:
-        """An epoch ended with these metrics, `train/loss` and `test/loss` among them."""
+        """Show the end of an epoch with its metrics, `train/loss` and `test/loss` among them."""
         text = f"epoch {epoch}/{self._epochs}  " + "  ".join(
             f"{name} {value:.3f}"
             for name, value in metrics.items()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,10 +17,10 @@ def root_keys(seeds: range):
 
 
 def map_seeds(function: Callable, seeded: int) -> Callable:
-    """`function` for several seeds, which its first `seeded` arguments and its results have in front.
+    """Map `function` over a leading seed axis of its first `seeded` arguments and of its results.
 
-    `jax.vmap`; on the CPU in one program too, but one seed after the other. There it is faster, and the numbers are to
-    the last bit those of each seed alone.
+    This is `jax.vmap`, but on the CPU one seed runs after the other in the same program: that is faster there, and each
+    seed ends with the bits it has alone.
     """
 
     def mapped(*arguments):
@@ -31,10 +32,15 @@ def map_seeds(function: Callable, seeded: int) -> Callable:
     return mapped
 
 
-def mean_metrics(arrays: dict) -> dict[str, float]:
+def first_seed(tree: Any, seeds: range) -> Any:
+    """The first seed's part of arrays that have a leading seed axis if there are several seeds."""
+    return tree if len(seeds) == 1 else jax.tree.map(itemgetter(0), tree)
+
+
+def mean_metrics(arrays: dict[str, Any]) -> dict[str, float]:
     """The mean of each metric over the examples; of a pair `(value, weight)` the weighted mean.
 
-    A metric whose weights are all 0 is left out. Integers, such as predicted classes, are no metrics.
+    A metric whose weights are all 0 is left out.
     """
     means = {}
     for name, values in arrays.items():
@@ -42,31 +48,31 @@ def mean_metrics(arrays: dict) -> dict[str, float]:
             values, weight = (np.float64(part) for part in values)
             if weight.sum() > 0:
                 means[name] = float((values * weight).sum() / weight.sum())
-        elif not np.issubdtype(values.dtype, np.integer):
+        else:
             means[name] = float(values.mean(dtype=np.float64))
     return means
 
 
-def over_seeds(arrays: dict, first_seed: int) -> dict[str, float]:
-    """`mean_metrics` of [n] arrays; of [seeds, n] arrays also each seed's, and the half-width of the mean's 95 % interval.
+def reduce_seeds(
+    reduce: Callable[[Any], dict[str, Any]], arrays: Any, seeds: range
+) -> dict[str, Any]:
+    """`reduce(arrays)`; with several seeds, whose arrays have a leading seed axis, as `combine_seeds` gives it."""
+    if len(seeds) == 1:
+        return reduce(arrays)
+    each = [reduce(jax.tree.map(itemgetter(i), arrays)) for i in range(len(seeds))]
+    return combine_seeds(each, seeds)
 
-    The interval is Student's; beside `loss` there are then `loss/interval`, `loss/seed0`, ...
+
+def combine_seeds(each: Sequence[dict[str, Any]], seeds: range) -> dict[str, Any]:
+    """The mean of each seed's numbers, with the half-width of its 95 % interval (Student's t) and the seeds' own.
+
+    Beside `loss` there are then `loss/interval`, `loss/seed0`, `loss/seed1`, ...
     """
-    leaves = jax.tree.leaves(arrays)
-    if leaves[0].ndim == 1:
-        return mean_metrics(arrays)
-    seeds = range(len(leaves[0]))
-    return combine_seeds(
-        [mean_metrics(jax.tree.map(itemgetter(i), arrays)) for i in seeds], first_seed
-    )
-
-
-def combine_seeds(seeds: Sequence[dict], first_seed: int) -> dict[str, float]:
-    """Of the numbers of several seeds their mean, its interval, and each seed's, named as in `over_seeds`."""
     metrics = {}
-    for name in seeds[0]:
-        values = [of_seed[name] for of_seed in seeds]
+    for name in each[0]:
+        values = [numbers[name] for numbers in each if name in numbers]
+        if len(values) < len(each):  # it has a meaning for some seeds only
+            continue
         metrics[name], metrics[f"{name}/interval"] = mean_and_interval(values)
-        for seed, value in enumerate(values, first_seed):
-            metrics[f"{name}/seed{seed}"] = value
+        metrics |= {f"{name}/seed{seed}": v for seed, v in zip(seeds, values)}
     return metrics

@@ -1,57 +1,54 @@
-"""A config -> the job that it describes."""
+"""A config -> the job that it describes -> a training in a run directory."""
 
-import functools
 import hashlib
 import math
+import shlex
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import psutil
+from etils import epath
 
-from vae_jax import generate
-from vae_jax.batch import Dataset, first_of_each_label, make_batch
+from vae_jax.batch import Dataset
 from vae_jax.data import load
-from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
-from vae_jax.evaluation.classification import (
-    class_accuracy,
-    confusion_matrix,
-    expected_calibration_error,
-)
-from vae_jax.nn.networks import MODELS
-from vae_jax.objectives import OBJECTIVES
-from vae_jax.optimizers import OPTIMIZERS, averaging
+from vae_jax.families import FAMILIES, Family
+from vae_jax.optimizers import OPTIMIZERS, ema
+from vae_jax.run import hosts
+from vae_jax.run.checkpoint import Checkpoints, check_same_data, latest_metadata
 from vae_jax.run.config import (
+    RunOptions,
     argument_docs,
     bind,
+    changes,
     choose,
-    derive,
     fields,
-    make_title,
+    fill_in,
+    flatten,
     nearest,
+    signatures,
+    split_fields,
 )
-from vae_jax.run.loop import Job, RunOptions
-from vae_jax.steps import fixed_key, make_eval_step
-
-LARGEST_COVARIANCE = 4096  # pixels; for larger images the yardsticks are left out
-MISTAKES = 24  # misclassified images that are shown
+from vae_jax.run.devices import Devices
+from vae_jax.run.directory import FIELDS, RunDirectory, read_config, versions
+from vae_jax.run.files import check_reachable
+from vae_jax.run.loop import Job, train
+from vae_jax.run.memory import check_memory
+from vae_jax.run.progress import Progress
+from vae_jax.steps import fixed_key
 
 
 def build(config: Mapping[str, Any]) -> Job:
     """The job that a config describes.
 
-    Each section is passed by keyword to one function: `data.load`, the model, objective and optimizer that its `name`
-    selects, `train.RunOptions`. Raises ValueError or OSError, in one line that names the field, for whatever is wrong.
+    Each section is passed by keyword to one signature: `data.load`, the family's `make` and `make_objective`, the
+    optimizer's, `RunOptions`. Raises ValueError or OSError, in one line that names the field, for anything wrong.
     """
     job = bind("", make_job, config)()
-    check_model_fits(job, jax.local_devices()[0])
-    if job.metric not in (known := metric_names(job)):
-        raise ValueError(
-            f"unknown metric best {job.metric!r}: {nearest(job.metric, known)}"
-        )
-    return job._replace(about=job.about | {"config": config})
+    return job._replace(metadata=job.metadata | {"config": config})
 
 
 def make_job(
@@ -67,74 +64,97 @@ def make_job(
     optimizer: Mapping,
     run: Mapping,
 ) -> Job:
-    """`build`, the config's fields being the arguments.
+    """`build` with the config's fields as arguments.
 
     Args:
         seed: of initial weights, noise and order of the examples; a run is a function of it.
         seeds: how many seeds, from `seed` on, are trained together in one program.
         epochs: passes over the training images.
         batch_size: images in one training step.
-        best: the validation metric that marks the best checkpoint, where data.validation holds images out. A run cannot
-            change it as it continues.
+        best: the validation metric that marks the best checkpoint, where data.validation holds images out.
     """
-    for name, value in [
-        ("seeds", seeds),
-        ("epochs", epochs),
-        ("batch_size", batch_size),
-    ]:
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
-    if not 0 <= seed <= 2**32 - seeds:
-        raise ValueError(f"seed is {seed}, but must lie in [0, 2**32 - seeds]")
-    # Every section is checked before the first one acts: a slip in the last is told before data are read.
+    check_counts(seed, seeds, epochs, batch_size)
+    # Every section is checked before the first one acts: a slip in the last is reported before data are read.
     load_data = bind("data", load, data)
-    make_model = choose("model", model, MODELS)
-    loss = choose("objective", objective, OBJECTIVES)
-    averaged = {
-        name: optimizer[name] for name in fields(averaging) if name in optimizer
-    }
-    average = bind("optimizer", averaging, averaged)()
-    others = {name: optimizer[name] for name in optimizer if name not in averaged}
-    make_optimizer = choose("optimizer", others, OPTIMIZERS)
+    family, rest = choose("model", FAMILIES, model)
+    make_model = bind("model", family.make, rest)
+    make_objective = bind("objective", family.make_objective, objective)
+    of_average, rest = split_fields(ema, optimizer)
+    ema_decay = bind("optimizer", ema, of_average)()
+    make_optimizer, rest = choose("optimizer", OPTIMIZERS, rest)
+    make_optimizer = bind("optimizer", make_optimizer, rest)
     options = bind("run", RunOptions, run)()
-    make_parts = parts_of(model["name"], objective["name"])
+    direction = direction_of(best, family)
 
     dataset = load_data()
-    check_fits(dataset, jax.local_devices()[0])
-    size = len(dataset.splits["train"].label)
+    family.check_data(dataset)
+    train_split, size = dataset.splits["train"], len(dataset.splits["train"].label)
     if batch_size > size:
         raise ValueError(
             f"batch_size is {batch_size}, but there are {size} training images: give at most {size}"
         )
-    network = derive(
-        make_model, image_shape=dataset.image_shape, num_classes=dataset.num_classes
-    )
-    title = make_title(network, data["name"])
-    loss, report = make_parts(network, loss, dataset, jax.random.key(seed), title)
-    return Job(
+    known = describe_data(dataset) | {"steps_per_epoch": size // batch_size}
+    net = fill_in(make_model, **known)
+    title = f"{family.NAME} on {Path(data['name']).name}"
+    job = Job(
         title=title,
-        seed=seed,
-        seeds=seeds,
+        seeds=range(seed, seed + seeds),
         epochs=epochs,
         batch_size=batch_size,
         dataset=dataset,
-        init=jax.jit(  # so that it is traced once
-            lambda key: network.init(
-                fixed_key(key, "init"), jnp.zeros((1, *dataset.image_shape))
+        model=net,
+        init=jax.jit(lambda key: net.init(fixed_key(key, "init"))),  # traced once
+        objective=fill_in(make_objective, model=net, **known),
+        probes=family.make_probes(net),
+        optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
+        ema_decay=ema_decay,
+        best=(f"validation/{best}", direction)
+        if "validation" in dataset.splits
+        else None,
+        baselines=cache(
+            partial(
+                fill_in,
+                family.baselines,
+                model=net,
+                image=train_split.image,
+                **make_objective.keywords,
             )
         ),
-        objective=loss,
-        optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
-        average=average,
-        report=report,
-        about={
-            "image_shape": dataset.image_shape,
-            "num_classes": dataset.num_classes,
-            "data": fingerprint(dataset),
-        },
-        metric=best,
+        figures=family.make_figures(
+            net,
+            dataset.splits["test"],
+            fixed_key(jax.random.key(seed), "samples"),
+            title,
+        ),
+        metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=options,
     )
+    check_fits(job, jax.local_devices()[0])
+    return job
+
+
+def check_counts(seed: int, seeds: int, epochs: int, batch_size: int) -> None:
+    """Raise ValueError for a top-level number out of range."""
+    counts = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if not 0 <= seed <= 2**32 - seeds:
+        raise ValueError(f"seed is {seed}, but must lie in [0, 2**32 - seeds]")
+
+
+def direction_of(best: str, family: Family) -> str:
+    """Which direction of the metric `best` is better. Raises ValueError for a metric that the family does not have."""
+    known = {name: metric.better for name, metric in family.METRICS.items()}
+    known = {name: better for name, better in known.items() if better}
+    if best not in known:
+        raise ValueError(f"unknown metric best {best!r}: {nearest(best, known)}")
+    return known[best]
+
+
+def describe_data(dataset: Dataset) -> dict:
+    """What a model must know of the data it is made for."""
+    return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
 
 
 def fingerprint(dataset: Dataset) -> dict:
@@ -147,208 +167,148 @@ def fingerprint(dataset: Dataset) -> dict:
     return sizes | {"sha256": total.hexdigest()}
 
 
-def metric_names(job: Job) -> list[str]:
-    """The metrics of the job's objective; nothing is computed."""
-    key = jax.random.key(0)
-    variables = jax.eval_shape(job.init, key)
+def check_fits(job: Job, device) -> None:
+    """Raise ValueError if a training surely exceeds the device's memory.
 
-    def metrics(variables, image, label):
-        batch = make_batch(image, label, jnp.ones(1), jnp.zeros(1, int))
-        return make_eval_step(job.objective)(variables, batch, key)
-
-    example = [array[:1] for array in job.dataset.splits["train"]]
-    shapes = jax.eval_shape(metrics, variables, *example)
-    return [name for name, leaf in shapes.items() if leaf.dtype == jnp.float32]
+    It holds the images, and for each seed four copies of the weights (gradients and Adam's two averages among them) and
+    the decoded images of a batch.
+    """
+    shapes = jax.eval_shape(job.init, jax.random.key(0))
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    decoded = job.batch_size * job.model.decodes_per_example
+    decoded *= math.prod(job.dataset.image_shape)
+    images = sum(split.image.nbytes for split in job.dataset.splits.values())
+    check_memory(
+        f"{len(job.seeds)} models of {weights:,} weights and the data set's images",
+        images + 4 * len(job.seeds) * (4 * weights + decoded),
+        device=device,
+        way_out="take fewer or smaller images, a smaller model or batch, or fewer seeds",
+    )
 
 
 def describe() -> list[tuple[str, str]]:
-    """Every config field, and what the function that takes it says of it."""
-    sections = {
-        "": [make_job],
-        "data": [load],
-        "model": MODELS.values(),
-        "objective": OBJECTIVES.values(),
-        "optimizer": [averaging, *OPTIMIZERS.values()],
-        "run": [RunOptions],
-    }
+    """Every config field, and what the function that takes it says about it."""
+    names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
+    functions = [("", make_job)]
+    for family in FAMILIES.values():
+        for section, takers in signatures(family).items():
+            functions += [(section, function) for function in takers]
     described = {}
-    for section, functions in sections.items():
-        if section in CHOICES:
-            described[f"{section}.name"] = f"one of {', '.join(CHOICES[section])}"
-        for function in functions:
-            docs = argument_docs(function)
-            for name, parameter in fields(function).items():
-                if parameter.annotation is not Mapping:
-                    field = f"{section}.{name}" if section else name
-                    described.setdefault(field, docs.get(name, ""))
-    return list(described.items())
+    for section, function in functions:
+        if section in names:
+            choices = ", ".join(names[section])
+            described.setdefault(f"{section}.name", f"one of {choices}")
+        docs = argument_docs(function)
+        for name, parameter in fields(function).items():
+            if parameter.annotation is not Mapping:
+                field = f"{section}.{name}" if section else name
+                described.setdefault(field, docs.get(name, ""))
+    return sorted(described.items(), key=lambda item: section_order(item[0]))
 
 
-def parts_of(model: str, objective: str) -> Callable:
-    """The entry of `PARTS` for a model and its objective. Raises ValueError for two that do not fit."""
-    if (model, objective) not in PARTS:
-        fitting = ", ".join(other for name, other in PARTS if name == model)
-        raise ValueError(
-            f"objective.name {objective} does not fit model.name {model}: give {fitting}"
-        )
-    return PARTS[model, objective]
+def section_order(field: str) -> int:
+    """Top-level fields first, then the sections in their order."""
+    section, _, name = field.partition(".")
+    return 1 + [*FIELDS].index(section) if name else 0
 
 
-def check_fits(dataset: Dataset, device) -> None:
-    """Raise ValueError if the images are larger than the device's memory; the CPU tells no limit."""
-    needed = sum(split.image.nbytes for split in dataset.splits.values())
-    limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    if needed > limit:
-        raise ValueError(
-            f"the images take {needed / 2**30:.1f} GiB, but {device.device_kind} has {limit / 2**30:.1f} GiB: data sets "
-            "are held on the device, so take fewer or smaller images"
-        )
+class Outcome(NamedTuple):
+    """How a training ended."""
+
+    step: int
+    steps: int
+    summary: Any  # the path of summary.md
+    signal: int = 0  # the one that stopped it early
 
 
-def check_model_fits(job: Job, device) -> None:
-    """Raise ValueError if weights, gradients and Adam's two averages are more than the device's memory, or the host's."""
-    leaves = jax.tree.leaves(jax.eval_shape(job.init, jax.random.key(0)))
-    numbers = sum(math.prod(leaf.shape) for leaf in leaves)
-    needed = 4 * 4 * numbers * job.seeds
-    free = psutil.virtual_memory().available
-    limit = (device.memory_stats() or {}).get("bytes_limit", free)
-    if needed > limit:
-        raise ValueError(
-            f"training {job.seeds} models of {numbers:,} weights takes {needed / 2**30:.1f} GiB, but {device.device_kind} has "
-            f"{limit / 2**30:.1f} GiB: make the model smaller, or seeds fewer"
-        )
+def run(
+    config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[], Any]
+) -> Outcome | None:
+    """Train, or continue, in a run directory; None if the training there is finished already.
+
+    On several hosts all call this. `make_stop()` gives `hosts.Stop` or its like once the training is about to start. Raises ValueError or OSError, in one line, for bad input and for a directory that
+    cannot be used, and FloatingPointError for numbers that are not finite.
+    """
+    folder = epath.Path(workdir).expanduser() / "checkpoints"
+    hosts.check_hosts_agree(host_facts(config, device_limit))
+    with hosts.raise_on_all_hosts():
+        devices = Devices(device_limit)
+        check_reachable(workdir)
+        if devices.is_primary and (stored := read_config(workdir)) is not None:
+            check_same_config(workdir, stored, config)
+        job = build(config)
+        devices.check_divide(job.batch_size)
+        latest = latest_metadata(folder) if devices.is_primary else None
+        if latest is not None:
+            check_same_data(latest, job.metadata)
+        finished = latest is not None and latest["step"] >= job.steps
+    if hosts.gather(finished)[0]:
+        return None
+    hosts.check_hosts_agree({"data": job.metadata["data"]})
+    writers = [hosts.NotPrimary()] * 3
+    with hosts.raise_on_all_hosts():
+        if devices.is_primary:
+            writers = open_run(job, workdir, folder, config)
+    directory, checkpoints, progress = writers
+    try:
+        if job.run.compilation_cache:
+            enable_compilation_cache()
+        stop = make_stop()
+        state = train(job, directory, checkpoints, progress, stop, devices)
+        hosts.gather(
+            "done"
+        )  # a host that left while the primary still saves would end it
+    except OSError as error:
+        if error.strerror is None:  # ours, which already names the way out
+            raise
+        raise OSError(
+            f"cannot continue in the work directory {workdir} ({error.strerror}): the same command continues once it can be written to"
+        ) from error
+    finally:
+        for writer in (progress, checkpoints, directory):
+            writer.close()
+    return Outcome(int(state.step.max()), job.steps, directory.summary, stop.signal)
 
 
-def vae_parts(
-    network, loss: Callable, dataset: Dataset, root: jax.Array, title: str
-) -> tuple[Callable, Callable]:
-    """The objective and the report of a VAE: the training curve, reconstructions and prior samples (Figures 3-5)."""
-    beta = loss.keywords["beta"]
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"objective.beta is {beta}, but must be at least 0")
-    encode = functools.partial(network.apply, method="encode")
-    decode = functools.partial(network.apply, method="decode")
-    test = dataset.splits["test"]
-    shown = first_of_each_label(test.label)
-    image, label = test.image[shown] / np.float32(255), test.label[shown]
-    reconstruct = jax.jit(functools.partial(generate.reconstruct, encode, decode))
-    sample = jax.jit(
-        lambda variables: decode(
-            variables,
-            generate.prior(fixed_key(root, "samples"), 100, network.latent_dim),
-        )
+def open_run(job: Job, workdir: str, folder, config: Mapping) -> tuple:
+    """The run directory, its checkpoints, and the progress shown."""
+    command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
+    check = partial(check_same_config, workdir)
+    directory = RunDirectory(workdir, config, command, job.run.tensorboard, check)
+    checkpoints = Checkpoints(folder, job.metadata, job.run.keep, job.best)
+    images = job.steps * job.batch_size * len(job.seeds)
+    return directory, checkpoints, Progress(images, job.epochs)
+
+
+def host_facts(config: Mapping, device_limit: int) -> dict:
+    """What all hosts must agree on: the config, the versions, the package's source, the devices."""
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        source.update(file.read_bytes())
+    device = jax.local_devices()[0].device_kind
+    return (
+        {f"config field {name}": value for name, value in flatten(config).items()}
+        | versions()
+        | {
+            "config field data.manual_dir": "",  # it may differ
+            "the source of vae_jax": source.hexdigest()[:12],
+            "--devices": device_limit,
+            "a host's devices": f"{jax.local_device_count()} of {device}",
+        }
     )
 
-    @functools.cache
-    def yardsticks():
-        if np.prod(dataset.image_shape) > LARGEST_COVARIANCE:
-            return {}
-        eigenvalues = covariance_eigenvalues(dataset.splits["train"].image)
-        return {
-            "collapsed model": linear_vae_loss(eigenvalues, 0, beta),
-            "best linear VAE": linear_vae_loss(eigenvalues, network.latent_dim, beta),
-        }
 
-    def report(variables, arrays, history):
-        def draw():
-            # Here and below: Matplotlib can wait until the first steps are taken.
-            from vae_jax import figures
-
-            return {
-                "training": figures.training_curve(
-                    history, yardsticks(), f"Training progress: {title}"
-                ),
-                "reconstructions": figures.reconstructions(
-                    image,
-                    np.asarray(reconstruct(variables, image)),
-                    label,
-                    f"Test images and their reconstructions: {title}",
-                ),
-                "samples": figures.image_grid(
-                    np.asarray(sample(variables)),
-                    f"Images decoded from z ~ N(0, 1): {title}",
-                ),
-            }
-
-        return draw, yardsticks()
-
-    return functools.partial(loss, encode=encode, decode=decode), report
-
-
-def classifier_parts(
-    network, loss: Callable, dataset: Dataset, root: jax.Array, title: str
-) -> tuple[Callable, Callable]:
-    """The objective and the report of a classifier: training curve, confusion matrix, its most confident mistakes."""
-    del root
-    fields, size = loss.keywords, min(dataset.image_shape[:2])
-    for name, holds, rule in [
-        ("label_smoothing", 0 <= fields["label_smoothing"] < 1, "lie in [0, 1)"),
-        ("shift", 0 <= fields["shift"] < size, f"be from 0 to {size - 1} pixels"),
-        ("rotation", 0 <= fields["rotation"] <= 180, "lie in [0, 180] degrees"),
-    ]:
-        if not holds:
-            raise ValueError(f"objective.{name} is {fields[name]}, but must {rule}")
-    for name, split in dataset.splits.items():
-        unlabelled = np.sum(split.label < 0)
-        if unlabelled:
-            raise ValueError(
-                f"{unlabelled} of {len(split.label)} {name} images have no label, but the classifier needs all labels"
-            )
-        counts = np.bincount(split.label, minlength=dataset.num_classes)
-        if name == "train" and 0 in counts:
-            raise ValueError(
-                f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: number the classes without gaps"
-            )
-    test = dataset.splits["test"]
-
-    def report(variables, arrays, history):
-        prediction, confidence = (
-            arrays["test"][name] for name in ("prediction", "confidence")
+def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
+    """Raise ValueError, naming the fields that differ, if the run in the work directory has another config."""
+    if changed := changes(stored, config):
+        raise ValueError(
+            f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
         )
-        correct = prediction == test.label
-        counts = confusion_matrix(test.label, prediction, dataset.num_classes)
-
-        def draw():
-            from vae_jax import figures
-
-            wrong = np.flatnonzero(~correct)
-            shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
-            return {
-                "training": figures.training_curve(
-                    history,
-                    {},
-                    f"Training progress: {title}",
-                    {"loss": "negative log-likelihood", "accuracy": "accuracy"},
-                    loss_scale="log",
-                ),
-                "confusion": figures.confusion(
-                    counts, f"Confusion of classes: {title}"
-                ),
-                "mistakes": figures.mistakes(
-                    test.image[shown] / np.float32(255),
-                    test.label[shown],
-                    prediction[shown],
-                    confidence[shown],
-                    f"Misclassified test images, most confident first: {title}",
-                ),
-            }
-
-        numbers = {
-            "expected calibration error": expected_calibration_error(
-                confidence, correct.astype(np.float32)
-            )
-        }
-        for label, accuracy in enumerate(class_accuracy(counts)):
-            if np.isfinite(accuracy):
-                numbers[f"accuracy of class {label}"] = float(accuracy)
-        return draw, numbers
-
-    apply = functools.partial(network.apply, mutable=["batch_stats"])
-    return functools.partial(loss, apply=apply), report
 
 
-PARTS = {
-    ("vae", "elbo"): vae_parts,
-    ("classifier", "cross_entropy"): classifier_parts,
-}
-CHOICES = {"model": MODELS, "objective": OBJECTIVES, "optimizer": OPTIMIZERS}
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in a folder of the user's, unless JAX already has one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path.home() / ".cache" / "vae_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,105 @@
+"""The models: one file a family. Each is a module with the members of `Family`; `FAMILIES` names those that a config can choose.
+
+A new family is one file here and one line in `FAMILIES`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from vae_jax.batch import Batch, Dataset, Split
+from vae_jax.likelihoods import Likelihood
+from vae_jax.objectives import Objective
+from vae_jax.priors import Prior
+
+
+class Model(NamedTuple):
+    """Pure functions of `variables`; None where a family has no such thing.
+
+    Attributes:
+        init: key -> variables.
+        latent_dim: size of z.
+        encode: (variables, image) -> (mean, logvar) of q(z | x), [batch, latent] each.
+        decode_raw: (variables, z) -> what the likelihood takes; z may have leading sample axes.
+        likelihood: p(x | decoder output).
+        prior: p(z).
+        probabilities: (variables, image) -> p(label | image), [batch, classes].
+        apply: the family's own one-pass function, for its objective alone.
+        decodes_per_example: images that the objective decodes for each example; it divides evaluation's batches.
+    """
+
+    init: Callable[..., dict]
+    latent_dim: int | None = None
+    encode: Callable[..., Any] | None = None
+    decode_raw: Callable[..., Any] | None = None
+    likelihood: Likelihood | None = None
+    prior: Prior | None = None
+    probabilities: Callable[..., Any] | None = None
+    apply: Callable[..., Any] | None = None
+    decodes_per_example: int = 1
+
+
+def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
+    """The entry of a name that a config's field gives. Raises ValueError for another name."""
+    if name not in choices:
+        raise ValueError(
+            f"model.{field} is {name!r}, but must be one of {', '.join(choices)}"
+        )
+    return choices[name]
+
+
+class Metric(NamedTuple):
+    """What a metric says. `better` is "lower" or "higher"; "" where neither is."""
+
+    meaning: str
+    unit: str
+    better: str = ""
+
+
+class Probes(NamedTuple):
+    """Measurements beside the objective, in the same compiled program.
+
+    Attributes:
+        measure: (variables, batch) -> {name: [batch, ...] array}.
+        reduce: ({name: [n, ...] NumPy array}, split) -> {metric: number, or nested list of numbers}.
+    """
+
+    measure: Callable[[Any, Batch], dict[str, Any]]
+    reduce: Callable[[dict[str, np.ndarray], Split], dict[str, Any]]
+
+
+class Family(Protocol):
+    """What each module of this package holds.
+
+    Keyword-only arguments of `make` and `make_objective` are the fields of the config's sections `model` and
+    `objective`; both raise ValueError, naming the field, for a value out of range. Other arguments are filled in by
+    name: image_shape, num_classes, model, train_size, steps_per_epoch.
+
+    Attributes:
+        NAME: for titles.
+        METRICS: {metric: Metric}, in the order in which they are drawn; "loss" is among them.
+        check_data: raises ValueError for data that the family cannot learn from.
+        baselines: (image, model, *, objective's fields) -> {what: loss}, closed forms of the training images.
+        make_figures: (model, test, key, title) -> (variables, arrays, history, baselines) -> {name: () -> Figure}, where
+            arrays are what `Probes.measure` gave for the test split.
+    """
+
+    NAME: str
+    METRICS: Mapping[str, Metric]
+
+    def make(self, image_shape: tuple[int, int, int], **fields) -> Model: ...
+    def make_objective(self, model: Model, **fields) -> Objective: ...
+    def make_probes(self, model: Model) -> Probes: ...
+    def check_data(self, dataset: Dataset) -> None: ...
+    def baselines(
+        self, model: Model, image: np.ndarray, **fields
+    ) -> dict[str, float]: ...
+    def make_figures(
+        self, model: Model, test: Split, key: Any, title: str
+    ) -> Callable[..., dict[str, Callable]]: ...
+
+
+from vae_jax.families import classifier, vae  # noqa: E402  (they import the contract)
+
+FAMILIES = {"vae": vae, "classifier": classifier}

@@ -1,0 +1,169 @@
+"""The post's convolutional classifier (its Table 4): the labels' negative log-likelihood, on augmented images.
+
+loss = -sum_k t_k log p_k,    t = (1 - s) onehot(label) + s / classes,    p = softmax(logits)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vae_jax import figures
+from vae_jax.augment import augment
+from vae_jax.evaluation.classification import (
+    confusion_matrix,
+    expected_calibration_error,
+)
+from vae_jax.families import Metric, Model, Probes
+from vae_jax.nn.networks import Classifier, check_pooling, check_precision, check_sizes
+from vae_jax.objectives import cross_entropy
+
+NAME = "Classifier"
+METRICS = {
+    "loss": Metric("negative log-likelihood", "nats", "lower"),
+    "accuracy": Metric("accuracy", "share", "higher"),
+}
+PANELS = {name: metric.meaning for name, metric in METRICS.items()}
+MISTAKES = 24  # misclassified images that are shown
+
+
+def make(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    features: tuple[int, ...] = (8, 16, 32),
+    precision: str = "float32",
+) -> Model:
+    """The post's classifier, with pooling after every convolution but the last.
+
+    Args:
+        features: channels after each convolution.
+        precision: "float32" or "bfloat16", in which the layers compute; parameters, statistics and loss are float32.
+
+    Raises ValueError if there are fewer than 2 classes, a size is below 1, or pooling leaves nothing of the image.
+    """
+    check_sizes(features=features)
+    if num_classes < 2:
+        raise ValueError(
+            f"the classifier needs labels of at least 2 classes, but the data have {num_classes}"
+        )
+    check_pooling(image_shape, len(features) - 1, "features")
+    network = Classifier(num_classes, tuple(features), check_precision(precision))
+
+    def probabilities(variables, image):
+        return jax.nn.softmax(network.apply(variables, image))
+
+    return Model(
+        init=lambda key: network.init(key, jnp.zeros((1, *image_shape))),
+        probabilities=probabilities,
+        apply=functools.partial(network.apply, mutable=["batch_stats"]),
+    )
+
+
+def make_objective(
+    model: Model,
+    image_shape: tuple[int, int, int],
+    *,
+    label_smoothing: float = 0.0,
+    shift: int = 0,
+    rotation: float = 0.0,
+):
+    """The cross-entropy. Only training augments the images and smooths the labels (Szegedy et al. 2016).
+
+    Args:
+        label_smoothing: share of a label that is spread evenly over the classes.
+        shift: pixels by which training images are moved at most, in each direction.
+        rotation: degrees by which they are rotated at most, either way.
+
+    Raises ValueError for a field out of range.
+    """
+    size = min(image_shape[:2])
+    for name, value, holds, rule in [
+        ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "lie in [0, 1)"),
+        ("shift", shift, 0 <= shift < size, f"be from 0 to {size - 1} pixels"),
+        ("rotation", rotation, 0 <= rotation <= 180, "lie in [0, 180] degrees"),
+    ]:
+        if not holds:
+            raise ValueError(f"objective.{name} is {value}, but must {rule}")
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        image = augment(batch.image, keys, shift, rotation) if train else batch.image
+        logits, model_state = model.apply(variables, image, train, axis_name)
+        smoothing = label_smoothing if train else 0.0
+        correct = logits.argmax(axis=-1) == batch.label
+        return {
+            "loss": cross_entropy(logits, batch.label, smoothing),
+            "accuracy": correct.astype(logits.dtype),
+        }, model_state
+
+    return objective
+
+
+def make_probes(model: Model) -> Probes:
+    """Each image's prediction and its confidence; over a split the calibration error and the confusion of classes."""
+
+    def measure(variables, batch):
+        probabilities = model.probabilities(variables, batch.image)
+        return {
+            "prediction": probabilities.argmax(axis=-1).astype(jnp.int32),
+            "confidence": probabilities.max(axis=-1),
+        }
+
+    def reduce(arrays, split):
+        prediction, confidence = arrays["prediction"], arrays["confidence"]
+        correct = (prediction == split.label).astype(np.float32)
+        return {"calibration_error": expected_calibration_error(confidence, correct)}
+
+    return Probes(measure, reduce)
+
+
+def check_data(dataset) -> None:
+    """Raise ValueError for an image without a label, or a class without training images."""
+    for name, split in dataset.splits.items():
+        unlabelled = np.sum(split.label < 0)
+        if unlabelled:
+            raise ValueError(
+                f"{unlabelled} of {len(split.label)} {name} images have no label, but the classifier needs all labels"
+            )
+    counts = np.bincount(dataset.splits["train"].label, minlength=dataset.num_classes)
+    if 0 in counts:
+        raise ValueError(
+            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: number the classes without gaps"
+        )
+
+
+def baselines(model: Model, image: np.ndarray) -> dict:
+    """There is none in closed form."""
+    return {}
+
+
+def make_figures(model: Model, test, key, title: str):
+    """Training curve, confusion matrix, the most confident mistakes."""
+
+    def mistakes(arrays):
+        prediction, confidence = arrays["prediction"], arrays["confidence"]
+        wrong = np.flatnonzero(prediction != test.label)
+        shown = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+        return figures.mistakes(
+            test.image[shown] / np.float32(255),
+            test.label[shown],
+            prediction[shown],
+            confidence[shown],
+            f"Misclassified test images, most confident first: {title}",
+        )
+
+    def draw(variables, arrays, history, baselines):
+        classes = max(test.label.max(), arrays["prediction"].max()) + 1
+        return {
+            "training": lambda: figures.training_curve(
+                history, baselines, f"Training progress: {title}", PANELS, "log"
+            ),
+            "confusion": lambda: figures.confusion(
+                confusion_matrix(test.label, arrays["prediction"], classes),
+                f"Confusion of classes: {title}",
+            ),
+            "mistakes": lambda: mistakes(arrays),
+        }
+
+    return draw

@@ -1,0 +1,165 @@
+"""The variational autoencoder (Kingma & Welling 2013), with the post's convolutional networks.
+
+    loss = E_q(z | x)[-log p(x | z)] + beta KL(q(z | x) || p(z)),    q(z | x) = N(mean(x), exp(logvar(x)))
+
+Losses leave out the likelihood's constant: with the unit-variance Gaussian they are half the squared error plus the KL.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vae_jax import figures, generate
+from vae_jax.batch import first_of_each_label
+from vae_jax.evaluation.baselines import linear_vae_baselines
+from vae_jax.families import Metric, Model, Probes, choose
+from vae_jax.likelihoods import LIKELIHOODS, distortion
+from vae_jax.nn.networks import (
+    Autoencoder,
+    Decoder,
+    Encoder,
+    check_doublings,
+    check_pooling,
+    check_precision,
+    check_sizes,
+)
+from vae_jax.objectives import negative_elbo, reparameterize
+from vae_jax.priors import PRIORS
+
+NAME = "VAE"
+METRICS = {
+    "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
+    "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
+    "kl": Metric("KL from the prior", "nats", "lower"),
+    "bound": Metric("-ELBO: the loss at beta 1", "nats", "lower"),
+}
+
+PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
+
+
+def make(
+    image_shape: tuple[int, int, int],
+    *,
+    latent_dim: int = 20,
+    encoder_features: tuple[int, ...] = (32, 64),
+    decoder_features: tuple[int, ...] = (64, 32),
+    pooling: bool = False,
+    likelihood: str = "unit_gaussian",
+    prior: str = "standard_normal",
+    precision: str = "float32",
+) -> Model:
+    """The post's VAE for images of `image_shape` (height, width, channels).
+
+    Args:
+        latent_dim: size of z.
+        encoder_features: channels after each convolution; every one halves the image.
+        decoder_features: channels after each transposed convolution but the last; every one doubles the image.
+        pooling: halve the image by max pooling instead of strided convolutions, which the post found to fail.
+        likelihood: p(x | z): "unit_gaussian", whose variance is 1.
+        prior: p(z): "standard_normal".
+        precision: "float32" or "bfloat16", in which the layers compute; parameters, statistics and loss are float32.
+
+    Raises ValueError if a size is below 1, a name is unknown, the decoder's doublings cannot end at the image's size,
+    or pooling leaves nothing of the image.
+    """
+    check_sizes(
+        latent_dim=(latent_dim,),
+        encoder_features=encoder_features,
+        decoder_features=decoder_features,
+    )
+    check_doublings(image_shape, len(decoder_features))
+    if pooling:
+        check_pooling(image_shape, len(encoder_features), "encoder_features")
+    p_x = choose(LIKELIHOODS, "likelihood", likelihood)()
+    p_z = choose(PRIORS, "prior", prior)(latent_dim)
+    dtype = check_precision(precision)
+    *size, channels = image_shape
+    network = Autoencoder(
+        Encoder(latent_dim, tuple(encoder_features), pooling, dtype),
+        Decoder((*size, channels * p_x.channels), tuple(decoder_features), dtype),
+    )
+
+    def init(key):
+        variables = network.init(key, jnp.zeros((1, *image_shape)))
+        parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
+        own = {name: part for name, part in parts.items() if part}
+        return variables | {"params": variables["params"] | own}
+
+    return Model(
+        init=init,
+        latent_dim=latent_dim,
+        encode=functools.partial(network.apply, method="encode"),
+        decode_raw=functools.partial(network.apply, method="decode"),
+        likelihood=p_x,
+        prior=p_z,
+    )
+
+
+def make_objective(model: Model, *, beta: float = 1.0):
+    """The negative ELBO.
+
+    Args:
+        beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
+
+    Raises ValueError for a beta below 0.
+    """
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"objective.beta is {beta}, but must be at least 0")
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        mean, logvar = model.encode(variables, batch.image)
+        z = reparameterize(mean, logvar, keys)
+        raw = model.decode_raw(variables, z)
+        reconstruction = distortion(model.likelihood, variables, raw, batch.image)
+        kl = model.prior.kl(variables, mean, logvar).sum(axis=-1)
+        return {
+            "loss": negative_elbo(reconstruction, kl, beta),
+            "reconstruction": reconstruction.mean(axis=0),
+            "kl": kl,
+            "bound": negative_elbo(reconstruction, kl),
+        }, {}
+
+    return objective
+
+
+def make_probes(model: Model) -> Probes:
+    """Nothing is measured beside the objective."""
+    return Probes(lambda variables, batch: {}, lambda arrays, split: {})
+
+
+def check_data(dataset) -> None:
+    """A VAE learns from any images."""
+
+
+def baselines(model: Model, image: np.ndarray, *, beta: float = 1.0) -> dict:
+    """The losses of a collapsed model and of the best linear VAE; {} for images too large for their covariance."""
+    return linear_vae_baselines(image, model.latent_dim, beta)
+
+
+def make_figures(model: Model, test, key, title: str):
+    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5)."""
+    shown = first_of_each_label(test.label)
+    image, label = test.image[shown] / np.float32(255), test.label[shown]
+    reconstruct = jax.jit(functools.partial(generate.reconstruct, model))
+    sample = jax.jit(lambda variables: generate.sample(model, variables, key, 100))
+
+    def draw(variables, arrays, history, baselines):
+        return {
+            "training": lambda: figures.training_curve(
+                history, baselines, f"Training progress: {title}", PANELS
+            ),
+            "reconstructions": lambda: figures.reconstructions(
+                image,
+                np.asarray(reconstruct(variables, image)),
+                label,
+                f"Test images and their reconstructions: {title}",
+            ),
+            "samples": lambda: figures.image_grid(
+                np.asarray(sample(variables)),
+                f"Images decoded from the prior: {title}",
+            ),
+        }
+
+    return draw
