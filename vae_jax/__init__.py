@@ -18,9 +18,7 @@ _MODULES = (
 
 
 def __getattr__(name):
-    if (
-        name == "load"
-    ):  # imported on demand, so that importing the steps alone stays light
+    if name == "load":  # imported on demand, so that importing the steps alone stays light
         return import_module("vae_jax.pretrained").load
     if name == "__version__":
         return metadata.version("vae_jax")

@@ -36,9 +36,7 @@ class Batch(NamedTuple):
     index: Int[Array, " batch"]  # position in the data set
 
 
-def make_batch(
-    image: UInt8[Array, "batch height width channel"], label, weight, index
-) -> Batch:
+def make_batch(image: UInt8[Array, "batch height width channel"], label, weight, index) -> Batch:
     """A batch of float images in [0, 1] from stored bytes in 0..255."""
     return Batch(image.astype(jnp.float32) / 255, label, weight, index)
 
@@ -50,8 +48,6 @@ def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown
     return np.unique(label, return_index=True)[1][:10]
 
 
-def example_keys(
-    key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]
-) -> Key[Array, " batch"]:
+def example_keys(key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]) -> Key[Array, " batch"]:
     """One key per example, a pure function of (root key, step, index): dividing a batch does not change its noise."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)

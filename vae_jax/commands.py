@@ -43,9 +43,7 @@ def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
     )
 
 
-def reconstruct(
-    workdir: str, config: dict, checkpoint: str, split: str, count: int
-) -> list[Path]:
+def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: int) -> list[Path]:
     """The first `count` images of a split beside their reconstructions."""
     vae, examples = load_with_split(workdir, config, checkpoint, split)
     most = min(MOST_SHOWN, len(examples.label))
@@ -161,15 +159,11 @@ def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretra
     try:
         pretrained.check_has(function, what)
     except ValueError as error:
-        raise ValueError(
-            f"this mode does not fit the run in {workdir}: {error}"
-        ) from None
+        raise ValueError(f"this mode does not fit the run in {workdir}: {error}") from None
     return pretrained
 
 
-def load_with_split(
-    workdir: str, config: dict, checkpoint: str, split: str
-) -> tuple[Pretrained, Split]:
+def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> tuple[Pretrained, Split]:
     """The model of a run, with encoder and decoder, and a split of the data that it was trained on."""
     vae = load_able(workdir, checkpoint, "encode", "encoder")
     vae.check_has("decode_raw", "decoder")
@@ -181,17 +175,13 @@ def load_with_split(
 def check_trained_on(expected: dict, found: dict) -> None:
     """Raise ValueError unless the data's fingerprint is that of the data a model was trained on."""
     if found != expected:
-        raise ValueError(
-            "the data are not those that the model was trained on: bring those back, or train again"
-        )
+        raise ValueError("the data are not those that the model was trained on: bring those back, or train again")
 
 
 def choose_split(dataset: Dataset, split: str) -> Split:
     """A split by its name. Raises ValueError for an unknown name."""
     if split not in dataset.splits:
-        raise ValueError(
-            f"there is no split {split!r}: this run has {', '.join(dataset.splits)}"
-        )
+        raise ValueError(f"there is no split {split!r}: this run has {', '.join(dataset.splits)}")
     return dataset.splits[split]
 
 
@@ -209,15 +199,11 @@ def choose_images(
         images = list(range(count))
     name, given = ("--images", images) if labels is None else ("--labels", labels)
     if len(given) != count:
-        raise ValueError(
-            f"{name} has {len(given)} entries, but this mode takes {count}"
-        )
+        raise ValueError(f"{name} has {len(given)} entries, but this mode takes {count}")
     if images is not None:
         for index in images:
             if not 0 <= index < len(examples.label):
-                raise ValueError(
-                    f"there is no image {index} in {split}: it has 0 to {len(examples.label) - 1}"
-                )
+                raise ValueError(f"there is no image {index} in {split}: it has 0 to {len(examples.label) - 1}")
         return np.array(images)
     for label in labels:
         if label < 0 or label not in examples.label:

@@ -162,9 +162,7 @@ def mosaic(
     return grid.reshape(rows * height, columns * width, channels)
 
 
-def image_grid(
-    image: Float[np.ndarray, "n height width channel"], title: str
-) -> "Figure":
+def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> "Figure":
     """Images side by side in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)

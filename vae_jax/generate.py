@@ -56,9 +56,7 @@ def interpolate(
     return jnp.linspace(start, end, count)
 
 
-def traverse(
-    z: Float[Array, " latent"], values: Float[Array, " count"]
-) -> Float[Array, "latent count latent"]:
+def traverse(z: Float[Array, " latent"], values: Float[Array, " count"]) -> Float[Array, "latent count latent"]:
     """`z` with each latent in turn at each of the values (Higgins et al. 2017, Figure 4)."""
     moved = jnp.eye(len(z), dtype=bool)[:, None, :]
     return jnp.where(moved, values[None, :, None], z[None, None, :])

@@ -37,9 +37,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "A file in configs/ and, after a colon, its variant: configs/vae.py:digits. --config.FIELD=VALUE sets a field. "
     "Modes other than train need only --workdir.",
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run directory. Default: runs/CONFIG-VARIANT."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run directory. Default: runs/CONFIG-VARIANT.")
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
@@ -61,9 +59,7 @@ _COUNT = flags.DEFINE_integer(
     "Number of images; for interpolate and traverse, of images in a row. Default: "
     + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
 )
-_SAMPLE_SEED = flags.DEFINE_integer(
-    "sample_seed", 0, "Seed of --mode=sample.", lower_bound=0, upper_bound=2**32 - 1
-)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.", lower_bound=0, upper_bound=2**32 - 1)
 _IMAGES = flags.DEFINE_list(
     "images",
     None,
@@ -74,13 +70,9 @@ _LABELS = flags.DEFINE_list(
     None,
     "Instead of --images: labels; the first image of each is taken.",
 )
-_INPUT = flags.DEFINE_string(
-    "input", None, "For predict: the path of an .npz with `image`, or of a folder."
-)
+_INPUT = flags.DEFINE_string("input", None, "For predict: the path of an .npz with `image`, or of a folder.")
 
-_DEVICES = flags.DEFINE_integer(
-    "devices", 0, "Devices that train on each host; 0: all of them."
-)
+_DEVICES = flags.DEFINE_integer("devices", 0, "Devices that train on each host; 0: all of them.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
@@ -192,9 +184,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     chosen = integers("images"), integers("labels")
     stored = read_config(workdir)
     if stored is None:
-        raise ValueError(
-            f"there is no run in {workdir}: train one, or name another with --workdir"
-        )
+        raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir")
     config = (config or stored) | {"epochs": stored["epochs"]}
     check_same_config(workdir, stored, config)
     match mode:
@@ -229,9 +219,7 @@ def integers(flag: str) -> list[int] | None:
     try:
         return given and [int(item) for item in given]
     except ValueError:
-        raise ValueError(
-            f"--{flag} is {','.join(given)}, but must be integers separated by commas"
-        ) from None
+        raise ValueError(f"--{flag} is {','.join(given)}, but must be integers separated by commas") from None
 
 
 def default_workdir() -> str:

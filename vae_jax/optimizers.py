@@ -46,23 +46,15 @@ def make_adam(
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{name} is {value}, but must lie in [0, 1)")
     if not 0 <= weight_decay < math.inf:
-        raise ValueError(
-            f"optimizer.weight_decay is {weight_decay}, but must be at least 0"
-        )
+        raise ValueError(f"optimizer.weight_decay is {weight_decay}, but must be at least 0")
     if base_batch_size < 0:
-        raise ValueError(
-            f"optimizer.base_batch_size is {base_batch_size}, but must be at least 0"
-        )
+        raise ValueError(f"optimizer.base_batch_size is {base_batch_size}, but must be at least 0")
     if scaling not in SCALINGS:
-        raise ValueError(
-            f"optimizer.scaling is {scaling!r}, but must be one of {', '.join(SCALINGS)}"
-        )
+        raise ValueError(f"optimizer.scaling is {scaling!r}, but must be one of {', '.join(SCALINGS)}")
     if base_batch_size:
         learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
     if schedule not in SCHEDULES:
-        raise ValueError(
-            f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}"
-        )
+        raise ValueError(f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
     rate = SCHEDULES[schedule](learning_rate, steps, warmup)
     if not weight_decay:
         return optax.adam(rate, beta1, beta2, eps)
@@ -77,9 +69,7 @@ def warmed_up(schedule: Callable) -> Callable:
         falling = schedule(rate, steps - rising)
         if not rising:
             return falling
-        return optax.join_schedules(
-            [optax.linear_schedule(0.0, rate, rising), falling], [rising]
-        )
+        return optax.join_schedules([optax.linear_schedule(0.0, rate, rising), falling], [rising])
 
     return make_schedule
 
@@ -101,9 +91,7 @@ def ema(*, ema_decay: float = 0.0) -> float:
 SCHEDULES = {
     "constant": warmed_up(lambda rate, steps: optax.constant_schedule(rate)),
     "cosine": warmed_up(optax.cosine_decay_schedule),
-    "onecycle": lambda rate, steps, warmup: optax.cosine_onecycle_schedule(
-        steps, rate, warmup
-    ),
+    "onecycle": lambda rate, steps, warmup: optax.cosine_onecycle_schedule(steps, rate, warmup),
 }
 SCALINGS = {"sqrt": math.sqrt, "linear": float}
 OPTIMIZERS = {"adam": make_adam}

@@ -19,9 +19,7 @@ from vae_jax.run.files import local_path
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 
 
-def load(
-    workdir: str, checkpoint: str | int = "", seed: int | None = None
-) -> "Pretrained":
+def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
     """The model that a run directory holds; the directory may have been moved from another machine.
 
     Args:
@@ -35,9 +33,7 @@ def load(
     seed = first if seed is None else seed
     if seed not in range(first, first + count):
         last = f" to {first + count - 1}" if count > 1 else ""
-        raise ValueError(
-            f"seed {seed} was not trained in {workdir}: give {first}{last}"
-        )
+        raise ValueError(f"seed {seed} was not trained in {workdir}: give {first}{last}")
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
     return Pretrained(
@@ -63,9 +59,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     like = jax.eval_shape(make_model(metadata).init, jax.random.key(0))
     seeds = metadata["config"]["seeds"]
     if seeds > 1:
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like
-        )
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like)
     return metadata, restore_variables(folder, metadata["step"], like)
 
 
@@ -103,9 +97,7 @@ class Pretrained:
         family = FAMILIES[self.config["model"]["name"]]
         return f"{family.NAME} on {Path(self.config['data']['name']).name}"
 
-    def encode(
-        self, image
-    ) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
+    def encode(self, image) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""
         self.check_has("encode", "encoder")
         return self._map("encode", check_images(image, self.image_shape))
@@ -115,14 +107,10 @@ class Pretrained:
         self.check_has("decode_raw", "decoder")
         z = np.asarray(z, np.float32)
         if z.ndim != 2 or z.shape[1] != self.model.latent_dim or len(z) == 0:
-            raise ValueError(
-                f"z has shape {z.shape}, but must be [n, {self.model.latent_dim}]"
-            )
+            raise ValueError(f"z has shape {z.shape}, but must be [n, {self.model.latent_dim}]")
         return self._map("decode", z)
 
-    def sample(
-        self, count: int, seed: int = 0
-    ) -> Float[np.ndarray, "count height width channel"]:
+    def sample(self, count: int, seed: int = 0) -> Float[np.ndarray, "count height width channel"]:
         """Mean images of `count` draws z ~ p(z), in [0, 1]; count is at least 1."""
         self.check_has("decode_raw", "decoder")
         if count < 1:
@@ -171,9 +159,7 @@ def in_batches(function: Callable, array: np.ndarray) -> Any:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
-def check_images(
-    image: Any, shape: tuple[int, int, int]
-) -> Float[np.ndarray, "n h w c"]:
+def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "n h w c"]:
     """Images in [0, 1] as float32. Raises ValueError, naming size, type or value, for what a model of `shape` does not take."""
     image = np.asarray(image)
     if image.ndim == 3 and shape[2] == 1:
@@ -184,11 +170,7 @@ def check_images(
     if image.dtype == np.uint8:
         return image / np.float32(255)
     if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(
-            f"images are {image.dtype}, but must be uint8, or float in [0, 1]"
-        )
+        raise ValueError(f"images are {image.dtype}, but must be uint8, or float in [0, 1]")
     if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(
-            f"images lie in [{image.min():.4g}, {image.max():.4g}], but floats must lie in [0, 1]"
-        )
+        raise ValueError(f"images lie in [{image.min():.4g}, {image.max():.4g}], but floats must lie in [0, 1]")
     return image.astype(np.float32)

@@ -31,14 +31,10 @@ def standard_normal(latent_dim: int) -> Prior:
     Source: Kingma & Welling 2013, appendix B; the post's formula lacks the factor -1/2.
     """
 
-    def log_prob(
-        variables, z: Float[Array, "*samples batch latent"]
-    ) -> Float[Array, "*samples batch"]:
+    def log_prob(variables, z: Float[Array, "*samples batch latent"]) -> Float[Array, "*samples batch"]:
         return -0.5 * jnp.sum(z**2 + math.log(2 * math.pi), axis=-1)
 
-    def sample(
-        variables, key: Key[Array, ""], count: int
-    ) -> Float[Array, "count latent"]:
+    def sample(variables, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         return jax.random.normal(key, (count, latent_dim))
 
     def kl(

@@ -107,14 +107,10 @@ def make_train_step(
 
         def summed_loss(params):
             variables = {"params": params, **state.model_state}
-            metrics, model_state = objective(
-                variables, batch, keys, True, state.step, axis_name
-            )
+            metrics, model_state = objective(variables, batch, keys, True, state.step, axis_name)
             return jnp.sum(batch.weight * metrics["loss"]), (metrics, model_state)
 
-        grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(
-            state.params
-        )
+        grads, (metrics, model_state) = jax.grad(summed_loss, has_aux=True)(state.params)
         totals = {name: total(value, batch.weight) for name, value in metrics.items()}
         if axis_name is not None:
             grads, totals = lax.psum((grads, totals), axis_name)

@@ -42,9 +42,7 @@ def load(
     else:
         load_splits = _tfds
     if manual_dir and name not in MNIST_FAMILY:
-        raise ValueError(
-            f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there"
-        )
+        raise ValueError(f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there")
     train, test = load_splits(name, manual_dir)
     if not 0 <= validation < len(train.label):
         raise ValueError(
@@ -58,9 +56,7 @@ def load(
     return Dataset(splits, int(max(train.label.max(), test.label.max())) + 1, shuffle)
 
 
-def epoch_order(
-    seed: int, epoch: int, size: int, shuffle: bool
-) -> Int[np.ndarray, " size"]:
+def epoch_order(seed: int, epoch: int, size: int, shuffle: bool) -> Int[np.ndarray, " size"]:
     """The order of the `size` training examples in an epoch: a pure function of (seed, epoch)."""
     if not shuffle:
         return np.arange(size, dtype=np.int32)

@@ -33,13 +33,8 @@ def _digits(name, manual_dir):
 
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    large = [
-        Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC)
-        for image in small
-    ]
-    image = np.pad(
-        np.stack([np.asarray(image) for image in large]), ((0, 0), (2, 2), (2, 2))
-    )
+    large = [Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC) for image in small]
+    image = np.pad(np.stack([np.asarray(image) for image in large]), ((0, 0), (2, 2), (2, 2)))
     return _split_off_test(image[..., None], digits.target.astype(np.int32))
 
 
@@ -49,11 +44,7 @@ def _mnist_family(name, manual_dir):
 
     url_infos = tfds.builder_cls(name).url_infos
     infos = {info.filename: (url, info) for url, info in url_infos.items()}
-    folder = (
-        local_path(manual_dir)
-        if manual_dir
-        else Path.home() / ".cache" / "vae_jax" / "data" / name
-    )
+    folder = local_path(manual_dir) if manual_dir else Path.home() / ".cache" / "vae_jax" / "data" / name
     missing = [filename for filename in infos if not (folder / filename).is_file()]
     if missing and manual_dir:
         raise ValueError(
@@ -71,9 +62,7 @@ def _mnist_family(name, manual_dir):
         try:
             paths = manager.download(urls)
         except Exception as error:  # TFDS passes on what its layers raise
-            raise OSError(
-                f"downloading {name} failed ({type(error).__name__}): {_way_out(name)}"
-            ) from error
+            raise OSError(f"downloading {name} failed ({type(error).__name__}): {_way_out(name)}") from error
         for filename, path in paths.items():
             os.replace(path, folder / filename)
 
@@ -138,9 +127,7 @@ def _check_network(name, url):
     except queue.Empty:
         error = TimeoutError(f"no answer in {NETWORK_TIMEOUT} s")
     if error is not None:
-        raise OSError(
-            f"cannot download {name} ({getattr(error, 'reason', error)}): {_way_out(name)}"
-        ) from error
+        raise OSError(f"cannot download {name} ({getattr(error, 'reason', error)}): {_way_out(name)}") from error
 
 
 def _way_out(name):
@@ -157,9 +144,7 @@ def _tfds(name, manual_dir):
     try:
         builder = tfds.builder(name, file_format="array_record")
     except (ValueError, AssertionError):  # an unknown name, or version
-        near = difflib.get_close_matches(
-            name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1
-        )
+        near = difflib.get_close_matches(name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or, with a slash in it, of a folder"
@@ -172,20 +157,14 @@ def _tfds(name, manual_dir):
         or len(features[keys[0]].shape) != 3
         or None in features[keys[0]].shape
     ):
-        raise ValueError(
-            f"{name} is not an image classification data set with images of one size"
-        )
+        raise ValueError(f"{name} is not an image classification data set with images of one size")
     (image_key, label_key), shape = keys, features[keys[0]].shape
     if not builder.is_prepared():
-        _check_network(
-            name, next(iter(builder.url_infos), "https://www.tensorflow.org")
-        )
+        _check_network(name, next(iter(builder.url_infos), "https://www.tensorflow.org"))
         try:
             builder.download_and_prepare()
         except ImportError as error:
-            raise ValueError(
-                f"preparing {name} needs {error.name}: pip install -e '.[tfds]'"
-            ) from error
+            raise ValueError(f"preparing {name} needs {error.name}: pip install -e '.[tfds]'") from error
         except Exception as error:  # TFDS passes on what its layers raise
             told = " ".join(str(error).split())
             raise OSError(f"preparing {name} failed: {told}") from error
@@ -193,9 +172,7 @@ def _tfds(name, manual_dir):
     # Some have labels on their validation images only.
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
-        raise ValueError(
-            f"{name} has the splits {', '.join(splits)}, but train and test are needed"
-        )
+        raise ValueError(f"{name} has the splits {', '.join(splits)}, but train and test are needed")
 
     def read(part):
         count = splits[part].num_examples
@@ -214,6 +191,4 @@ def _tfds(name, manual_dir):
 
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")
-DATASETS: dict[str, Callable] = {"digits": _digits} | dict.fromkeys(
-    MNIST_FAMILY, _mnist_family
-)
+DATASETS: dict[str, Callable] = {"digits": _digits} | dict.fromkeys(MNIST_FAMILY, _mnist_family)

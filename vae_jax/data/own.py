@@ -28,16 +28,12 @@ def _split_off_test(image, label):
 
     size = math.ceil(TEST_SHARE * len(label))
     if not 0 < size < len(label):
-        raise ValueError(
-            f"{len(label)} images are too few to split off a fifth for testing: give at least 2"
-        )
+        raise ValueError(f"{len(label)} images are too few to split off a fifth for testing: give at least 2")
     _, counts = np.unique(label, return_counts=True)
     fits = counts.min() >= 2 and len(counts) <= min(size, len(label) - size)
     stratify = label if fits else None
     positions = np.arange(len(label))
-    train, test = train_test_split(
-        positions, test_size=size, stratify=stratify, random_state=SPLIT_SEED
-    )
+    train, test = train_test_split(positions, test_size=size, stratify=stratify, random_state=SPLIT_SEED)
     split = Split(image, label)
     return _take(split, np.sort(train)), _take(split, np.sort(test))
 
@@ -94,21 +90,13 @@ def _read_npz(name):
 
     def split(prefix):
         image = arrays[prefix + "image"]
-        if (
-            image.ndim not in (3, 4)
-            or 0 in image.shape
-            or image.shape[3:] not in ((), (1,), (3,))
-        ):
+        if image.ndim not in (3, 4) or 0 in image.shape or image.shape[3:] not in ((), (1,), (3,)):
             raise ValueError(
                 f"{prefix}image in {name} has shape {image.shape}, but must be [n, height, width] with 1 or 3 channels"
             )
         if image.dtype != np.uint8:
-            if not np.issubdtype(image.dtype, np.floating) or not (
-                image.min() >= 0 and image.max() <= 1
-            ):
-                raise ValueError(
-                    f"{prefix}image in {name} is {image.dtype}, but must be uint8, or float in [0, 1]"
-                )
+            if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
+                raise ValueError(f"{prefix}image in {name} is {image.dtype}, but must be uint8, or float in [0, 1]")
             image = np.round(image * 255).astype(np.uint8)
         label = arrays.get(prefix + "label", np.full(len(image), -1))
         if (
@@ -135,9 +123,7 @@ def _read_folder(name):
     folder = local_path(name)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
-    classes = sorted(
-        path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."
-    )
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if {"train", "test"} <= {path.name.lower() for path in classes}:
         raise ValueError(
             f"{name} has subfolders train and test, but subfolders are classes: name one of them, or give an .npz with test_image"
@@ -150,9 +136,7 @@ def _read_folder(name):
         )
     files += [(path, label) for label, found in enumerate(labelled) for path in found]
     if not files:
-        raise ValueError(
-            f"{name} holds no PNG or JPEG files, neither itself nor in one subfolder a class"
-        )
+        raise ValueError(f"{name} holds no PNG or JPEG files, neither itself nor in one subfolder a class")
     first = _read_image(files[0][0])
     _check_size(name, len(files) * first.size)
     image = np.empty((len(files), *first.shape), np.uint8)
@@ -172,11 +156,7 @@ def _describe(pixels):
 
 
 def _image_files(folder):
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "."
-    )
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
 
 
 def _read_image(path):
@@ -192,13 +172,9 @@ def _read_image(path):
         with image:
             mode = image.mode
             upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(
-                upright.convert("L" if mode in ("1", "L", "LA") else "RGB")
-            )
+            pixels = np.asarray(upright.convert("L" if mode in ("1", "L", "LA") else "RGB"))
     except Exception as error:  # damage shows as anything from OSError to SyntaxError
         raise ValueError(f"cannot read the image {path}: {error}") from error
     if mode[0] in "IF":
-        raise ValueError(
-            f"the image {path} has more than 8 bits a channel: convert it to 8"
-        )
+        raise ValueError(f"the image {path} has more than 8 bits a channel: convert it to 8")
     return pixels.reshape(*pixels.shape[:2], -1)

@@ -32,9 +32,7 @@ def covariance_eigenvalues(
     return np.maximum(np.linalg.eigvalsh(second / len(flat))[::-1], 0)
 
 
-def linear_vae_loss(
-    eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float = 1.0
-) -> float:
+def linear_vae_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float = 1.0) -> float:
     """The lowest loss that a linear VAE with unit decoder variance can reach, in nats, on the scale of `elbo`.
 
         sum over the latent_dim largest eigenvalues l > beta of beta/2 (1 + ln(l / beta)), plus half of the others

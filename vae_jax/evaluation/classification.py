@@ -31,6 +31,4 @@ def class_accuracy(
 ) -> Float[np.ndarray, " label"]:
     """The share of each class's examples that were recognised; NaN for a class without examples."""
     total = confusion.sum(axis=1)
-    return np.divide(
-        confusion.diagonal(), total, out=np.full(len(total), np.nan), where=total > 0
-    )
+    return np.divide(confusion.diagonal(), total, out=np.full(len(total), np.nan), where=total > 0)

@@ -43,9 +43,7 @@ class Model(NamedTuple):
 def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
     """The entry of a name that a config's field gives. Raises ValueError for another name."""
     if name not in choices:
-        raise ValueError(
-            f"model.{field} is {name!r}, but must be one of {', '.join(choices)}"
-        )
+        raise ValueError(f"model.{field} is {name!r}, but must be one of {', '.join(choices)}")
     return choices[name]
 
 
@@ -92,14 +90,10 @@ class Family(Protocol):
     def make_objective(self, model: Model, **fields) -> Objective: ...
     def make_probes(self, model: Model) -> Probes: ...
     def check_data(self, dataset: Dataset) -> None: ...
-    def baselines(
-        self, model: Model, image: np.ndarray, **fields
-    ) -> dict[str, float]: ...
-    def make_figures(
-        self, model: Model, test: Split, key: Any, title: str
-    ) -> Callable[..., dict[str, Callable]]: ...
+    def baselines(self, model: Model, image: np.ndarray, **fields) -> dict[str, float]: ...
+    def make_figures(self, model: Model, test: Split, key: Any, title: str) -> Callable[..., dict[str, Callable]]: ...
 
 
-from vae_jax.families import classifier, vae  # noqa: E402  (they import the contract)
+from vae_jax.families import classifier, vae
 
 FAMILIES = {"vae": vae, "classifier": classifier}

@@ -45,9 +45,7 @@ def make(
     """
     check_sizes(features=features)
     if num_classes < 2:
-        raise ValueError(
-            f"the classifier needs labels of at least 2 classes, but the data have {num_classes}"
-        )
+        raise ValueError(f"the classifier needs labels of at least 2 classes, but the data have {num_classes}")
     check_pooling(image_shape, len(features) - 1, "features")
     network = Classifier(num_classes, tuple(features), check_precision(precision))
 

@@ -147,9 +147,7 @@ def make_figures(model: Model, test, key, title: str):
 
     def draw(variables, arrays, history, baselines):
         return {
-            "training": lambda: figures.training_curve(
-                history, baselines, f"Training progress: {title}", PANELS
-            ),
+            "training": lambda: figures.training_curve(history, baselines, f"Training progress: {title}", PANELS),
             "reconstructions": lambda: figures.reconstructions(
                 image,
                 np.asarray(reconstruct(variables, image)),

@@ -51,9 +51,7 @@ def conv(
     _check_channels(x, kernel)
     size, large = kernel.shape[:2], x.shape[1:3]
     small = tuple(-(-n // stride) for n in large)
-    low = tuple(
-        max((n - 1) * stride + k - m, 0) // 2 for k, n, m in zip(size, small, large)
-    )
+    low = tuple(max((n - 1) * stride + k - m, 0) // 2 for k, n, m in zip(size, small, large))
     geometry = Geometry(size, (stride, stride), low, small, large)
     return correlate_p.bind(x, kernel, geometry=geometry)
 
@@ -76,16 +74,12 @@ def conv_transpose(
 
 def _check_channels(x, kernel):
     if x.shape[3] != kernel.shape[2]:
-        raise ValueError(
-            f"images have {x.shape[3]} channels, but the kernel takes {kernel.shape[2]}"
-        )
+        raise ValueError(f"images have {x.shape[3]} channels, but the kernel takes {kernel.shape[2]}")
 
 
 def _pads(geometry):
     """The padding (low, high) of each axis of the large side; below 0 where the kernel does not reach its end."""
-    return [
-        (low, (n - 1) * stride + k - low - m) for k, stride, low, n, m in zip(*geometry)
-    ]
+    return [(low, (n - 1) * stride + k - low - m) for k, stride, low, n, m in zip(*geometry)]
 
 
 def _im2col(x, geometry):
@@ -148,9 +142,7 @@ def _col2im(columns, geometry):
         [jnp.stack([plane(r, c) for c in range(sw)], axis=3) for r in range(sh)],
         axis=2,
     )
-    return planes.reshape(batch, rows * sh, cols * sw, channels)[
-        :, : large[0], : large[1]
-    ]
+    return planes.reshape(batch, rows * sh, cols * sw, channels)[:, : large[0], : large[1]]
 
 
 def _widen(geometry, channels):
@@ -170,10 +162,7 @@ def _widen(geometry, channels):
 def _widen_kernel(kernel, geometry, n):
     """[kh, kw, c, k] -> [kh * (kw + (n - 1) * stride) * c, n * k], the matrix that patches are multiplied by."""
     stride = geometry.stride[1]
-    shifted = [
-        jnp.pad(kernel, ((0, 0), (i * stride, (n - 1 - i) * stride), (0, 0), (0, 0)))
-        for i in range(n)
-    ]
+    shifted = [jnp.pad(kernel, ((0, 0), (i * stride, (n - 1 - i) * stride), (0, 0), (0, 0))) for i in range(n)]
     return jnp.concatenate(shifted, axis=3).reshape(-1, n * kernel.shape[3])
 
 
@@ -193,9 +182,7 @@ def _kernel_gradient(x, g, geometry):
     channels = x.shape[3], g.shape[3]
     wide, n = _widen(geometry, channels[1])
     # Contracting the rows of both spares the transposed copy of the columns that XLA makes for other forms.
-    product = lax.dot_general(
-        _im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ()))
-    )
+    product = lax.dot_general(_im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ())))
     exact = jnp.promote_types(product.dtype, jnp.float32)
     kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
     fold = jax.linear_transpose(lambda k: _widen_kernel(k, geometry, n), kernel)
@@ -204,9 +191,7 @@ def _kernel_gradient(x, g, geometry):
 
 def _lax_correlate(x, kernel, geometry):
     layout = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(
-        x, kernel, geometry.stride, _pads(geometry), dimension_numbers=layout
-    )
+    return lax.conv_general_dilated(x, kernel, geometry.stride, _pads(geometry), dimension_numbers=layout)
 
 
 def _lax_spread(g, kernel, geometry):
@@ -216,9 +201,7 @@ def _lax_spread(g, kernel, geometry):
 
 def _lax_kernel_gradient(x, g, geometry):
     kernel = jax.ShapeDtypeStruct((*geometry.size, x.shape[3], g.shape[3]), g.dtype)
-    return jax.linear_transpose(
-        lambda kernel: _lax_correlate(x, kernel, geometry), kernel
-    )(g)[0]
+    return jax.linear_transpose(lambda kernel: _lax_correlate(x, kernel, geometry), kernel)(g)[0]
 
 
 def _primitive(name, product, convolution, shape, channels):
@@ -239,8 +222,7 @@ def _primitive(name, product, convolution, shape, channels):
     def batch(operands, axes, geometry):
         # lax would make a grouped convolution of several kernels, which is slow on GPUs too.
         products, convolutions = (
-            jax.vmap(functools.partial(form, geometry=geometry), axes)
-            for form in (product, convolution)
+            jax.vmap(functools.partial(form, geometry=geometry), axes) for form in (product, convolution)
         )
         forms = {"cpu": products, "cuda": products, "default": convolutions}
         return lax.platform_dependent(*operands, **forms), 0
@@ -274,9 +256,7 @@ def _kernel_shape(x, g, geometry):
     return *geometry.size, x.shape[3], g.shape[3]
 
 
-correlate_p = _primitive(
-    "correlate", _correlate, _lax_correlate, _small_shape, _image_channels
-)
+correlate_p = _primitive("correlate", _correlate, _lax_correlate, _small_shape, _image_channels)
 spread_p = _primitive("spread", _spread, _lax_spread, _large_shape, _kernel_channels)
 kernel_gradient_p = _primitive(
     "kernel_gradient",

@@ -27,9 +27,7 @@ def _relu_jvp(primals, tangents):
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
-def add_bias(
-    x: Float[Array, "*place c"], bias: Float[Array, " c"]
-) -> Float[Array, "*place c"]:
+def add_bias(x: Float[Array, "*place c"], bias: Float[Array, " c"]) -> Float[Array, "*place c"]:
     """x + bias, in the type of x, but added in float32: a sum over all places in bfloat16 would ruin the bias's gradient."""
     bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
@@ -44,9 +42,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch h w c_in"]
-    ) -> Float[Array, "batch h_out w_out c_out"]:
+    def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out c_out"]:
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = convolution.conv_transpose if self.transpose else convolution.conv
@@ -65,12 +61,8 @@ class ProjectAndReshape(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, z: Float[Array, "batch c_in"]
-    ) -> Float[Array, "batch h w c_out"]:
-        kernel = self.param(
-            "kernel", kernel_init, (*self.size, z.shape[-1], self.features)
-        )
+    def __call__(self, z: Float[Array, "batch c_in"]) -> Float[Array, "batch h w c_out"]:
+        kernel = self.param("kernel", kernel_init, (*self.size, z.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         z, kernel = z.astype(self.dtype), kernel[::-1, ::-1].astype(self.dtype)
         return add_bias(jnp.einsum("bz,hwzc->bhwc", z, kernel), bias)
@@ -87,17 +79,11 @@ class ConvForPool(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch h w c_in"]
-    ) -> Float[Array, "batch h_out w_out 4 c_out"]:
+    def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out 4 c_out"]:
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         kernel = kernel.astype(self.dtype)
-        places = [
-            jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0)))
-            for i in (0, 1)
-            for j in (0, 1)
-        ]
+        places = [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)]
         wide = jnp.stack(places, axis=3).reshape(4, 4, x.shape[-1], -1)
         height, width = (size // 2 for size in x.shape[1:3])
         y = convolution.conv(x.astype(self.dtype), wide, stride=2)[:, :height, :width]
@@ -105,9 +91,7 @@ class ConvForPool(nn.Module):
 
 
 @jax.custom_jvp
-def window_extreme(
-    x: Float[Array, "batch h w window c"], largest: Bool[Array, " c"]
-) -> Float[Array, "batch h w c"]:
+def window_extreme(x: Float[Array, "batch h w window c"], largest: Bool[Array, " c"]) -> Float[Array, "batch h w c"]:
     """The largest value of each window, or the smallest in channels where `largest` is false; ties share the gradient."""
     return jnp.where(largest.reshape(1, 1, 1, -1), x.max(axis=3), x.min(axis=3))
 

@@ -43,9 +43,7 @@ class Encoder(nn.Module):
             else:
                 conv = Conv(features, 2, dtype=self.dtype, name=f"conv{i + 1}")
                 x = relu(conv(x))
-        dense = nn.Dense(
-            2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc"
-        )
+        dense = nn.Dense(2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc")
         x = dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
         mean, logvar = jnp.split(x, 2, axis=-1)
         return mean, logvar
@@ -59,9 +57,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, z: Float[Array, "batch latent"]
-    ) -> Float[Array, "batch height width channel"]:
+    def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch height width channel"]:
         height, width, channels = self.output_shape
         scale = 2 ** len(self.features)
         size = (height // scale, width // scale)
@@ -112,9 +108,7 @@ class Classifier(nn.Module):
             else:
                 x = Conv(features, 1, dtype=self.dtype, name=f"conv{i}")(x)
             x = relu(BatchNormMaxPool(name=f"norm{i}")(x, train, axis_name))
-        dense = nn.Dense(
-            self.num_classes, dtype=self.dtype, kernel_init=kernel_init, name="fc"
-        )
+        dense = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kernel_init, name="fc")
         return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
 
 
@@ -122,17 +116,13 @@ def check_sizes(**fields: tuple[int, ...]) -> None:
     """Raise ValueError if a field of the model section is empty or holds a size below 1."""
     for name, value in fields.items():
         if not value or min(value) < 1:
-            raise ValueError(
-                f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1"
-            )
+            raise ValueError(f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1")
 
 
 def check_precision(precision: str) -> Any:
     """The dtype that a precision names. Raises ValueError for another name."""
     if precision not in PRECISIONS:
-        raise ValueError(
-            f"model.precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}"
-        )
+        raise ValueError(f"model.precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 

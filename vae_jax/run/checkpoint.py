@@ -28,9 +28,7 @@ from vae_jax.steps import TrainState
 DIGESTS = "sha256.json"
 OVERHEAD = 2**20  # bytes of a checkpoint that are not numbers
 BLOCK = bytes(2**16)
-FIRST_HOST = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
-)
+FIRST_HOST = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
 
 
 class Checkpoints:
@@ -66,9 +64,7 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def restore(
-        self, like: TrainState, note: Callable[[str], None]
-    ) -> TrainState | None:
+    def restore(self, like: TrainState, note: Callable[[str], None]) -> TrainState | None:
         """The latest state, of the shapes in `like`, all but the root key NumPy arrays; None if there is no checkpoint.
 
         Damaged checkpoints are told by `note` and renamed, and the one before them is taken. Raises OSError if all of
@@ -79,9 +75,7 @@ class Checkpoints:
         for step in found:
             try:
                 metadata = read_metadata(self._folder, step)
-                state = _restore(
-                    self._folder, step, "state", jax.eval_shape(unwrap_keys, like)
-                )
+                state = _restore(self._folder, step, "state", jax.eval_shape(unwrap_keys, like))
             except ValueError as error:
                 note(f"{error}; looking for an earlier one")
                 damaged.append(step)
@@ -130,18 +124,14 @@ class Checkpoints:
             self._policy.cost, self._policy.best = _cost(best), step
         state, variables = _to_host(state), _to_host(state.eval_variables)
         _check_finite(state, step)
-        self._check_room(
-            sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables)))
-        )
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables))))
         try:
             saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     variables=ocp.args.StandardSave(variables),
-                    metadata=ocp.args.JsonSave(
-                        self._metadata | {"step": step, "best": best}
-                    ),
+                    metadata=ocp.args.JsonSave(self._metadata | {"step": step, "best": best}),
                 ),
             )
             if saved:
@@ -153,9 +143,7 @@ class Checkpoints:
                 f"checkpoint {step} was not saved ({describe_error(error)}): the same command continues from the last whole one"
             ) from error
         if not saved:
-            raise OSError(
-                f"checkpoint {step} was not saved: {self._folder} has later ones"
-            )
+            raise OSError(f"checkpoint {step} was not saved: {self._folder} has later ones")
 
     def _check_room(self, nbytes):
         """Write as much, and raise the system's OSError: of a full disk Orbax's threads tell in a hundred lines."""
@@ -176,9 +164,7 @@ class _LatestAndBest(PreservationPolicy):
 
     def should_preserve(self, checkpoints, *, context):
         latest = len(checkpoints) - self.keep
-        return [
-            i >= latest or info.step == self.best for i, info in enumerate(checkpoints)
-        ]
+        return [i >= latest or info.step == self.best for i, info in enumerate(checkpoints)]
 
 
 def steps(folder) -> list[int]:
@@ -233,9 +219,7 @@ def read_metadata(folder, step: int) -> dict:
     try:
         return json.loads((path / "metadata" / "metadata").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {step} is damaged: {path / 'metadata'}"
-        ) from error
+        raise ValueError(f"checkpoint {step} is damaged: {path / 'metadata'}") from error
 
 
 def restore_variables(folder, step: int, like: Any) -> dict:
@@ -250,18 +234,12 @@ def _restore(folder, step, item, like):
         handler = ocp.CompositeCheckpointHandler(
             composite_options=ocp.CompositeOptions(multiprocessing_options=FIRST_HOST)
         )
-        with ocp.Checkpointer(
-            handler, multiprocessing_options=FIRST_HOST
-        ) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=FIRST_HOST) as checkpointer:
             args = {item: ocp.args.StandardRestore(like)}
             tree = checkpointer.restore(path, args=ocp.args.Composite(**args))[item]
     except Exception as error:  # damage shows as almost anything
-        raise ValueError(
-            f"checkpoint {step} cannot be read ({describe_error(error)})"
-        ) from error
-    for (place, leaf), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)
-    ):
+        raise ValueError(f"checkpoint {step} cannot be read ({describe_error(error)})") from error
+    for (place, leaf), wanted in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like)):
         if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
             name = jax.tree_util.keystr(place, simple=True, separator="/")
             raise ValueError(
@@ -280,9 +258,7 @@ def _check_finite(state, step):
     for place, leaf in jax.tree_util.tree_leaves_with_path(state):
         if not np.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
-            raise FloatingPointError(
-                f"{name} is not finite at step {step}: try a lower optimizer.learning_rate"
-            )
+            raise FloatingPointError(f"{name} is not finite at step {step}: try a lower optimizer.learning_rate")
 
 
 def _check_files(path, step):

@@ -39,9 +39,7 @@ class RunOptions:
     def __post_init__(self):
         for name in ("steps_per_call", "save_every", "keep", "figures_every"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"run.{name} is {getattr(self, name)}, but must be at least 1"
-                )
+                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
 
 
 def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> Any:
@@ -52,9 +50,7 @@ def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> 
     from ml_collections import ConfigDict
 
     if variant not in variants:
-        raise ValueError(
-            f"there is no variant {variant!r} of the {family} config: give one of {', '.join(variants)}"
-        )
+        raise ValueError(f"there is no variant {variant!r} of the {family} config: give one of {', '.join(variants)}")
     config = defaults(family)
     for field, value in {**base, **variants[variant]}.items():
         *section, name = field.split(".")
@@ -69,9 +65,7 @@ def defaults(family: str) -> dict[str, Any]:
     config: dict[str, Any] = {"seed": 0, "seeds": 1}
     for section, functions in signatures(FAMILIES[family]).items():
         config[section] = {
-            name: parameter.default
-            for function in functions
-            for name, parameter in fields(function).items()
+            name: parameter.default for function in functions for name, parameter in fields(function).items()
         }
     config["model"] = {"name": family, **config["model"]}
     config["optimizer"] = {"name": "adam", **config["optimizer"]}
@@ -100,37 +94,26 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
     expected, prefix = fields(function), section and f"{section}."
     for name, value in values.items():
         if name not in expected:
-            raise ValueError(
-                f"unknown config field {prefix}{name}: {nearest(name, expected)}"
-            )
+            raise ValueError(f"unknown config field {prefix}{name}: {nearest(name, expected)}")
         check_value(prefix + name, value, expected[name].annotation)
     defaults = {
-        name: parameter.default
-        for name, parameter in expected.items()
-        if parameter.default is not parameter.empty
+        name: parameter.default for name, parameter in expected.items() if parameter.default is not parameter.empty
     }
     for name in expected:
         if name not in values and name not in defaults:
             raise ValueError(f"config field {prefix}{name} is missing")
-    typed = {
-        name: float(value) if expected[name].annotation is float else value
-        for name, value in values.items()
-    }
+    typed = {name: float(value) if expected[name].annotation is float else value for name, value in values.items()}
     return functools.partial(function, **(defaults | typed))
 
 
 def check_value(field: str, value: Any, annotation: Any) -> None:
     """Raise ValueError unless a config's value is of the annotated type, and no number in it too large for that type."""
     if not is_a(value, annotation):
-        raise ValueError(
-            f"config field {field} is {value!r}, but must be of type {type_name(annotation)}"
-        )
+        raise ValueError(f"config field {field} is {value!r}, but must be of type {type_name(annotation)}")
     for item in value if isinstance(value, tuple | list) else [value]:
         largest = LARGEST.get(type(item), math.inf)
         if isinstance(item, int | float) and abs(item) > largest:
-            raise ValueError(
-                f"config field {field} is {item:.10g}, but must be at most {largest:.10g} in size"
-            )
+            raise ValueError(f"config field {field} is {item:.10g}, but must be at most {largest:.10g} in size")
 
 
 def split_fields(function: Callable, values: Mapping) -> tuple[dict, dict]:
@@ -144,9 +127,7 @@ def choose(section: str, choices: Mapping, values: Mapping) -> tuple[Any, dict]:
     values = dict(values)
     name = values.pop("name", None)
     if name not in choices:
-        raise ValueError(
-            f"unknown {section}.name {name!r}: {nearest(str(name), choices)}"
-        )
+        raise ValueError(f"unknown {section}.name {name!r}: {nearest(str(name), choices)}")
     return choices[name], values
 
 
@@ -177,9 +158,7 @@ def nearest(name: str, known: Collection[str]) -> str:
 def is_a(value: Any, annotation: Any) -> bool:
     """Whether a config's value is of the annotated type; integers are floats too, but booleans are not numbers."""
     if get_origin(annotation) is tuple:
-        return isinstance(value, tuple | list) and all(
-            is_a(item, get_args(annotation)[0]) for item in value
-        )
+        return isinstance(value, tuple | list) and all(is_a(item, get_args(annotation)[0]) for item in value)
     if annotation in (int, float):
         return isinstance(value, (int, annotation)) and not isinstance(value, bool)
     return isinstance(value, annotation)
@@ -225,7 +204,4 @@ def argument_docs(function: Callable) -> dict[str, str]:
     """What a docstring says about each argument, in its part "Args:" or "Attributes:"."""
     text = inspect.getdoc(function) or ""
     parsed = docstring_parser.parse(text, docstring_parser.DocstringStyle.GOOGLE)
-    return {
-        entry.arg_name: " ".join((entry.description or "").split())
-        for entry in parsed.params
-    }
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}

@@ -34,25 +34,15 @@ class Devices:
     def __init__(self, limit: int = 0):
         hosts, host = jax.process_count(), jax.process_index()
         if hosts > 1 and not jax.distributed.is_initialized():
-            raise ValueError(
-                f"there are {hosts} hosts: start the same command on each with --distributed"
-            )
+            raise ValueError(f"there are {hosts} hosts: start the same command on each with --distributed")
         available = jax.local_device_count()
         if not 0 <= limit <= available:
-            raise ValueError(
-                f"--devices is {limit}, but there are {available}: give 1 to {available}, or 0 for all"
-            )
+            raise ValueError(f"--devices is {limit}, but there are {available}: give 1 to {available}, or 0 for all")
         each = limit or available
-        self._all = [
-            device
-            for process in range(hosts)
-            for device in jax.local_devices(process_index=process)[:each]
-        ]
+        self._all = [device for process in range(hosts) for device in jax.local_devices(process_index=process)[:each]]
         self._local = jax.local_devices()[:each]
         self._shards = np.arange(host * each, (host + 1) * each, dtype=np.int32)
-        self._replicated = NamedSharding(
-            Mesh(np.array(self._local), (AXIS,)), PartitionSpec()
-        )
+        self._replicated = NamedSharding(Mesh(np.array(self._local), (AXIS,)), PartitionSpec())
         self.count = len(self._all)
         self.is_primary = host == 0
         self.axis_name = AXIS if self.count > 1 else None
@@ -62,18 +52,14 @@ class Devices:
         if batch_size % self.count:
             fewer = batch_size // self.count * self.count
             more = fewer + self.count
-            nearest = (
-                fewer if fewer and batch_size - fewer <= more - batch_size else more
-            )
+            nearest = fewer if fewer and batch_size - fewer <= more - batch_size else more
             raise ValueError(
                 f"batch_size {batch_size} is not divisible by {self.count} devices: give {nearest}, or fewer --devices"
             )
 
     def replicate(self, tree: Any) -> Any:
         """Copy the arrays to every device, so that calls of compiled functions do not send them again."""
-        return jax.device_put(
-            tree, self._local[0] if self.count == 1 else self._replicated
-        )
+        return jax.device_put(tree, self._local[0] if self.count == 1 else self._replicated)
 
     def compile(self, function: Callable, donate: bool = False) -> Callable:
         """`call(first, *others)`, which runs `function(first, *others, shard)` on every device at once.
@@ -128,9 +114,7 @@ class Devices:
             made = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         made = multihost_utils.broadcast_one_to_all(unwrap_keys(made))
         return jax.tree.map(
-            lambda leaf, shape: (
-                jax.random.wrap_key_data(np.asarray(leaf)) if _is_key(shape) else leaf
-            ),
+            lambda leaf, shape: jax.random.wrap_key_data(np.asarray(leaf)) if _is_key(shape) else leaf,
             made,
             like,
         )
@@ -138,9 +122,7 @@ class Devices:
 
 def unwrap_keys(tree: Any) -> Any:
     """`tree` with typed keys replaced by their integers, since neither JAX nor Orbax sends typed keys between processes."""
-    return jax.tree.map(
-        lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
-    )
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
 def _is_key(leaf):

@@ -53,13 +53,9 @@ def read_config(path: str) -> dict | None:
             f"the work directory {path} is not empty and has no config.json of a run: name another with --workdir"
         )
     if config.pop("format", 1) != FORMAT:
-        raise FileExistsError(
-            f"the run in {path} {OLD_FORMAT}: name another with --workdir"
-        )
+        raise FileExistsError(f"the run in {path} {OLD_FORMAT}: name another with --workdir")
     if not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
-        raise FileExistsError(
-            f"{path}/config.json is damaged: restore it, or name another with --workdir"
-        )
+        raise FileExistsError(f"{path}/config.json is damaged: restore it, or name another with --workdir")
     return config
 
 
@@ -207,10 +203,7 @@ class RunDirectory:
                 text += f" ± {numbers[f'{name}/interval']:.2g} (95 %)"
             lines.append(f"| {name} | {text} |")
         lines += ["", *(f"- {name}: {fact}" for name, fact in self._facts()), ""]
-        lines += [
-            f"![{path.stem}](figures/{path.name})\n"
-            for path in sorted((self.path / "figures").glob("*.png"))
-        ]
+        lines += [f"![{path.stem}](figures/{path.name})\n" for path in sorted((self.path / "figures").glob("*.png"))]
         write_atomically(self.path / "summary.md", "\n".join(lines))
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -268,16 +261,12 @@ def _errors_name_the_way_out(path: str):
             raise
         if isinstance(error, FileExistsError):
             raise OSError(f"the work directory {path} is a file: {another}") from error
-        raise OSError(
-            f"cannot write to the work directory {path} ({error.strerror}): {another}"
-        ) from error
+        raise OSError(f"cannot write to the work directory {path} ({error.strerror}): {another}") from error
 
 
 def versions() -> dict[str, str]:
     """Of Python and the libraries that decide the numbers."""
-    return {"Python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in LIBRARIES
-    }
+    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -312,7 +301,5 @@ def _tensorboard():
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise OSError(
-            "run.tensorboard needs tensorboardX: pip install tensorboardX"
-        ) from None
+        raise OSError("run.tensorboard needs tensorboardX: pip install tensorboardX") from None
     return SummaryWriter

@@ -55,9 +55,7 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def read_json_lines(
-    file: Path, check: Callable[[dict, dict], None] = lambda row, before: None
-) -> list[dict]:
+def read_json_lines(file: Path, check: Callable[[dict, dict], None] = lambda row, before: None) -> list[dict]:
     """The objects of a file with one per line; a last line without its newline is dropped, a missing file is empty.
 
     Raises OSError, naming the line, for one that is damaged, or for which `check(object, the one before or {})` raises
@@ -72,9 +70,7 @@ def read_json_lines(
                 raise TypeError("not an object")
             check(row, rows[-1] if rows else {})
         except (ValueError, TypeError, RecursionError) as error:
-            raise OSError(
-                f"line {number} of {file} is damaged: remove that line to continue"
-            ) from error
+            raise OSError(f"line {number} of {file} is damaged: remove that line to continue") from error
         rows.append(row)
     return rows
 

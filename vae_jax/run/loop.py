@@ -42,9 +42,7 @@ class Job(NamedTuple):
     probes: Probes
     optimizer: optax.GradientTransformation
     ema_decay: float
-    best: (
-        tuple[str, str] | None
-    )  # the metric that marks the best checkpoint, and which direction is better
+    best: tuple[str, str] | None  # the metric that marks the best checkpoint, and which direction is better
     baselines: Callable[[], Mapping[str, float]]
     figures: Callable  # as `Family.make_figures` returns
     metadata: dict  # stored with each checkpoint
@@ -87,9 +85,7 @@ class Job(NamedTuple):
         )
 
 
-def make_run_steps(
-    train_step: Callable, batch_size: int, most: int, shards: int = 1
-) -> Callable:
+def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int = 1) -> Callable:
     """`run_steps(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
 
     It runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, which is at most
@@ -108,9 +104,7 @@ def make_run_steps(
             rows = lax.dynamic_slice(order, (start,), (share,))
             batch = make_batch(image[rows], label[rows], weight, rows)
             state, metrics = train_step(state, batch)
-            return state, jax.tree.map(
-                lambda values, value: values.at[i].set(value), history, metrics
-            )
+            return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
 
         batch = make_batch(image[:share], label[:share], weight, order[:share])
         shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
@@ -147,21 +141,13 @@ class Loop:
         self.job, self.directory, self.checkpoints = job, directory, checkpoints
         self.progress, self.devices = progress, devices
         self.per_epoch = job.steps_per_epoch
-        self.most = min(
-            job.run.steps_per_call, self.per_epoch
-        )  # a call ends with the epoch
+        self.most = min(job.run.steps_per_call, self.per_epoch)  # a call ends with the epoch
         self.images_per_step = job.batch_size * len(job.seeds)
-        train_step = make_train_step(
-            job.objective, job.optimizer, devices.axis_name, job.ema_decay
-        )
+        train_step = make_train_step(job.objective, job.optimizer, devices.axis_name, job.ema_decay)
         run_steps = make_run_steps(train_step, job.batch_size, self.most, devices.count)
         self.run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
         self.arrays = devices.replicate(job.dataset.splits["train"])
-        self.evaluations = {
-            name: job.evaluate_on(name, devices)
-            for name in job.dataset.splits
-            if name != "train"
-        }
+        self.evaluations = {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"}
 
     def run(self, stop: Callable[[], bool]) -> TrainState:
         job, checkpoints = self.job, self.checkpoints
@@ -209,9 +195,7 @@ class Loop:
 
         make_state = jax.jit(job.map_seeds(make_state, 1))
         shapes = jax.eval_shape(make_state, job.root())
-        state = devices.broadcast(
-            lambda: self.checkpoints.restore(shapes, self.progress.note), shapes
-        )
+        state = devices.broadcast(lambda: self.checkpoints.restore(shapes, self.progress.note), shapes)
         state = devices.replicate(make_state(job.root()) if state is None else state)
         step = int(np.max(state.step))
         self.directory.rewind(step, self.progress.note)
@@ -221,10 +205,7 @@ class Loop:
     def read(self, end: int, count: int, history: dict[str, Total]) -> None:
         """Log the metrics of the `count` steps before `end`; this waits until the device has come so far."""
         totals = {
-            f"train/{name}": [
-                np.float64(part)[..., :count].reshape(-1, count).sum(axis=0)
-                for part in pair
-            ]
+            f"train/{name}": [np.float64(part)[..., :count].reshape(-1, count).sum(axis=0) for part in pair]
             for name, pair in jax.device_get(history).items()
         }
         finite = np.isfinite([total for total, _ in totals.values()]).all(axis=0)
@@ -233,9 +214,7 @@ class Loop:
             named = {name: float(total[bad]) for name, (total, _) in totals.items()}
             self.log(end - count + bad + 1, named)
         means = {
-            name: float(total.sum() / weight.sum())
-            for name, (total, weight) in totals.items()
-            if weight.sum() > 0
+            name: float(total.sum() / weight.sum()) for name, (total, weight) in totals.items() if weight.sum() > 0
         }
         self.log(end, means)
         epoch = (end - 1) // self.per_epoch + 1
@@ -244,9 +223,7 @@ class Loop:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             if not np.all(np.isfinite(value)):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}: try a lower optimizer.learning_rate"
-                )
+                raise FloatingPointError(f"{name} is {value} at step {step}: try a lower optimizer.learning_rate")
         self.directory.log({"step": step, "epoch": step / self.per_epoch, **metrics})
 
     def end_epoch(self, epoch: int, state: TrainState) -> dict[str, Any]:
@@ -266,17 +243,10 @@ class Loop:
 
     def mean_over_epoch(self, epoch: int) -> dict[str, float]:
         """The training metrics of an epoch, each row weighted by its steps."""
-        rows = [
-            row
-            for row in self.directory.history
-            if "train/loss" in row and epoch - 1 < row["epoch"] <= epoch
-        ]
+        rows = [row for row in self.directory.history if "train/loss" in row and epoch - 1 < row["epoch"] <= epoch]
         ends = [(epoch - 1) * self.per_epoch, *(row["step"] for row in rows)]
         names = [name for name in rows[0] if name.startswith("train/")]
-        return {
-            name: float(np.average([row[name] for row in rows], weights=np.diff(ends)))
-            for name in names
-        }
+        return {name: float(np.average([row[name] for row in rows], weights=np.diff(ends))) for name in names}
 
     def draw(self, state: TrainState, arrays: dict[str, np.ndarray]) -> None:
         """Draw the figures, of the first seed."""
@@ -293,9 +263,7 @@ class Loop:
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
         numbers |= trained | tested | self.job.baselines()
-        self.directory.write_summary(
-            self.job.title, numbers | self.best_so_far(step, tested)
-        )
+        self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:
         """The step of the best checkpoint, which is used by default where there is one, and its metrics."""
@@ -306,9 +274,7 @@ class Loop:
         rows = [row for row in self.directory.history if row["step"] == best]
         row = next((row for row in rows if metric in row), {})  # {} if it was lost
         return {"best step, used by default": best} | {
-            f"at the best step: {name}": row[name]
-            for name in tested
-            if name in row and "/seed" not in name
+            f"at the best step: {name}": row[name] for name in tested if name in row and "/seed" not in name
         }
 
 

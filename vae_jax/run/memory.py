@@ -17,9 +17,7 @@ def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> No
     place = device.device_kind if limit else "this machine"
     limit = limit or psutil.virtual_memory().available
     if nbytes > limit:
-        raise ValueError(
-            f"{what} need {gib(nbytes)} of memory, but {place} has {gib(limit)} free: {way_out}"
-        )
+        raise ValueError(f"{what} need {gib(nbytes)} of memory, but {place} has {gib(limit)} free: {way_out}")
 
 
 def gib(nbytes: int) -> str:

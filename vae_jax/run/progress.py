@@ -49,15 +49,11 @@ class Progress:
     def epoch_done(self, epoch: int, metrics: dict) -> None:
         """Show the end of an epoch with its metrics, `train/loss` and `test/loss` among them."""
         text = f"epoch {epoch}/{self._epochs}  " + "  ".join(
-            f"{name} {value:.3f}"
-            for name, value in metrics.items()
-            if name.endswith("/loss")
+            f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("/loss")
         )
         self._tested = f", test {metrics['test/loss']:.2f}"
         now = time.time()
-        if self._bar.disable and (
-            now - self._printed > self.PAUSE or epoch in (1, self._epochs)
-        ):
+        if self._bar.disable and (now - self._printed > self.PAUSE or epoch in (1, self._epochs)):
             rate = self._done / (now - self._started)
             print(
                 f"{text}  {rate:,.0f} images/s  {(self._left - self._done) / rate / 60:.1f} min left",

@@ -53,9 +53,7 @@ def mean_metrics(arrays: dict[str, Any]) -> dict[str, float]:
     return means
 
 
-def reduce_seeds(
-    reduce: Callable[[Any], dict[str, Any]], arrays: Any, seeds: range
-) -> dict[str, Any]:
+def reduce_seeds(reduce: Callable[[Any], dict[str, Any]], arrays: Any, seeds: range) -> dict[str, Any]:
     """`reduce(arrays)`; with several seeds, whose arrays have a leading seed axis, as `combine_seeds` gives it."""
     if len(seeds) == 1:
         return reduce(arrays)

@@ -90,9 +90,7 @@ def make_job(
     family.check_data(dataset)
     train_split, size = dataset.splits["train"], len(dataset.splits["train"].label)
     if batch_size > size:
-        raise ValueError(
-            f"batch_size is {batch_size}, but there are {size} training images: give at most {size}"
-        )
+        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
     known = describe_data(dataset) | {"steps_per_epoch": size // batch_size}
     net = fill_in(make_model, **known)
     title = f"{family.NAME} on {Path(data['name']).name}"
@@ -108,9 +106,7 @@ def make_job(
         probes=family.make_probes(net),
         optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
         ema_decay=ema_decay,
-        best=(f"validation/{best}", direction)
-        if "validation" in dataset.splits
-        else None,
+        best=(f"validation/{best}", direction) if "validation" in dataset.splits else None,
         baselines=cache(
             partial(
                 fill_in,
@@ -221,9 +217,7 @@ class Outcome(NamedTuple):
     signal: int = 0  # the one that stopped it early
 
 
-def run(
-    config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[], Any]
-) -> Outcome | None:
+def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[], Any]) -> Outcome | None:
     """Train, or continue, in a run directory; None if the training there is finished already.
 
     On several hosts all call this. `make_stop()` gives `hosts.Stop` or its like once the training is about to start. Raises ValueError or OSError, in one line, for bad input and for a directory that
@@ -255,9 +249,7 @@ def run(
             enable_compilation_cache()
         stop = make_stop()
         state = train(job, directory, checkpoints, progress, stop, devices)
-        hosts.gather(
-            "done"
-        )  # a host that left while the primary still saves would end it
+        hosts.gather("done")  # a host that left while the primary still saves would end it
     except OSError as error:
         if error.strerror is None:  # ours, which already names the way out
             raise
