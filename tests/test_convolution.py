@@ -120,8 +120,8 @@ def test_narrow_products_take_neighbours_together(
     )
     assert convolution._widen(geometry, channels)[1] == taken_together
     assert_close(
-        convolution._correlate(x, w, geometry),
-        convolution._lax_correlate(x, w, geometry),
+        convolution._conv(x, w, geometry),
+        convolution._lax_conv(x, w, geometry),
     )
 
 
@@ -141,12 +141,12 @@ def test_lax_forms_equal_the_products():
     geometry = convolution.Geometry(
         size=(3, 3), stride=(2, 2), low=(1, 0), small=(3, 4), large=(5, 8)
     )
-    g = convolution._correlate(x, w, geometry)
-    assert_close(g, convolution._lax_correlate(x, w, geometry))
+    g = convolution._conv(x, w, geometry)
+    assert_close(g, convolution._lax_conv(x, w, geometry))
     assert_close(
-        convolution._spread(g, w, geometry), convolution._lax_spread(g, w, geometry)
+        convolution._input_grad(g, w, geometry), convolution._lax_input_grad(g, w, geometry)
     )
     assert_close(
-        convolution._kernel_gradient(x, g, geometry),
-        convolution._lax_kernel_gradient(x, g, geometry),
+        convolution._kernel_grad(x, g, geometry),
+        convolution._lax_kernel_grad(x, g, geometry),
     )

@@ -1,4 +1,4 @@
-"""Images changed at random, each by its own key (Simard et al. 2003)."""
+"""Random shifts and rotations, each image by its own key (Simard et al. 2003)."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 def rotate(
     image: Float[Array, "batch height width channel"], degrees: Float[Array, " batch"]
 ) -> Float[Array, "batch height width channel"]:
-    """Each image turned counterclockwise about its centre, bilinearly; what comes from outside is 0."""
+    """Rotate each image counterclockwise about its centre, bilinearly; pixels from outside are 0."""
     _, height, width, _ = image.shape
     row, column = jnp.mgrid[:height, :width]
     down, right = row - (height - 1) / 2, column - (width - 1) / 2
@@ -31,7 +31,7 @@ def translate(
     offset: Int[Array, "batch 2"],
     furthest: int,
 ) -> Float[Array, "batch height width channel"]:
-    """Each image moved by its (down, right) pixels, exactly, none above `furthest`; what comes from outside is 0."""
+    """Move each image by its (down, right) pixels, at most `furthest`; pixels from outside are 0."""
     margin = (furthest, furthest)
     padded = jnp.pad(image, ((0, 0), margin, margin, (0, 0)))
 
@@ -48,7 +48,7 @@ def augment(
     shift: int,
     rotation: float,
 ) -> Float[Array, "batch height width channel"]:
-    """Each image rotated by up to `rotation` degrees, then moved by up to `shift` pixels, uniformly by its own key."""
+    """Rotate each image by up to `rotation` degrees, then move it by up to `shift` pixels, both uniform."""
 
     def draw(key):
         turn, move = jax.random.split(key)

@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     image: Float[Array, "batch height width channel"]  # in [0, 1]
     label: Int[Array, " batch"]  # -1 = unlabelled
     weight: Float[Array, " batch"]  # 0 = padding
-    index: Int[Array, " batch"]  # position in the data set
+    index: Int[Array, " batch"]  # type: ignore[assignment]  # position in the data set
 
 
 def make_batch(image: UInt8[Array, "batch height width channel"], label, weight, index) -> Batch:

@@ -1,7 +1,7 @@
 """Arrays -> Matplotlib figures; nothing here shows or saves one, and importing it does not import Matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -44,7 +44,8 @@ def training_curve(
     """
     figure = new_figure(12, 4.5)
     others = [name for name in panels if name != "loss"]
-    axes = figure.subplot_mosaic([["loss"] * len(others) + others])
+    columns: list[Any] = [*["loss"] * len(others), *others]
+    axes = figure.subplot_mosaic([columns])
     axes["loss"].set_yscale(loss_scale)
     for name, ax in axes.items():
         train, test = (_curve(history, f"{part}/{name}") for part in ("train", "test"))
@@ -187,8 +188,7 @@ def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figur
             count = counts[row, column]
             strong = row != column and count > 0.6 * errors.max()
             color = "white" if strong else "black"
-            place = {"ha": "center", "va": "center", "fontsize": size}
-            ax.text(column, row, str(count), color=color, **place)
+            ax.text(column, row, str(count), color=color, ha="center", va="center", fontsize=size)
         ax.set(xticks=range(classes), yticks=range(classes))
     ax.set(xlabel="predicted", ylabel="label")
     ax.spines[:].set_visible(False)

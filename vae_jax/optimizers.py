@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers and learning-rate schedules, as optax transformations."""
 
 import math
 from collections.abc import Callable
@@ -26,35 +26,34 @@ def make_adam(
         steps: length of the training.
         batch_size: of all devices together.
         learning_rate: the highest rate.
-        base_batch_size: the batch size that the rate is for; for another one it is scaled. 0: it is taken as it is.
-        scaling: how it grows with the batch: "sqrt", by the root of the ratio (Krizhevsky 2014; for Adam Malladi et al.
-            2022, whose rule also moves beta1, beta2 and eps, which stay here), or "linear" (Goyal et al. 2017, for SGD).
-        schedule: "constant"; "cosine": falls to zero along half a cosine (Loshchilov & Hutter 2017); or "onecycle": rises
-            from a 25th to the highest and falls to almost nothing, each along half a cosine (Smith & Topin 2018).
-        warmup: share of the steps, in [0, 1), in which the rate rises; linearly from zero, if not of "onecycle".
+        base_batch_size: the batch size that the rate was chosen for; the rate is scaled for another one. 0 never scales.
+        scaling: "sqrt", by the root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who also
+            scale beta1, beta2 and eps, which stay here), or "linear" (Goyal et al. 2017, for SGD).
+        schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); or "onecycle",
+            which rises from a 25th of the rate and falls to almost nothing, along half cosines (Smith & Topin 2018).
+        warmup: share of the steps, in [0, 1), during which the rate rises: linearly from zero, except for "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.
-        eps: added to the root of the latter.
+        eps: added to the root of that average.
         weight_decay: each step also shrinks every parameter by this times the rate (AdamW, Loshchilov & Hutter 2019).
 
     Raises ValueError for a value out of range.
     """
-    for name, value in [("learning_rate", learning_rate), ("eps", eps)]:
-        if not 0 < value < math.inf:
-            raise ValueError(f"optimizer.{name} is {value}, but must be above 0")
-    for name, value in [("warmup", warmup), ("beta1", beta1), ("beta2", beta2)]:
-        if not 0 <= value < 1:
-            raise ValueError(f"optimizer.{name} is {value}, but must lie in [0, 1)")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"optimizer.weight_decay is {weight_decay}, but must be at least 0")
-    if base_batch_size < 0:
-        raise ValueError(f"optimizer.base_batch_size is {base_batch_size}, but must be at least 0")
-    if scaling not in SCALINGS:
-        raise ValueError(f"optimizer.scaling is {scaling!r}, but must be one of {', '.join(SCALINGS)}")
+    for name, value, holds, rule in [
+        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0"),
+        ("eps", eps, 0 < eps < math.inf, "above 0"),
+        ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
+        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
+        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0"),
+        ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
+        ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
+        ("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    ]:
+        if not holds:
+            raise ValueError(f"optimizer.{name} is {value!r}, but must be {rule}")
     if base_batch_size:
         learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
-    if schedule not in SCHEDULES:
-        raise ValueError(f"optimizer.schedule is {schedule!r}, but must be one of {', '.join(SCHEDULES)}")
     rate = SCHEDULES[schedule](learning_rate, steps, warmup)
     if not weight_decay:
         return optax.adam(rate, beta1, beta2, eps)
@@ -62,7 +61,7 @@ def make_adam(
 
 
 def warmed_up(schedule: Callable) -> Callable:
-    """`schedule(rate, steps)`, after a linear rise from zero in the first share `warmup` of the steps."""
+    """`schedule(rate, steps)` after a linear rise from zero during the first `warmup` share of the steps."""
 
     def make_schedule(rate, steps, warmup):
         rising = math.floor(warmup * steps)

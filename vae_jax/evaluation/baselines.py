@@ -33,9 +33,9 @@ def covariance_eigenvalues(
 
 
 def linear_vae_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float = 1.0) -> float:
-    """The lowest loss that a linear VAE with unit decoder variance can reach, in nats, on the scale of `elbo`.
+    """The lowest loss that a linear VAE with unit decoder variance can reach, in nats, on the scale of the VAE's loss.
 
-        sum over the latent_dim largest eigenvalues l > beta of beta/2 (1 + ln(l / beta)), plus half of the others
+        sum over the latent_dim largest eigenvalues l > beta of beta/2 (1 + ln(l / beta)), plus half of all the others
 
     With latent_dim = 0 it is half the total variance: the loss of a collapsed model. Source: the
     maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999) with its variance held at 1.

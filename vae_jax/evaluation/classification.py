@@ -1,4 +1,4 @@
-"""How well a classifier's predictions and their confidence hold."""
+"""How often a classifier is right, and how well it knows."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -9,7 +9,7 @@ def expected_calibration_error(
     correct: Float[np.ndarray, " n"],
     bins: int = 15,
 ) -> float:
-    """How far confidence is from accuracy: sum over bins of |accuracy - mean confidence|, each times its share of the examples.
+    """Expected calibration error: sum over bins of |accuracy - mean confidence|, weighted by the bin's share of the examples.
 
     The bins ((i - 1) / bins, i / bins] are of equal width. Source: Guo et al. 2017, equation 3.
     """
@@ -21,7 +21,7 @@ def expected_calibration_error(
 def confusion_matrix(
     label: Int[np.ndarray, " n"], prediction: Int[np.ndarray, " n"], num_classes: int
 ) -> Int[np.ndarray, "label prediction"]:
-    """How many examples of each class (rows) were taken for each class (columns)."""
+    """Counts of examples by label (rows) and prediction (columns)."""
     pairs = np.bincount(label * num_classes + prediction, minlength=num_classes**2)
     return pairs.reshape(num_classes, num_classes)
 
@@ -29,6 +29,6 @@ def confusion_matrix(
 def class_accuracy(
     confusion: Int[np.ndarray, "label prediction"],
 ) -> Float[np.ndarray, " label"]:
-    """The share of each class's examples that were recognised; NaN for a class without examples."""
+    """The accuracy on each class's examples; NaN for a class without examples."""
     total = confusion.sum(axis=1)
     return np.divide(confusion.diagonal(), total, out=np.full(len(total), np.nan), where=total > 0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import Array
 
 from vae_jax.batch import Batch, Dataset, Split
 from vae_jax.likelihoods import Likelihood
@@ -14,8 +15,12 @@ from vae_jax.objectives import Objective
 from vae_jax.priors import Prior
 
 
+Variables = dict[str, Any]
+ABSENT: Any = None
+
+
 class Model(NamedTuple):
-    """Pure functions of `variables`; None where a family has no such thing.
+    """Pure functions of `variables`; ABSENT, which is None, where a family has no such thing.
 
     Attributes:
         init: key -> variables.
@@ -29,14 +34,14 @@ class Model(NamedTuple):
         decodes_per_example: images that the objective decodes for each example; it divides evaluation's batches.
     """
 
-    init: Callable[..., dict]
-    latent_dim: int | None = None
-    encode: Callable[..., Any] | None = None
-    decode_raw: Callable[..., Any] | None = None
-    likelihood: Likelihood | None = None
-    prior: Prior | None = None
-    probabilities: Callable[..., Any] | None = None
-    apply: Callable[..., Any] | None = None
+    init: Callable[[Array], Variables]
+    latent_dim: int = ABSENT
+    encode: Callable[[Variables, Array], tuple[Array, Array]] = ABSENT
+    decode_raw: Callable[[Variables, Array], Array] = ABSENT
+    likelihood: Likelihood = ABSENT
+    prior: Prior = ABSENT
+    probabilities: Callable[[Variables, Array], Array] = ABSENT
+    apply: Any = ABSENT
     decodes_per_example: int = 1
 
 
@@ -63,8 +68,16 @@ class Probes(NamedTuple):
         reduce: ({name: [n, ...] NumPy array}, split) -> {metric: number, or nested list of numbers}.
     """
 
-    measure: Callable[[Any, Batch], dict[str, Any]]
+    measure: Callable[[Variables, Batch], dict[str, Array]]
     reduce: Callable[[dict[str, np.ndarray], Split], dict[str, Any]]
+
+
+class Figures(Protocol):
+    """Figures by name, each drawn when its function is called."""
+
+    def __call__(
+        self, variables: Variables, arrays: dict[str, np.ndarray], history: list[dict], baselines: Mapping[str, float]
+    ) -> dict[str, Callable[[], Any]]: ...
 
 
 class Family(Protocol):
@@ -79,8 +92,7 @@ class Family(Protocol):
         METRICS: {metric: Metric}, in the order in which they are drawn; "loss" is among them.
         check_data: raises ValueError for data that the family cannot learn from.
         baselines: (image, model, *, objective's fields) -> {what: loss}, closed forms of the training images.
-        make_figures: (model, test, key, title) -> (variables, arrays, history, baselines) -> {name: () -> Figure}, where
-            arrays are what `Probes.measure` gave for the test split.
+        make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
     """
 
     NAME: str
@@ -91,7 +103,7 @@ class Family(Protocol):
     def make_probes(self, model: Model) -> Probes: ...
     def check_data(self, dataset: Dataset) -> None: ...
     def baselines(self, model: Model, image: np.ndarray, **fields) -> dict[str, float]: ...
-    def make_figures(self, model: Model, test: Split, key: Any, title: str) -> Callable[..., dict[str, Callable]]: ...
+    def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 
 from vae_jax.families import classifier, vae

@@ -4,6 +4,7 @@ loss = -sum_k t_k log p_k,    t = (1 - s) onehot(label) + s / classes,    p = so
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +51,11 @@ def make(
     network = Classifier(num_classes, tuple(features), check_precision(precision))
 
     def probabilities(variables, image):
-        return jax.nn.softmax(network.apply(variables, image))
+        logits: Any = network.apply(variables, image)
+        return jax.nn.softmax(logits)
 
     return Model(
-        init=lambda key: network.init(key, jnp.zeros((1, *image_shape))),
+        init=lambda key: dict(network.init(key, jnp.zeros((1, *image_shape)))),
         probabilities=probabilities,
         apply=functools.partial(network.apply, mutable=["batch_stats"]),
     )

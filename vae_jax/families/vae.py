@@ -6,6 +6,7 @@ Losses leave out the likelihood's constant: with the unit-variance Gaussian they
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,16 +83,17 @@ def make(
     )
 
     def init(key):
-        variables = network.init(key, jnp.zeros((1, *image_shape)))
+        variables = dict(network.init(key, jnp.zeros((1, *image_shape))))
         parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
         own = {name: part for name, part in parts.items() if part}
-        return variables | {"params": variables["params"] | own}
+        return variables | {"params": {**variables["params"], **own}}
 
+    apply: Any = network.apply
     return Model(
         init=init,
         latent_dim=latent_dim,
-        encode=functools.partial(network.apply, method="encode"),
-        decode_raw=functools.partial(network.apply, method="decode"),
+        encode=functools.partial(apply, method="encode"),
+        decode_raw=functools.partial(apply, method="decode"),
         likelihood=p_x,
         prior=p_z,
     )

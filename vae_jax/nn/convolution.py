@@ -1,21 +1,21 @@
-"""SAME convolution and its transpose: matrix products on the CPU, and on GPUs where there are few channels; else lax.
+"""SAME convolution and its transpose: as matrix products on the CPU, and on GPUs for few channels; else by lax.
 
-XLA's CPU convolution runs far below the rate of its matrix product, and slower still inside a loop. So on the CPU
-the three bilinear maps that make up a convolution are written as one product each:
+XLA's CPU convolution runs far below the rate of its matrix product, and slower still inside a loop. So on the CPU each of
+the three bilinear maps that make up a convolution is one product:
 
-    correlate(x, w)          small = im2col(x) w               forward
-    spread(g, w)             large = col2im(g w^T)              its transpose in x: the transposed convolution
-    kernel_gradient(x, g)    w     = im2col(x)^T g              its transpose in w
+    conv(x, w)               small = im2col(x) w               forward
+    conv_input_grad(g, w)    large = col2im(g w^T)             its transpose in x: the transposed convolution
+    conv_kernel_grad(x, g)   w     = im2col(x)^T g             its transpose in w
 
-Where there are few channels on the small side, some pixels of a row are taken together as one of all their channels.
+For few channels on the small side, several pixels of a row are combined into one pixel of all their channels.
 
-Each one's transposes are the other two, so as JAX primitives they are closed under differentiation of any order, in
-forward and reverse mode, and the backward pass of a transposed convolution is one im2col and two products. On TPUs the
-same primitives lower to `lax.conv_general_dilated` and its transposes; on NVIDIA GPUs too, but where the large side has
-few channels cuDNN is slower than the products. Kernels are laid out as Flax has them, [height, width, in, out], so that
+The transposes of each map are the other two. As JAX primitives the three are therefore closed under differentiation of
+any order, in forward and reverse mode, and the backward pass of a transposed convolution is one im2col and two products.
+On TPUs the same primitives lower to `lax.conv_general_dilated` and its transposes; on NVIDIA GPUs too, unless the large
+side has few channels, where cuDNN is slower than the products. Kernels have Flax's layout, [height, width, in, out], so
 weights move freely between platforms and to `flax.linen`.
 
-In bfloat16, products and overlapping sums are accumulated in float32.
+In bfloat16, products and overlapping sums accumulate in float32.
 """
 
 import functools
@@ -28,18 +28,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-FEW_CHANNELS = 16  # on NVIDIA GPUs; measured on an H100
-WIDE = 64  # columns of a product, from which on it is near its full rate on the CPU
+FEW_CHANNELS = 16  # at most so many channels go by products on NVIDIA GPUs; measured on an H100
+WIDE = 64  # columns from which a product reaches nearly its full rate on the CPU
 
 
 class Geometry(NamedTuple):
-    """How the large side of a convolution [height, width] lies over the small one."""
+    """How the large side of a convolution, [height, width], maps to the small one."""
 
-    size: tuple[int, int]  # of the kernel
-    stride: tuple[int, int]
-    low: tuple[int, int]  # padding above and left of the large side
-    small: tuple[int, int]
-    large: tuple[int, int]
+    size: tuple[int, ...]  # of the kernel
+    stride: tuple[int, ...]
+    low: tuple[int, ...]  # padding above and left of the large side
+    small: tuple[int, ...]
+    large: tuple[int, ...]
 
 
 def conv(
@@ -53,7 +53,7 @@ def conv(
     small = tuple(-(-n // stride) for n in large)
     low = tuple(max((n - 1) * stride + k - m, 0) // 2 for k, n, m in zip(size, small, large))
     geometry = Geometry(size, (stride, stride), low, small, large)
-    return correlate_p.bind(x, kernel, geometry=geometry)
+    return conv_p.bind(x, kernel, geometry=geometry)
 
 
 def conv_transpose(
@@ -66,10 +66,10 @@ def conv_transpose(
     size, small = kernel.shape[:2], x.shape[1:3]
     low = tuple(max(k - stride, 0) // 2 for k in size)
     large = tuple(n * stride for n in small)
-    # lax.conv_transpose does not flip its kernel, so as the transpose of a convolution it has a flipped one.
+    # lax.conv_transpose does not flip its kernel; the transpose of a convolution does.
     flipped = kernel[::-1, ::-1].swapaxes(2, 3)
     geometry = Geometry(size, (stride, stride), low, small, large)
-    return spread_p.bind(x, flipped, geometry=geometry)
+    return conv_input_grad_p.bind(x, flipped, geometry=geometry)
 
 
 def _check_channels(x, kernel):
@@ -78,15 +78,15 @@ def _check_channels(x, kernel):
 
 
 def _pads(geometry):
-    """The padding (low, high) of each axis of the large side; below 0 where the kernel does not reach its end."""
+    """The padding (low, high) of each axis of the large side; negative if the kernel does not reach its end."""
     return [(low, (n - 1) * stride + k - low - m) for k, stride, low, n, m in zip(*geometry)]
 
 
 def _im2col(x, geometry):
     """The patches of x side by side, [batch * small, kh * kw * c].
 
-    As many pixels of a row as the stride has are taken together, so that there are few slices. A sum of padded ones is
-    one loop for XLA's CPU, where a concatenation copies all that the slices have copied.
+    `stride` pixels of a row form one slice, so there are few slices. A sum of padded slices is one loop on XLA's CPU; a
+    concatenation would copy them once more.
     """
     (kh, kw), (sh, sw), _, (h, w), large = geometry
     batch, channels = x.shape[0], x.shape[3]
@@ -108,10 +108,10 @@ def _im2col(x, geometry):
 
 
 def _col2im(columns, geometry):
-    """The transpose of im2col: [batch * small, kh * kw * c] -> [batch, *large, c], overlaps added.
+    """The transpose of im2col: [batch * small, kh * kw * c] -> [batch, *large, c], adding overlaps.
 
-    The outputs of equal remainder by the stride form a plane, a sum of unstrided shifts of the columns; one reshape
-    interleaves the planes. (Interior dilation by `lax.pad` is slower.)
+    Outputs with the same remainder by the stride form a plane, which is a sum of unstrided shifts of the columns; one
+    reshape interleaves the planes. (Interior dilation by `lax.pad` is slower.)
     """
     (kh, kw), (sh, sw), low, (h, w), large = geometry
     columns = columns.reshape(-1, h, w, kh, kw, columns.shape[-1] // (kh * kw))
@@ -146,9 +146,9 @@ def _col2im(columns, geometry):
 
 
 def _widen(geometry, channels):
-    """Small pixels of a row taken together, as one pixel of all their channels; and how many: narrow products are slow.
+    """A geometry in which n small pixels of a row are one pixel of all their channels, and n; narrow products are slow.
 
-    Their kernels lie side by side in a wider one, which has zeros beside each: at most as many as it has weights.
+    Their kernels lie side by side in a wider one, padded with at most as many zeros as it has weights.
     """
     (kh, kw), (sh, sw), low, (h, w), large = geometry
 
@@ -166,22 +166,22 @@ def _widen_kernel(kernel, geometry, n):
     return jnp.concatenate(shifted, axis=3).reshape(-1, n * kernel.shape[3])
 
 
-def _correlate(x, kernel, geometry):
+def _conv(x, kernel, geometry):
     wide, n = _widen(geometry, kernel.shape[3])
     out = _im2col(x, wide) @ _widen_kernel(kernel, geometry, n)
     return out.reshape(x.shape[0], *geometry.small, kernel.shape[3])
 
 
-def _spread(g, kernel, geometry):
+def _input_grad(g, kernel, geometry):
     wide, n = _widen(geometry, kernel.shape[3])
     weights = _widen_kernel(kernel, geometry, n)
     return _col2im(g.reshape(-1, weights.shape[1]) @ weights.T, wide)
 
 
-def _kernel_gradient(x, g, geometry):
+def _kernel_grad(x, g, geometry):
     channels = x.shape[3], g.shape[3]
     wide, n = _widen(geometry, channels[1])
-    # Contracting the rows of both spares the transposed copy of the columns that XLA makes for other forms.
+    # Contracting the rows of both avoids the transposed copy of the columns that XLA makes for other forms.
     product = lax.dot_general(_im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ())))
     exact = jnp.promote_types(product.dtype, jnp.float32)
     kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
@@ -189,25 +189,25 @@ def _kernel_gradient(x, g, geometry):
     return fold(product.astype(exact))[0].astype(product.dtype)
 
 
-def _lax_correlate(x, kernel, geometry):
+def _lax_conv(x, kernel, geometry):
     layout = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, geometry.stride, _pads(geometry), dimension_numbers=layout)
 
 
-def _lax_spread(g, kernel, geometry):
+def _lax_input_grad(g, kernel, geometry):
     x = jax.ShapeDtypeStruct((g.shape[0], *geometry.large, kernel.shape[2]), g.dtype)
-    return jax.linear_transpose(lambda x: _lax_correlate(x, kernel, geometry), x)(g)[0]
+    return jax.linear_transpose(lambda x: _lax_conv(x, kernel, geometry), x)(g)[0]
 
 
-def _lax_kernel_gradient(x, g, geometry):
+def _lax_kernel_grad(x, g, geometry):
     kernel = jax.ShapeDtypeStruct((*geometry.size, x.shape[3], g.shape[3]), g.dtype)
-    return jax.linear_transpose(lambda kernel: _lax_correlate(x, kernel, geometry), kernel)(g)[0]
+    return jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(g)[0]
 
 
 def _primitive(name, product, convolution, shape, channels):
     """A primitive lowered to a matrix product or to a lax convolution.
 
-    `shape(a, b, geometry)` is that of the result, and `channels(a, b)` are those of the large side.
+    `shape(a, b, geometry)` is the shape of the result; `channels(a, b)` is the number of channels of the large side.
     """
     primitive = Primitive(name)
 
@@ -220,7 +220,7 @@ def _primitive(name, product, convolution, shape, channels):
         return jax.core.ShapedArray(shape(a, b, geometry), dtype)
 
     def batch(operands, axes, geometry):
-        # lax would make a grouped convolution of several kernels, which is slow on GPUs too.
+        # lax would turn several kernels into a grouped convolution, which is slow on GPUs too.
         products, convolutions = (
             jax.vmap(functools.partial(form, geometry=geometry), axes) for form in (product, convolution)
         )
@@ -256,29 +256,29 @@ def _kernel_shape(x, g, geometry):
     return *geometry.size, x.shape[3], g.shape[3]
 
 
-correlate_p = _primitive("correlate", _correlate, _lax_correlate, _small_shape, _image_channels)
-spread_p = _primitive("spread", _spread, _lax_spread, _large_shape, _kernel_channels)
-kernel_gradient_p = _primitive(
-    "kernel_gradient",
-    _kernel_gradient,
-    _lax_kernel_gradient,
+conv_p = _primitive("conv", _conv, _lax_conv, _small_shape, _image_channels)
+conv_input_grad_p = _primitive("conv_input_grad", _input_grad, _lax_input_grad, _large_shape, _kernel_channels)
+conv_kernel_grad_p = _primitive(
+    "conv_kernel_grad",
+    _kernel_grad,
+    _lax_kernel_grad,
     _kernel_shape,
     _image_channels,
 )
 
-# defbilinear takes the transposes in the first and in the second operand.
+# defbilinear takes the transposes with respect to the first and the second operand.
 ad.defbilinear(
-    correlate_p,
-    lambda ct, x, kernel, geometry: spread_p.bind(ct, kernel, geometry=geometry),
-    lambda ct, x, kernel, geometry: kernel_gradient_p.bind(x, ct, geometry=geometry),
+    conv_p,
+    lambda ct, x, kernel, geometry: conv_input_grad_p.bind(ct, kernel, geometry=geometry),
+    lambda ct, x, kernel, geometry: conv_kernel_grad_p.bind(x, ct, geometry=geometry),
 )
 ad.defbilinear(
-    spread_p,
-    lambda ct, g, kernel, geometry: correlate_p.bind(ct, kernel, geometry=geometry),
-    lambda ct, g, kernel, geometry: kernel_gradient_p.bind(ct, g, geometry=geometry),
+    conv_input_grad_p,
+    lambda ct, g, kernel, geometry: conv_p.bind(ct, kernel, geometry=geometry),
+    lambda ct, g, kernel, geometry: conv_kernel_grad_p.bind(ct, g, geometry=geometry),
 )
 ad.defbilinear(
-    kernel_gradient_p,
-    lambda ct, x, g, geometry: spread_p.bind(g, ct, geometry=geometry),
-    lambda ct, x, g, geometry: correlate_p.bind(x, ct, geometry=geometry),
+    conv_kernel_grad_p,
+    lambda ct, x, g, geometry: conv_input_grad_p.bind(g, ct, geometry=geometry),
+    lambda ct, x, g, geometry: conv_p.bind(x, ct, geometry=geometry),
 )

@@ -16,25 +16,25 @@ kernel_init = nn.initializers.glorot_uniform()
 
 @jax.custom_jvp
 def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """max(x, 0), with derivative 0 at 0 as `jax.nn.relu` has."""
+    """max(x, 0), with derivative 0 at 0 like `jax.nn.relu`."""
     return jnp.maximum(x, 0)
 
 
 @relu.defjvp
 def _relu_jvp(primals, tangents):
-    # The derivative reads the output, so that XLA never has to store the input.
+    # The derivative reads the output, so XLA never stores the input.
     y = relu(*primals)
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
 def add_bias(x: Float[Array, "*place c"], bias: Float[Array, " c"]) -> Float[Array, "*place c"]:
-    """x + bias, in the type of x, but added in float32: a sum over all places in bfloat16 would ruin the bias's gradient."""
+    """x + bias in the type of x, added in float32: summed in bfloat16, the gradient of the bias would lose its digits."""
     bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 class Conv(nn.Module):
-    """SAME convolution, or its transpose, with bias; parameters as `nn.Conv` and `nn.ConvTranspose` have them."""
+    """3x3 SAME convolution or its transpose, with bias; its parameters are those of `nn.Conv` and `nn.ConvTranspose`."""
 
     features: int
     stride: int
@@ -51,9 +51,9 @@ class Conv(nn.Module):
 
 
 class ProjectAndReshape(nn.Module):
-    """The transposed convolution of a 1x1 map onto one of the kernel's size: a dense layer, and computed as one.
+    """The transposed convolution of a 1x1 map onto a map of the kernel's size, computed as the dense layer that it is.
 
-    Its parameters are those of `nn.ConvTranspose`, whose kernel lies flipped.
+    Its parameters are those of `nn.ConvTranspose`, which stores the kernel flipped.
     """
 
     size: tuple[int, int]
@@ -69,10 +69,10 @@ class ProjectAndReshape(nn.Module):
 
 
 class ConvForPool(nn.Module):
-    """`Conv` of stride 1 whose output comes in the 2x2 windows that a max pooling reads, as 4 adjacent vectors each.
+    """`Conv` of stride 1 that groups its output into the 2x2 windows of a max pooling, 4 adjacent vectors per window.
 
-    It is one convolution of stride 2: a window sees 4x4 inputs, so its kernel is the 3x3 one at four places. On the CPU
-    that moves less than half the memory. The last row or column of an odd size is in no window, and left out.
+    A window sees 4x4 inputs, so one convolution of stride 2 with the 3x3 kernel at four places computes it. On the CPU
+    this moves less than half the memory. The last row or column of an odd size belongs to no window and is dropped.
     """
 
     features: int
@@ -92,13 +92,13 @@ class ConvForPool(nn.Module):
 
 @jax.custom_jvp
 def window_extreme(x: Float[Array, "batch h w window c"], largest: Bool[Array, " c"]) -> Float[Array, "batch h w c"]:
-    """The largest value of each window, or the smallest in channels where `largest` is false; ties share the gradient."""
+    """The maximum of each window, or the minimum in channels where `largest` is false; ties share the gradient."""
     return jnp.where(largest.reshape(1, 1, 1, -1), x.max(axis=3), x.min(axis=3))
 
 
 @window_extreme.defjvp
 def _window_extreme_jvp(primals, tangents):
-    # As JAX differentiates max, but with one comparison for both, and a selection where it multiplies.
+    # JAX's derivative of max, but with one comparison for both and a selection instead of a product.
     x, y = primals[0], window_extreme(*primals)
     hit = x == y[:, :, :, None]
     count = hit.sum(axis=3).astype(x.dtype)
@@ -106,10 +106,10 @@ def _window_extreme_jvp(primals, tangents):
 
 
 class BatchNormMaxPool(nn.Module):
-    """Batch normalisation (Ioffe & Szegedy 2015); of an x in windows, then the maximum of each window.
+    """Batch normalisation (Ioffe & Szegedy 2015), followed by max pooling if x comes in windows.
 
-    Normalising is monotone in each channel, so the maximum is taken first, or the minimum where the scale is negative,
-    and a quarter of the values is left to normalise. Parameters and statistics are those of `nn.BatchNorm`.
+    Normalisation is monotone in each channel. So the maximum comes first, or the minimum where the scale is negative, and
+    only a quarter of the values is normalised. Parameters and statistics are those of `nn.BatchNorm`.
     """
 
     momentum: float = 0.9
@@ -146,6 +146,6 @@ class BatchNormMaxPool(nn.Module):
 
 
 def channel_mean(x: Float[Array, "batch h w *window c"]) -> Float[Array, " c"]:
-    """The mean over all but channels, in two steps: XLA's CPU sums are slow where few channels are left."""
+    """The mean over all axes but channels, in two steps: on the CPU, XLA sums slowly into few channels."""
     rows = x.reshape(math.prod(x.shape[:3]), -1)
     return rows.mean(axis=0).reshape(-1, x.shape[-1]).mean(axis=0)
