@@ -14,7 +14,6 @@ from vae_jax.likelihoods import Likelihood
 from vae_jax.objectives import Objective
 from vae_jax.priors import Prior
 
-
 Variables = dict[str, Any]
 ABSENT: Any = None
 
@@ -30,8 +29,8 @@ class Model(NamedTuple):
         likelihood: p(x | decoder output).
         prior: p(z).
         probabilities: (variables, image) -> p(label | image), [batch, classes].
+        num_classes: number of classes.
         apply: the family's own one-pass function, for its objective alone.
-        decodes_per_example: images that the objective decodes for each example; it divides evaluation's batches.
     """
 
     init: Callable[[Array], Variables]
@@ -41,8 +40,8 @@ class Model(NamedTuple):
     likelihood: Likelihood = ABSENT
     prior: Prior = ABSENT
     probabilities: Callable[[Variables, Array], Array] = ABSENT
+    num_classes: int = ABSENT
     apply: Any = ABSENT
-    decodes_per_example: int = 1
 
 
 def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
@@ -91,7 +90,10 @@ class Family(Protocol):
         NAME: for titles.
         METRICS: {metric: Metric}, in the order in which they are drawn; "loss" is among them.
         check_data: raises ValueError for data that the family cannot learn from.
-        baselines: (image, model, *, objective's fields) -> {what: loss}, closed forms of the training images.
+        decodes_per_example: images that the objective decodes for each example, a function of its fields; it divides the
+            batches of evaluation and enters the memory check.
+        baselines: closed forms of the training images, {what: loss}, a function of the model, the training images and
+            the objective's fields.
         make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
     """
 
@@ -102,6 +104,7 @@ class Family(Protocol):
     def make_objective(self, model: Model, **fields) -> Objective: ...
     def make_probes(self, model: Model) -> Probes: ...
     def check_data(self, dataset: Dataset) -> None: ...
+    def decodes_per_example(self, **fields) -> int: ...
     def baselines(self, model: Model, image: np.ndarray, **fields) -> dict[str, float]: ...
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 

@@ -57,6 +57,7 @@ def make(
     return Model(
         init=lambda key: dict(network.init(key, jnp.zeros((1, *image_shape)))),
         probabilities=probabilities,
+        num_classes=num_classes,
         apply=functools.partial(network.apply, mutable=["batch_stats"]),
     )
 
@@ -133,6 +134,11 @@ def check_data(dataset) -> None:
         )
 
 
+def decodes_per_example() -> int:
+    """A classifier decodes nothing."""
+    return 0
+
+
 def baselines(model: Model, image: np.ndarray) -> dict:
     """There is none in closed form."""
     return {}
@@ -154,13 +160,12 @@ def make_figures(model: Model, test, key, title: str):
         )
 
     def draw(variables, arrays, history, baselines):
-        classes = max(test.label.max(), arrays["prediction"].max()) + 1
         return {
             "training": lambda: figures.training_curve(
                 history, baselines, f"Training progress: {title}", PANELS, "log"
             ),
             "confusion": lambda: figures.confusion(
-                confusion_matrix(test.label, arrays["prediction"], classes),
+                confusion_matrix(test.label, arrays["prediction"], model.num_classes),
                 f"Confusion of classes: {title}",
             ),
             "mistakes": lambda: mistakes(arrays),

@@ -135,6 +135,11 @@ def check_data(dataset) -> None:
     """A VAE learns from any images."""
 
 
+def decodes_per_example() -> int:
+    """One sample of z."""
+    return 1
+
+
 def baselines(model: Model, image: np.ndarray, *, beta: float = 1.0) -> dict:
     """The losses of a collapsed model and of the best linear VAE; {} for images too large for their covariance."""
     return linear_vae_baselines(image, model.latent_dim, beta)

@@ -84,7 +84,7 @@ def make_evaluate(
         measure,
         split,
         len(seeds),
-        max(1, BATCH_SIZE // decodes_per_example),
+        max(1, BATCH_SIZE // max(1, decodes_per_example)),
         devices,
     )
 

@@ -40,6 +40,7 @@ class Job(NamedTuple):
     init: Callable  # key -> variables
     objective: Objective
     probes: Probes
+    decodes_per_example: int
     optimizer: optax.GradientTransformation
     ema_decay: float
     best: tuple[str, str] | None  # the metric that marks the best checkpoint, and which direction is better
@@ -80,7 +81,7 @@ class Job(NamedTuple):
             self.probes,
             self.dataset.splits[split],
             self.seeds,
-            self.model.decodes_per_example,
+            self.decodes_per_example,
             devices,
         )
 

@@ -104,6 +104,7 @@ def make_job(
         init=jax.jit(lambda key: net.init(fixed_key(key, "init"))),  # traced once
         objective=fill_in(make_objective, model=net, **known),
         probes=family.make_probes(net),
+        decodes_per_example=fill_in(family.decodes_per_example, **known, **make_objective.keywords),
         optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
         ema_decay=ema_decay,
         best=(f"validation/{best}", direction) if "validation" in dataset.splits else None,
@@ -171,7 +172,7 @@ def check_fits(job: Job, device) -> None:
     """
     shapes = jax.eval_shape(job.init, jax.random.key(0))
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    decoded = job.batch_size * job.model.decodes_per_example
+    decoded = job.batch_size * job.decodes_per_example
     decoded *= math.prod(job.dataset.image_shape)
     images = sum(split.image.nbytes for split in job.dataset.splits.values())
     check_memory(
