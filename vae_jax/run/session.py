@@ -75,25 +75,20 @@ def make_job(
     """
     check_counts(seed, seeds, epochs, batch_size)
     # Every section is checked before the first one acts: a slip in the last is reported before data are read.
-    load_data = bind("data", load, data)
-    family, rest = choose("model", FAMILIES, model)
-    make_model = bind("model", family.make, rest)
-    make_objective = bind("objective", family.make_objective, objective)
-    of_average, rest = split_fields(ema, optimizer)
-    ema_decay = bind("optimizer", ema, of_average)()
-    make_optimizer, rest = choose("optimizer", OPTIMIZERS, rest)
-    make_optimizer = bind("optimizer", make_optimizer, rest)
-    options = bind("run", RunOptions, run)()
-    direction = direction_of(best, family)
+    bound = bind_sections(data, model, objective, optimizer, run)
+    family, fields_of_objective = bound.family, bound.make_objective.keywords
+    better = direction_of(best, family)
 
-    dataset = load_data()
+    dataset = bound.load_data()
     family.check_data(dataset)
-    train_split, size = dataset.splits["train"], len(dataset.splits["train"].label)
+    size = len(dataset.splits["train"].label)
     if batch_size > size:
         raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
-    known = describe_data(dataset) | {"steps_per_epoch": size // batch_size}
-    net = fill_in(make_model, **known)
-    title = f"{family.NAME} on {Path(data['name']).name}"
+    per_epoch = size // batch_size
+    known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
+    known["model"] = net = fill_in(bound.make_model, **known)
+    known |= fields_of_objective | {"image": dataset.splits["train"].image}
+    title, samples = f"{family.NAME} on {Path(data['name']).name}", fixed_key(jax.random.key(seed), "samples")
     job = Job(
         title=title,
         seeds=range(seed, seed + seeds),
@@ -102,32 +97,49 @@ def make_job(
         dataset=dataset,
         model=net,
         init=jax.jit(lambda key: net.init(fixed_key(key, "init"))),  # traced once
-        objective=fill_in(make_objective, model=net, **known),
+        objective=fill_in(bound.make_objective, **known),
         probes=family.make_probes(net),
-        decodes_per_example=fill_in(family.decodes_per_example, **known, **make_objective.keywords),
-        optimizer=make_optimizer(epochs * (size // batch_size), batch_size),
-        ema_decay=ema_decay,
-        best=(f"validation/{best}", direction) if "validation" in dataset.splits else None,
-        baselines=cache(
-            partial(
-                fill_in,
-                family.baselines,
-                model=net,
-                image=train_split.image,
-                **make_objective.keywords,
-            )
-        ),
-        figures=family.make_figures(
-            net,
-            dataset.splits["test"],
-            fixed_key(jax.random.key(seed), "samples"),
-            title,
-        ),
+        decodes_per_example=fill_in(family.decodes_per_example, **known),
+        optimizer=bound.make_optimizer(epochs * per_epoch, batch_size),
+        ema_decay=bound.ema_decay,
+        best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
+        baselines=cache(partial(fill_in, family.baselines, **known)),
+        figures=family.make_figures(net, dataset.splits["test"], samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
-        run=options,
+        run=bound.options,
     )
     check_fits(job, jax.local_devices()[0])
     return job
+
+
+class Sections(NamedTuple):
+    """The config's sections, bound to the functions that take them."""
+
+    load_data: partial
+    family: Family
+    make_model: partial
+    make_objective: partial
+    make_optimizer: partial
+    ema_decay: float
+    options: RunOptions
+
+
+def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: Mapping, run: Mapping) -> Sections:
+    """Check names, types and what ranges need no data. Raises ValueError, naming the field."""
+    family, of_model = choose("model", FAMILIES, model)
+    of_average, rest = split_fields(ema, optimizer)
+    make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
+    make_optimizer = bind("optimizer", make_optimizer, of_optimizer)
+    make_optimizer(1)  # checks the ranges
+    return Sections(
+        load_data=bind("data", load, data),
+        family=family,
+        make_model=bind("model", family.make, of_model),
+        make_objective=bind("objective", family.make_objective, objective),
+        make_optimizer=make_optimizer,
+        ema_decay=bind("optimizer", ema, of_average)(),
+        options=bind("run", RunOptions, run)(),
+    )
 
 
 def check_counts(seed: int, seeds: int, epochs: int, batch_size: int) -> None:
