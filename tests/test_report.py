@@ -1,82 +1,80 @@
-"""The report, its two forms, and the numbers that experiments count for themselves."""
+"""The report and its two forms, the programs that make it, and the numbers that experiments count for themselves."""
 
 import json
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from small_run import run_job, small_job
 
 from configs import classifier
-from experiments import ablations, augmentation, launch, reproduce, speed
-from experiments.report import (
-    Code,
-    Heading,
-    Items,
-    Picture,
-    Table,
-    Text,
-    to_html,
-    to_markdown,
-)
+from experiments import ablations, arms, augmentation_report, launch, reproduce, speed, speed_peers
+from experiments.report import bullets, markdown_table, to_html
 from vae_jax import data
+from vae_jax.batch import Batch
 from vae_jax.figures import mosaic
 from vae_jax.run import session
 from vae_jax.run.files import save_figure
 
-BLOCKS = [
-    Heading("A <b> title", 1),
-    Text("Loss `x < y` is **18.5**."),
-    Items(["one", "two"]),
-    Table([["what", "ours"], ["loss", "**18.52** ± 0.03"]], "A table"),
-    Picture("p.png", "A picture"),
-    Code("python -m a --b='c d'"),
-]
+CELLS = [["what", "ours", "share"], ["a loss | b", "**18.52** ± 0.03", "5 %"], ["none", "", "-0.5 %"]]
+PAGE = f"""# A <b> title
+
+Loss `x < y` is **18.5** ± 0.1.
+
+{bullets(["one", "two"])}
+
+{markdown_table(CELLS)}
+
+![A picture](p.png)
+
+*A caption*
+
+```sh
+python -m a --b='5 % c'
+```
+"""
 
 
-def test_markdown():
-    text = to_markdown(BLOCKS)
-    assert (
-        "# A <b> title\n\nLoss `x < y` is **18.5**.\n\n- one\n- two\n\n**A table**"
-        in text
-    )
-    assert "| what | ours |\n| --- | --- |\n| loss | **18.52** ± 0.03 |" in text
-    assert '<img src="p.png"' in text and "```sh\npython -m a --b='c d'\n```" in text
+def test_tables_align_numbers_and_escape_bars():
+    assert markdown_table(CELLS).splitlines() == [
+        "| what | ours | share |",
+        "| --- | ---: | ---: |",
+        r"| a loss \| b | **18.52** ± 0.03 | 5 % |",
+        "| none |  | -0.5 % |",
+    ]
 
 
-def test_html_is_one_file_and_escaped(tmp_path):
-    from matplotlib.figure import Figure
-
+def test_html_is_one_escaped_page(tmp_path):
     save_figure(Figure(figsize=(1, 1)), tmp_path / "p.png")
-    text = to_html(BLOCKS, tmp_path)
-    assert "<h1>A &lt;b&gt; title</h1>" in text and "<code>x &lt; y</code>" in text
-    assert "<td class=number><strong>18.52</strong>\xa0±\xa00.03</td>" in text
-    assert 'src="data:image/png;base64,' in text
+    text = to_html(PAGE, tmp_path)
+    assert "<title>A &lt;b&gt; title</title>" in text and "<h1>A &lt;b&gt; title</h1>" in text
+    assert "<code>x &lt; y</code> is <strong>18.5</strong>\xa0±\xa00.1" in text
+    assert '<td style="text-align:right"><strong>18.52</strong>\xa0±\xa00.03</td>' in text
+    assert "<td>a loss | b</td>" in text and "5\xa0%</td>" in text
+    assert "<li>one</li>" in text and "--b='5 % c'" in text
+    assert '<img src="data:image/png;base64,' in text and "<em>A caption</em>" in text
     assert not re.search(r'(src|href)="(?!data:)', text)
 
 
 def test_mosaic():
-    image = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) * np.ones(
-        (1, 2, 2, 1), np.float32
-    )
+    image = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) * np.ones((1, 2, 2, 1), np.float32)
     assert mosaic(image, 2)[..., 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 0, 0]] * 2
 
 
 def test_commands_name_the_variants_fields(tmp_path):
     commands = ablations.commands(tmp_path, "configs/vae.py", {"epochs": 10}, "files")
-    assert commands["latent5"][-2:] == [
-        "--config.model.latent_dim=5",
-        "--config.data.manual_dir=files",
-    ]
-    assert launch.shown(commands["pooling"]).endswith(
-        "--config.epochs=10 --config.model.pooling=True"
-    )
+    assert commands["latent5"][-2:] == ["--config.model.latent_dim=5", "--config.data.manual_dir=files"]
+    shown = launch.shell_line(commands["pooling"])
+    assert shown.endswith("--config.epochs=10 --config.model.pooling=True")
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """The directory of a reproduction on the digits, its parts done: small runs, and a study that was made up."""
+    """The directory of a reproduction on the digits with all parts done: small runs, and an invented study."""
     path = tmp_path_factory.mktemp("post")
     run_job(*small_job(drawn=True), path / "vae")
     for name in ablations.VARIANTS:
@@ -87,21 +85,18 @@ def parts(tmp_path_factory):
     figures.mkdir(parents=True)
     for name in ("arms.png", "noise.png"):
         shutil.copyfile(path / "vae" / "figures" / "samples.png", figures / name)
-    for name in ("classifier", "vae", "sharp"):
+    for name in arms.MODELS:
         shutil.copytree(path / "vae", study / name)
-    rows = [
-        {"stage": "arm", "percentage": 20.0, "arm": arm, "accuracy": [0.8, 0.9]}
-        for arm in augmentation.ARMS
-    ] + [
+    rows = [{"stage": "arm", "percentage": 20.0, "arm": arm, "accuracy": [0.8, 0.9]} for arm in arms.ARMS]
+    rows += [
         {"stage": "sweep", "share": share, "scale": scale, "relabelled": 0.1}
-        for share in augmentation.SHARES
-        for scale in augmentation.SWEEP
+        for share in arms.SHARES
+        for scale in arms.SWEEP
     ]
-    (study / "results.jsonl").write_text(
-        "".join(json.dumps(row | {"seconds": 60.0}) + "\n" for row in rows)
-    )
-    settings = {"percentages": [20.0], "seeds": 2, "steps": 3, "batch_size": 128}
-    (study / "settings.json").write_text(json.dumps(settings | {"data": "digits"}))
+    lines = [json.dumps(row | {"seconds": 60.0}) + "\n" for row in rows]
+    (study / "results.jsonl").write_text("".join(lines))
+    settings = {"data": "digits", "percentages": [20.0], "seeds": 2, "steps": 3, "batch_size": 128}
+    (study / "settings.json").write_text(json.dumps(settings))
     (study / "summary.md").touch()
     return path
 
@@ -111,81 +106,101 @@ def report_of(path, name="digits"):
     return reproduce.Report(path, name, data.load(name="digits"), commands)
 
 
-def test_the_report_says_what_the_parts_hold(parts):
-    blocks = report_of(parts).blocks()
-    text = to_markdown(blocks)
+def test_the_report_gives_the_numbers_of_its_parts(parts):
+    text = report_of(parts).markdown()
     last = launch.last_test(parts / "vae")
-    assert (
-        f"| VAE: test loss after 2 epochs, nats | **{last['test/loss']:.2f}** |" in text
-    )
+    assert f"| VAE: test loss after 2 epochs, nats | **{last['test/loss']:.2f}** |" in text
     assert "| Table 5: 20 % of half B + generated images, test accuracy, % " in text
     assert "not the post's MNIST" in text and "nan" not in text
     for command in ("--config.model.pooling=True", "experiments.augmentation --data="):
         assert command in text
-    spent = len(augmentation.ARMS) + 2 * len(augmentation.SWEEP)  # a minute each
+    spent = len(arms.ARMS) + 2 * len(arms.SWEEP)  # one minute each
     minutes = float(re.search(r"\| augmentation \| ([\d.]+) \|", text)[1])
     assert spent <= minutes < spent + 5
-    assert "<h1>The post, reproduced: digits</h1>" in to_html(blocks, parts)
+    page = to_html(text, parts)
+    assert "<h1>The post, reproduced: digits</h1>" in page
+    assert page.count("<img ") == page.count('src="data:image/png;base64,') == 7
 
 
-def test_the_report_takes_no_unfinished_run(parts, tmp_path):
+def test_the_report_shows_the_posts_numbers_for_mnist(parts, monkeypatch):
+    report = report_of(parts)
+    monkeypatch.setattr(report, "_name", "mnist")
+    heading, loss, *_ = report._numbers()
+    assert heading == ["what", "ours", "the post", "difference"] and loss[2] == "18.50"
+    assert float(loss[3]) == pytest.approx(launch.last_test(parts / "vae")["test/loss"] - 18.5, abs=0.01)
+
+
+def test_the_report_refuses_an_unfinished_run(parts, tmp_path):
     path = shutil.copytree(parts, tmp_path / "post")
+    with pytest.raises(ValueError, match="is of digits, not of mnist: give --quick"):
+        report_of(path, "mnist")
     metrics = path / "ablations" / "latent2" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[: len(lines) // 2]))
-    with pytest.raises(ValueError, match="latent2 is missing or not finished"):
-        report_of(path).blocks()
-    with pytest.raises(ValueError, match="is of digits, not of mnist: give --quick"):
-        report_of(path, "mnist")
+    with pytest.raises(ValueError, match="latent2 is missing or unfinished"):
+        report_of(path)
+    (path / "augmentation" / "summary.md").unlink()
+    with pytest.raises(ValueError, match="augmentation is missing or unfinished"):
+        augmentation_report.read_study(path / "augmentation")
 
 
-def test_a_killed_part_is_told(capfd):
-    killed = "import os; os.kill(os.getpid(), 9)"
+def test_a_killed_command_is_reported(capfd):
     with pytest.raises(SystemExit) as ended:
-        launch.run(["python", "-c", killed])
+        launch.run(["python", "-c", "import os; os.kill(os.getpid(), 9)"])
     assert ended.value.code == 137
-    assert "ended by SIGKILL: the same command continues" in capfd.readouterr().err
+    assert "killed by SIGKILL; the same command resumes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     "model,train,expected",
-    # By hand: 2 x kernel x places, summed over the layers; three times that, less the first layer's share, in training.
+    # By hand: 2 x kernel x positions, summed over the layers; in training three times that, less the first layer's.
     [("vae", False, 13.58e6), ("vae", True, 40.64e6), ("classifier", False, 1.05e6)],
 )
 def test_operations(model, train, expected):
     assert speed.operations(model, train) == pytest.approx(expected, rel=0.01)
 
 
-def test_speed_compares_with_the_limit():
-    peers = [
-        speed.Peer("matrix product, float32", "limit", None, 1),
-        speed.Peer("vae, training, float32", "ours", None, 1),
-        speed.Peer("vae, training, float32", "plain Flax", None, 1),
-        speed.Peer("vae, training, float32", "PyTorch eager", None, 1),
-    ]
+def test_speed_compares_with_the_limit(capsys):
+    group = "vae, training, float32"
+    peers = [speed.Peer("matrix product, float32", "limit", None, 1)]
+    peers += [speed.Peer(group, name, None, 1) for name in ("ours", "plain Flax", "PyTorch eager")]
     limit = 2 * speed.operations("vae", True) * 100
     rows = speed.compare(peers, [[limit, limit], [100, 100], [20, 10], [50, 40]])
     assert rows[1]["share of the limit"] == pytest.approx(0.5)
     assert [row.get("ours is") for row in rows[1:]] == [1.0, 7.5, 2.25]
-    assert (
-        speed.verdict(rows)
-        == "vae, training, float32: ours is 7.5 times plain Flax and 2.25 times PyTorch's best"
-    )
+    assert speed.verdict(rows) == f"{group}: ours is 7.5 times plain Flax and 2.25 times PyTorch's best"
+    speed.show(rows)
+    assert "50.0%" in capsys.readouterr().out
+    assert len(speed.draw(rows, "title").axes) == 2
+
+
+@pytest.mark.parametrize("model", speed_peers.MODELS)
+def test_plain_flax_has_the_shapes_of_ours(model):
+    """As many parameters and the same metrics; nothing is compiled."""
+
+    def shapes(peer):
+        image = jnp.zeros((4, *speed_peers.IMAGE_SHAPE))
+        batch = Batch(image, jnp.zeros(4, jnp.int32), jnp.ones(4), jnp.arange(4))
+        keys = jax.random.split(jax.random.key(0), 4)
+        variables = jax.eval_shape(peer.init, keys[0])
+        metrics, _ = jax.eval_shape(lambda variables: peer.objective(variables, batch, keys, True, 0), variables)
+        return sum(leaf.size for leaf in jax.tree.leaves(variables)), metrics
+
+    assert shapes(speed_peers.ours(model)) == shapes(speed_peers.plain_flax(model))
 
 
 def test_our_peers_run():
-    images = np.zeros((8, 28, 28, 1), np.uint8), np.zeros(8, np.int32)
-    make_network, plain, make_objective, _ = speed.MODELS["classifier"]
-    network = make_network((28, 28, 1))
-    for function, net in [
-        (speed.train_ours, network),
-        (speed.evaluate_ours, network),
-        (speed.train_plain, plain),
-        (speed.evaluate_plain, plain),
-    ]:
-        run = function(net, make_objective(net), *images, 4, 2)
-        peer = speed.Peer("g", "ours", run, 8)
-        assert len(speed.measure([peer], 2)[0]) == 2
+    work = speed_peers.random_work(4, 2)
+    ours, plain = speed_peers.ours("classifier"), speed_peers.plain_flax("classifier")
+    runs = [
+        speed_peers.train_in_loop(ours, work),
+        speed_peers.evaluate_split(ours, work),
+        speed_peers.train_by_steps(plain, work),
+        speed_peers.evaluate_by_steps(plain, work),
+    ]
+    peers = [speed.Peer("g", "ours", run, work.images) for run in runs]
+    rates = speed.measure(peers, 2)
+    assert [len(own) for own in rates] == [2] * 4 and np.min(rates) > 0
 
 
 def test_a_sweep_leaves_its_rows_and_figure(tmp_path):

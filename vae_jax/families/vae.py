@@ -150,7 +150,7 @@ def make_figures(model: Model, test, key, title: str):
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     reconstruct = jax.jit(functools.partial(generate.reconstruct, model))
-    sample = jax.jit(lambda variables: generate.sample(model, variables, key, 100))
+    sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))
 
     def draw(variables, arrays, history, baselines):
         return {
