@@ -3,6 +3,7 @@
 from importlib import import_module, metadata
 
 _MODULES = (
+    "augment",
     "batch",
     "evaluation",
     "families",

@@ -42,7 +42,7 @@ def training_curve(
         panels: the metrics, "loss" first, and the title of each one's panel.
         loss_scale: "linear" or "log".
     """
-    figure = new_figure(12, 4.5)
+    figure = new_figure(12.0, 4.5)
     others = [name for name in panels if name != "loss"]
     columns: list[Any] = [*["loss"] * len(others), *others]
     axes = figure.subplot_mosaic([columns])
@@ -80,7 +80,7 @@ def _draw_curves(ax, train, test):
 
 
 def _limit(ax, values):
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.06 * (high - low + 1e-3)
     ax.set_ylim(low - margin, high + margin)
 
@@ -167,7 +167,7 @@ def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -
     """Images side by side in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)
-    figure = new_figure(7, 7 * rows / columns + 0.5)
+    figure = new_figure(7.0, 7 * rows / columns + 0.5)
     show_image(figure.subplots(), mosaic(image, columns, margin=1, fill=0.5))
     figure.suptitle(title)
     return figure

@@ -63,7 +63,7 @@ def unit_gaussian() -> Likelihood:
 def distortion(
     likelihood: Likelihood,
     variables: Any,
-    raw: Float[Array, "*samples batch h w c"],
+    raw: Float[Array, "*samples batch h w raw"],
     image: Float[Array, "batch h w c"],
 ) -> Float[Array, "*samples batch"]:
     """-log p(x | z) of each image less the likelihood's constant, in nats: the energy summed over pixels."""

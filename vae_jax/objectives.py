@@ -9,7 +9,7 @@ others is a pair `(value, weight)` of such arrays. `step` is None in evaluation:
 Steps and evaluation reduce the metrics; an objective never does.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from vae_jax.batch import Batch
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a family's `make_objective` returns; see the module's docstring."""
 

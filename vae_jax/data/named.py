@@ -1,4 +1,4 @@
-"""Data sets that have a name: the bundled digits, the MNIST family, TensorFlow Datasets."""
+"""Data sets with a name: the bundled digits, the MNIST family, TensorFlow Datasets."""
 
 import difflib
 import gzip
@@ -7,7 +7,6 @@ import http.client
 import io
 import math
 import os
-import queue
 import threading
 import urllib.error
 import urllib.request
@@ -19,10 +18,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vae_jax.batch import Split
-from vae_jax.data.own import _check_size, _split_off_test
+from vae_jax.data.own import check_size, split_off_test
 from vae_jax.run.files import local_path
 
-LARGEST_RANK = 4
 NETWORK_TIMEOUT = 8  # seconds
 
 
@@ -35,110 +33,106 @@ def _digits(name, manual_dir):
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
     large = [Image.fromarray(image).resize((24, 24), Image.Resampling.BICUBIC) for image in small]
     image = np.pad(np.stack([np.asarray(image) for image in large]), ((0, 0), (2, 2), (2, 2)))
-    return _split_off_test(image[..., None], digits.target.astype(np.int32))
+    return split_off_test(image[..., None], digits.target.astype(np.int32))
 
 
 def _mnist_family(name, manual_dir):
-    """The four canonical .gz files, checked against the SHA-256 that TensorFlow Datasets records."""
+    """The four original .gz files, checked against the SHA-256 that TensorFlow Datasets records."""
     import tensorflow_datasets as tfds
 
     url_infos = tfds.builder_cls(name).url_infos
-    infos = {info.filename: (url, info) for url, info in url_infos.items()}
     folder = local_path(manual_dir) if manual_dir else Path.home() / ".cache" / "vae_jax" / "data" / name
-    missing = [filename for filename in infos if not (folder / filename).is_file()]
+    missing = {info.filename: url for url, info in url_infos.items() if not (folder / info.filename).is_file()}
     if missing and manual_dir:
         raise ValueError(
             f"data.manual_dir {manual_dir} lacks {', '.join(missing)}: put the four original files of {name} there"
         )
     if missing:
-        _check_network(name, infos[missing[0]][0])
-        urls = {filename: infos[filename][0] for filename in missing}
-        manager = tfds.download.DownloadManager(
-            download_dir=folder,
-            url_infos=url_infos,
-            dataset_name=name,
-            force_checksums_validation=True,
-        )
-        try:
-            paths = manager.download(urls)
-        except Exception as error:  # TFDS passes on what its layers raise
-            raise OSError(f"downloading {name} failed ({type(error).__name__}): {_way_out(name)}") from error
-        for filename, path in paths.items():
-            os.replace(path, folder / filename)
+        _download(name, missing, folder, url_infos)
+    checksums = {info.filename: info.checksum for info in url_infos.values()}
 
     def read(filename):
-        path, info = folder / filename, infos[filename][1]
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != info.checksum:
-            raise ValueError(
-                f"{path} has SHA-256 {digest[:12]}..., but {name} has {info.checksum[:12]}...: replace or remove it"
-            )
+        path = folder / filename
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest != checksums[filename]:
+            expected = f"{name} has {checksums[filename][:12]}..."
+            raise ValueError(f"{path} has SHA-256 {digest[:12]}..., but {expected}: replace or remove it")
         with gzip.open(path) as file:
             return read_idx(file)
 
-    return tuple(
-        Split(
-            read(f"{part}-images-idx3-ubyte.gz")[..., None],
-            read(f"{part}-labels-idx1-ubyte.gz").astype(np.int32),
-        )
-        for part in ("train", "t10k")
+    def read_split(part):
+        image, label = read(f"{part}-images-idx3-ubyte.gz"), read(f"{part}-labels-idx1-ubyte.gz")
+        return Split(image[..., None], label.astype(np.int32))
+
+    return read_split("train"), read_split("t10k")
+
+
+def _download(name, urls, folder, url_infos):
+    """Download {filename: url} into a folder; TFDS checks their SHA-256."""
+    import tensorflow_datasets as tfds
+
+    _check_network(name, next(iter(urls.values())))
+    manager = tfds.download.DownloadManager(
+        download_dir=folder, url_infos=url_infos, dataset_name=name, force_checksums_validation=True
     )
+    try:
+        paths = manager.download(urls)
+    except Exception as error:  # TFDS passes on whatever its layers raise
+        raise OSError(f"downloading {name} failed ({type(error).__name__}): {_way_out(name)}") from error
+    for filename, path in paths.items():
+        os.replace(path, folder / filename)
 
 
 def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
-    """The array in an idx file of unsigned bytes: magic 0 0 8 rank, big-endian sizes, then the values.
+    """The array in an idx file of unsigned bytes: magic 0 0 8, rank, big-endian sizes, values.
 
-    Reads one byte more than the sizes say at most, so that no compressed file takes more memory than it declares.
-    Raises ValueError for sizes that memory cannot hold, and for whatever is no idx file.
+    Raises ValueError for anything else, and for an array that does not fit into memory.
     """
     try:
-        magic = file.read(4)
-        rank = magic[3] if len(magic) == 4 and magic[:3] == b"\0\0\x08" else 0
-        sizes = np.frombuffer(file.read(4 * rank), ">u4").astype(int)
-        count = math.prod(sizes.tolist())
-        if 1 <= rank == len(sizes) <= LARGEST_RANK:
-            _check_size("an idx file", count)
-            values = file.read(count + 1)
-            if len(values) == count:
-                return np.frombuffer(values, np.uint8).reshape(sizes)
+        *magic, rank = file.read(4)
+        sizes = np.frombuffer(file.read(4 * rank), ">u4", count=rank).tolist()
+        check_size("the array", math.prod(sizes))
+        values = np.frombuffer(file.read(math.prod(sizes) + 1), np.uint8)  # one more, to notice a longer file
+        if magic != [0, 0, 8]:
+            raise ValueError(f"it begins with {magic}")
+        return values.reshape(sizes)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"not an idx file of unsigned bytes: {error}") from error
-    raise ValueError("not an idx file of unsigned bytes: wrong magic number or length")
 
 
 def _check_network(name, url):
-    """Fail in seconds where TFDS would retry for minutes, and where a name server is silent."""
-    answer = queue.SimpleQueue()
+    """Raise OSError in seconds: TFDS would retry for minutes, and no timeout covers a silent name server."""
+    problems: list[Exception] = [TimeoutError(f"no answer in {NETWORK_TIMEOUT} s")]
 
     def ask():
         try:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=NETWORK_TIMEOUT).close()
-            answer.put(None)
-        except urllib.error.HTTPError:
-            answer.put(None)  # a host that refuses this request is there
+            problems.pop()
+        except urllib.error.HTTPError:  # the host answers
+            problems.pop()
         except (OSError, http.client.HTTPException) as error:
-            answer.put(error)
+            problems[0] = error
 
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = answer.get(timeout=NETWORK_TIMEOUT)
-    except queue.Empty:
-        error = TimeoutError(f"no answer in {NETWORK_TIMEOUT} s")
-    if error is not None:
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(NETWORK_TIMEOUT)
+    for error in problems:
         raise OSError(f"cannot download {name} ({getattr(error, 'reason', error)}): {_way_out(name)}") from error
 
 
 def _way_out(name):
+    files = "prepare it where there is a network"
     if name in MNIST_FAMILY:
         files = "put its four original files into a folder and give --config.data.manual_dir"
-    else:
-        files = "prepare it where there is a network"
     return f"{files}, or train on the bundled digits, --config=configs/vae.py:digits"
 
 
-def _tfds(name, manual_dir):
+def load_tfds(name: str, manual_dir: str) -> tuple[Split, Split]:
+    """Training and test split of an image classification data set of TensorFlow Datasets.
+
+    Raises ValueError for an unknown or unsuitable data set, and OSError if it cannot be prepared.
+    """
     import tensorflow_datasets as tfds
 
     try:
@@ -149,45 +143,50 @@ def _tfds(name, manual_dir):
         raise ValueError(
             f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or, with a slash in it, of a folder"
         ) from None
-    features, keys = builder.info.features, builder.info.supervised_keys
-    if (
-        not keys
-        or not hasattr(features[keys[1]], "num_classes")
-        or features[keys[0]].np_dtype != np.uint8
-        or len(features[keys[0]].shape) != 3
-        or None in features[keys[0]].shape
-    ):
-        raise ValueError(f"{name} is not an image classification data set with images of one size")
-    (image_key, label_key), shape = keys, features[keys[0]].shape
+    _check_suits(builder)
     if not builder.is_prepared():
-        _check_network(name, next(iter(builder.url_infos), "https://www.tensorflow.org"))
-        try:
-            builder.download_and_prepare()
-        except ImportError as error:
-            raise ValueError(f"preparing {name} needs {error.name}: pip install -e '.[tfds]'") from error
-        except Exception as error:  # TFDS passes on what its layers raise
-            told = " ".join(str(error).split())
-            raise OSError(f"preparing {name} failed: {told}") from error
+        _prepare(builder)
     splits = builder.info.splits
     # Some have labels on their validation images only.
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, but train and test are needed")
+    return _read_tfds(builder, "train"), _read_tfds(builder, test)
 
-    def read(part):
-        count = splits[part].num_examples
-        _check_size(name, count * math.prod(shape))
-        image, label = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
-        source = builder.as_data_source(part)
-        if len(source) != count:
-            raise ValueError(
-                f"{name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
-            )
-        for i, example in enumerate(source):
-            image[i], label[i] = example[image_key], example[label_key]
-        return Split(image, label)
 
-    return read("train"), read(test)
+def _check_suits(builder):
+    """Raise ValueError unless the examples are labelled uint8 images of one size."""
+    features, keys = builder.info.features, builder.info.supervised_keys
+    if keys and hasattr(features[keys[1]], "num_classes"):
+        image = features[keys[0]]
+        if image.np_dtype == np.uint8 and len(image.shape) == 3 and None not in image.shape:
+            return
+    raise ValueError(f"{builder.name} is not an image classification data set with images of one size")
+
+
+def _prepare(builder):
+    _check_network(builder.name, next(iter(builder.url_infos), "https://www.tensorflow.org"))
+    try:
+        builder.download_and_prepare()
+    except ImportError as error:
+        raise ValueError(f"preparing {builder.name} needs {error.name}: pip install -e '.[tfds]'") from error
+    except Exception as error:  # TFDS passes on whatever its layers raise
+        raise OSError(f"preparing {builder.name} failed: {' '.join(str(error).split())}") from error
+
+
+def _read_tfds(builder, part):
+    image_key, label_key = builder.info.supervised_keys
+    shape, count = builder.info.features[image_key].shape, builder.info.splits[part].num_examples
+    check_size(builder.name, count * math.prod(shape))
+    source = builder.as_data_source(part)
+    if len(source) != count:
+        raise ValueError(
+            f"{builder.name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
+        )
+    image, label = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
+    for i, example in enumerate(source):
+        image[i], label[i] = example[image_key], example[label_key]
+    return Split(image, label)
 
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")

@@ -4,7 +4,7 @@ A new family is one file here and one line in `FAMILIES`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array
@@ -71,6 +71,7 @@ class Probes(NamedTuple):
     reduce: Callable[[dict[str, np.ndarray], Split], dict[str, Any]]
 
 
+@runtime_checkable
 class Figures(Protocol):
     """Figures by name, each drawn when its function is called."""
 
@@ -79,6 +80,7 @@ class Figures(Protocol):
     ) -> dict[str, Callable[[], Any]]: ...
 
 
+@runtime_checkable
 class Family(Protocol):
     """What each module of this package holds.
 
@@ -93,7 +95,7 @@ class Family(Protocol):
         decodes_per_example: images that the objective decodes for each example, a function of its fields; it divides the
             batches of evaluation and enters the memory check.
         baselines: closed forms of the training images, {what: loss}, a function of the model, the training images and
-            the objective's fields.
+            the fields of model and objective.
         make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
     """
 

@@ -58,21 +58,21 @@ def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> 
     return ConfigDict(config)
 
 
-def defaults(family: str) -> dict[str, Any]:
+def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
     """The fields of a family's config with the defaults that the signatures give them; top-level ones only where they have one."""
     from vae_jax.families import FAMILIES
 
     config: dict[str, Any] = {"seed": 0, "seeds": 1}
-    for section, functions in signatures(FAMILIES[family]).items():
+    for section, functions in signatures(FAMILIES[family], optimizer).items():
         config[section] = {
             name: parameter.default for function in functions for name, parameter in fields(function).items()
         }
     config["model"] = {"name": family, **config["model"]}
-    config["optimizer"] = {"name": "adam", **config["optimizer"]}
+    config["optimizer"] = {"name": optimizer, **config["optimizer"]}
     return config
 
 
-def signatures(family: Any) -> dict[str, list[Callable]]:
+def signatures(family: Any, optimizer: str = "adam") -> dict[str, list[Callable]]:
     """The functions that take each section of a family's config by keyword."""
     from vae_jax.data import load
     from vae_jax.optimizers import OPTIMIZERS, ema
@@ -81,7 +81,7 @@ def signatures(family: Any) -> dict[str, list[Callable]]:
         "data": [load],
         "model": [family.make],
         "objective": [family.make_objective],
-        "optimizer": [*OPTIMIZERS.values(), ema],
+        "optimizer": [OPTIMIZERS[optimizer], ema],
         "run": [RunOptions],
     }
 

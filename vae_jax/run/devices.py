@@ -1,7 +1,7 @@
-"""The devices that share a run.
+"""The devices of a run: data parallelism by `jax.pmap`.
 
 Each device has a number, its shard, and takes that share of every batch. State and data are replicated on all devices, so
-no code outside this file has a device axis. Every host runs the same program; the primary host writes for all.
+no other file has a device axis. Every host runs the same program, and the primary host writes for all.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ class Devices:
     """All devices of all hosts, or the first few of each host.
 
     Args:
-        limit: devices used on each host; 0 uses all.
+        limit: number of devices on each host; 0 means all.
 
     Attributes:
         count: number of devices on all hosts together.
         is_primary: whether this host writes.
         axis_name: for `make_train_step`; None if there is one device.
 
-    Raises ValueError if a host has fewer devices, or if several hosts have not been connected.
+    Raises ValueError if a host has fewer devices, or if several hosts are not connected.
     """
 
     def __init__(self, limit: int = 0):
@@ -40,9 +40,8 @@ class Devices:
             raise ValueError(f"--devices is {limit}, but there are {available}: give 1 to {available}, or 0 for all")
         each = limit or available
         self._all = [device for process in range(hosts) for device in jax.local_devices(process_index=process)[:each]]
-        self._local = jax.local_devices()[:each]
+        self._local = self._all[host * each : (host + 1) * each]
         self._shards = np.arange(host * each, (host + 1) * each, dtype=np.int32)
-        self._replicated = NamedSharding(Mesh(np.array(self._local), (AXIS,)), PartitionSpec())
         self.count = len(self._all)
         self.is_primary = host == 0
         self.axis_name = AXIS if self.count > 1 else None
@@ -50,29 +49,26 @@ class Devices:
     def check_divide(self, batch_size: int) -> None:
         """Raise ValueError if a batch cannot be divided into equal shares."""
         if batch_size % self.count:
-            fewer = batch_size // self.count * self.count
-            more = fewer + self.count
-            nearest = fewer if fewer and batch_size - fewer <= more - batch_size else more
+            nearest = max(1, (batch_size + (self.count - 1) // 2) // self.count) * self.count
             raise ValueError(
                 f"batch_size {batch_size} is not divisible by {self.count} devices: give {nearest}, or fewer --devices"
             )
 
     def replicate(self, tree: Any) -> Any:
-        """Copy the arrays to every device, so that calls of compiled functions do not send them again."""
-        return jax.device_put(tree, self._local[0] if self.count == 1 else self._replicated)
+        """Copy the arrays to every local device once, rather than with every call."""
+        if self.count == 1:
+            return jax.device_put(tree, self._local[0])
+        return jax.device_put(tree, NamedSharding(Mesh(np.array(self._local), (AXIS,)), PartitionSpec()))
 
     def compile(self, function: Callable, donate: bool = False) -> Callable:
         """`call(first, *others)`, which runs `function(first, *others, shard)` on every device at once.
 
-        All arguments but `shard` are replicated, and so must the results be. With `donate` the first argument's buffers
-        are reused: use only what is returned.
+        All arguments but `shard` are replicated, and the results must be. `donate` reuses the first argument's buffers:
+        use only what is returned.
         """
         donated = (0,) if donate else ()
         if self.count == 1:
-            return jax.jit(
-                lambda first, *others: function(first, *others, 0),
-                donate_argnums=donated,
-            )
+            return jax.jit(lambda first, *others: function(first, *others, 0), donate_argnums=donated)
         mapped = jax.pmap(
             lambda first, others, shard: function(first, *others, shard),
             axis_name=AXIS,
@@ -86,7 +82,7 @@ class Devices:
         def call(first, *others):
             nonlocal compiled
             if not compiled:
-                # A host that starts a program waits for the others, on CPUs only 30 s, and compiling may take longer.
+                # A host that starts a program waits for the others, on CPUs only 30 s; compiling may take longer.
                 mapped.lower(first, others, self._shards).compile()
                 compiled = bool(gather(True))
             return mapped(first, others, self._shards)
@@ -94,11 +90,11 @@ class Devices:
         return call
 
     def local_copy(self, tree: Any) -> Any:
-        """Replicated arrays as they lie on this host's first device."""
+        """Replicated arrays as arrays on this host's first device."""
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def broadcast(self, make: Callable[[], Any], like: Any) -> Any:
-        """What `make()` returns on the primary host, sent to all: arrays of the shapes in `like`, or None.
+        """The primary host's `make()`, sent to all hosts: arrays in the shapes of `like`, or None.
 
         If `make` raises ValueError or OSError there, every host raises.
         """
@@ -108,20 +104,15 @@ class Devices:
             made = make() if self.is_primary else None
         if not gather(made is not None)[0]:
             return None
-
         if not self.is_primary:
             shapes = jax.eval_shape(unwrap_keys, like)
             made = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-        made = multihost_utils.broadcast_one_to_all(unwrap_keys(made))
-        return jax.tree.map(
-            lambda leaf, shape: jax.random.wrap_key_data(np.asarray(leaf)) if _is_key(shape) else leaf,
-            made,
-            like,
-        )
+        sent = jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(unwrap_keys(made)))
+        return jax.tree.map(lambda leaf, shape: jax.random.wrap_key_data(leaf) if _is_key(shape) else leaf, sent, like)
 
 
 def unwrap_keys(tree: Any) -> Any:
-    """`tree` with typed keys replaced by their integers, since neither JAX nor Orbax sends typed keys between processes."""
+    """Replace typed keys by their integers: JAX does not send typed keys between processes, nor does Orbax save them."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 

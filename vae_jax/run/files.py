@@ -10,7 +10,7 @@ from etils import epath
 
 
 def local_path(path: str) -> Path:
-    """A path on this machine with ~ and ~user expanded; `Path.expanduser` fails for an unknown user."""
+    """A path on this machine with ~ and ~user expanded; `Path.expanduser` raises for an unknown user."""
     return Path(os.path.expanduser(path))
 
 
@@ -31,13 +31,13 @@ def check_reachable(path: str) -> None:
 
 
 def describe_error(error: Exception) -> str:
-    """The kind of an error and its message, in one short line."""
+    """The kind of an error and the first line of its message, at most 120 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path` when the block ends, so that a reader never sees half a file."""
+    """A temporary path that replaces `path` when the block ends, so that no reader sees half a file."""
     part = path.with_suffix(".tmp")
     yield part
     os.replace(part, path)
@@ -55,11 +55,12 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
-def read_json_lines(file: Path, check: Callable[[dict, dict], None] = lambda row, before: None) -> list[dict]:
-    """The objects of a file with one per line; a last line without its newline is dropped, a missing file is empty.
+def read_json_lines(
+    file: Path | epath.Path, check: Callable[[dict, dict], None] = lambda row, before: None
+) -> list[dict]:
+    """The objects in a file of one JSON object per line; an incomplete last line is dropped, a missing file is empty.
 
-    Raises OSError, naming the line, for one that is damaged, or for which `check(object, the one before or {})` raises
-    ValueError.
+    Raises OSError, naming the line, for a damaged one, and where `check(row, the row before or {})` raises ValueError or KeyError.
     """
     *lines, _ = (file.read_bytes() if file.exists() else b"").split(b"\n")
     rows = []
@@ -69,7 +70,7 @@ def read_json_lines(file: Path, check: Callable[[dict, dict], None] = lambda row
             if not isinstance(row, dict):
                 raise TypeError("not an object")
             check(row, rows[-1] if rows else {})
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise OSError(f"line {number} of {file} is damaged: remove that line to continue") from error
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Several hosts: joining them, agreeing, stopping together."""
+"""Several hosts: how they join, agree, and stop together."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 
 class NotPrimary:
-    """Stands in for run directory, checkpoints and progress on every host but the primary; each method does nothing."""
+    """Stands in for run directory, checkpoints and progress on every host but the primary; its methods do nothing."""
 
     summary = path = best = None
     history: tuple = ()
@@ -38,36 +38,25 @@ class NotPrimary:
 
 
 def connect(
-    coordinator: str | None,
-    hosts: int | None,
-    host: int | None,
-    start_timeout: int,
-    heartbeat_timeout: int,
+    coordinator: str | None, hosts: int | None, host: int | None, start_timeout: int, heartbeat_timeout: int
 ) -> None:
-    """Join a run on several hosts. Call this before anything else touches a device.
+    """Join the hosts of a run. Call this before anything touches a device.
 
     Args:
-        coordinator: ADDRESS:PORT of the primary host. What is None here and below comes from the cluster: Cloud TPU,
-            Slurm, Open MPI or Kubernetes.
+        coordinator: ADDRESS:PORT of the primary host. For None, here and in the next two, the cluster (Cloud TPU, Slurm,
+            Open MPI or Kubernetes) supplies the value.
         hosts: number of hosts.
-        host: number of this one, from 0.
-        start_timeout: seconds after which the program ends with one line and code 1 if a host is missing.
-        heartbeat_timeout: seconds of silence after which a host counts as lost, and the others end.
+        host: number of this host, from 0.
+        start_timeout: seconds to wait for the other hosts; then the program ends with one line and code 1.
+        heartbeat_timeout: seconds of silence after which a host counts as lost and the others end.
 
-    Raises ValueError where the cluster does not say what is None.
+    Raises ValueError if the hosts cannot be joined, or the cluster does not supply a value.
     """
     where = f"at {coordinator}" if coordinator else "that the cluster names"
-
-    def give_up():  # initialize waits outside Python and would end in a stack trace
-        print(
-            f"vae_jax: not all hosts met the coordinator {where} within {start_timeout} s: is host 0 running, and can "
-            "each host reach that address?",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    timer = threading.Timer(start_timeout, give_up)
+    missed = f"not all hosts met the coordinator {where} within {start_timeout} s"
+    question = "is host 0 running, and can each host reach that address?"
+    # initialize waits outside Python, and its own timeout ends in a stack trace.
+    timer = threading.Timer(start_timeout, exit_now, (f"{missed}: {question}", 1))
     timer.daemon = True
     timer.start()
     try:
@@ -79,16 +68,25 @@ def connect(
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"cannot join the other hosts ({error}): give --coordinator=ADDRESS:PORT, --num_processes and --process_id"
-        ) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        flags = "--coordinator=ADDRESS:PORT, --num_processes and --process_id"
+        raise ValueError(f"cannot join the other hosts ({reason}): give {flags}") from error
     finally:
         timer.cancel()
 
 
+def exit_now(message: str, code: int) -> NoReturn:
+    """Print one line and end the process at once. A normal exit would wait for a lost host or a compiled program.
+
+    This is as safe as SIGKILL, because no file is ever half written.
+    """
+    print(f"vae_jax: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 def gather(value: Any) -> list:
-    """Every host's JSON value, in the order of the hosts. All hosts must call this at the same time."""
+    """Every host's JSON value, by host number. All hosts must call this at the same time."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -115,22 +113,22 @@ def raise_on_all_hosts() -> Iterator[None]:
 
 
 def check_hosts_agree(facts: dict[str, Any]) -> None:
-    """Raise ValueError, naming what differs, if another host's facts differ from the primary host's."""
+    """Raise ValueError, naming each difference, if another host's facts differ from the primary host's."""
     first, *others = gather(facts)
     for host, other in enumerate(others, start=1):
-        differing = [
+        differences = [
             f"{name} is {first.get(name)} on host 0, {other.get(name)} on host {host}"
             for name in first | other
             if first.get(name) != other.get(name)
         ]
-        if differing:
-            raise ValueError(f"the hosts differ: {'; '.join(differing)}")
+        if differences:
+            raise ValueError(f"the hosts differ: {'; '.join(differences)}")
 
 
 class Stop:
     """Whether SIGTERM or Ctrl-C asked this process to stop; a second Ctrl-C ends it at once.
 
-    A thread receives the signals, since Python's own handlers wait until a compiled program has returned.
+    A thread receives the signals, because Python's own handlers wait until a compiled program returns.
     """
 
     signal = 0
@@ -147,8 +145,7 @@ class Stop:
         while True:
             (number,) = self._reader.recv(1)
             if self.signal and number == signal.SIGINT:
-                print("vae_jax: interrupted", file=sys.stderr, flush=True)
-                os._exit(128 + number)  # as safe as SIGKILL: no file is half written
+                exit_now("interrupted", 128 + number)
             self.signal = number
 
     def __call__(self) -> bool:
@@ -156,9 +153,9 @@ class Stop:
 
 
 class StopOnAllHosts:
-    """Whether SIGTERM or Ctrl-C asked any host to stop: all hosts answer yes after the same call.
+    """Whether SIGTERM or Ctrl-C asked any host to stop; all hosts return True from the same call on.
 
-    JAX treats SIGTERM as the notice of a preemption, and the hosts agree on the next call that all of them can reach.
+    JAX takes SIGTERM for the notice of a preemption, and the hosts agree on the next call that all of them can reach.
     """
 
     signal = signal.SIGTERM

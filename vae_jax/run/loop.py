@@ -245,9 +245,17 @@ class Loop:
     def mean_over_epoch(self, epoch: int) -> dict[str, float]:
         """The training metrics of an epoch, each row weighted by its steps."""
         rows = [row for row in self.directory.history if "train/loss" in row and epoch - 1 < row["epoch"] <= epoch]
-        ends = [(epoch - 1) * self.per_epoch, *(row["step"] for row in rows)]
-        names = [name for name in rows[0] if name.startswith("train/")]
-        return {name: float(np.average([row[name] for row in rows], weights=np.diff(ends))) for name in names}
+        starts = [(epoch - 1) * self.per_epoch, *(row["step"] for row in rows[:-1])]
+        values: dict[str, list] = {}
+        for row, start in zip(rows, starts):
+            for name in row:
+                if name.startswith("train/"):
+                    values.setdefault(name, []).append((row[name], row["step"] - start))
+        means = {}
+        for name, pairs in values.items():
+            value, steps = np.transpose(pairs)
+            means[name] = float(np.average(value, weights=steps))
+        return means
 
     def draw(self, state: TrainState, arrays: dict[str, np.ndarray]) -> None:
         """Draw the figures, of the first seed."""

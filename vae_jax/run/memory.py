@@ -1,4 +1,4 @@
-"""Whether something fits into memory, checked before memory is taken."""
+"""Memory checks, made before memory is taken."""
 
 import math
 from typing import Any
@@ -7,11 +7,12 @@ import psutil
 
 
 def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> None:
-    """Raise ValueError if `nbytes` exceed a device's memory; without a device, or if it names no limit, the host's free memory.
+    """Raise ValueError if `nbytes` exceed a device's memory, or the host's free memory if the device names no limit.
 
     Args:
-        what: the subject of the message: "images of 3 GiB".
-        way_out: what the user can do about it.
+        what: subject of the message, such as "three copies of mnist".
+        way_out: what the user can do.
+        device: None means the host.
     """
     limit = (device.memory_stats() or {}).get("bytes_limit") if device else None
     place = device.device_kind if limit else "this machine"

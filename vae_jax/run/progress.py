@@ -1,4 +1,4 @@
-"""What the terminal shows while a training runs."""
+"""What the terminal shows during training."""
 
 import sys
 import time
@@ -18,19 +18,14 @@ class Progress:
 
     def __init__(self, images: int, epochs: int):
         self._bar = tqdm(
-            total=images,
-            unit=" images",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
-        self._left, self._epochs = images, epochs
+        self._left, self._done, self._epochs = images, 0, epochs
         self._started = self._printed = time.time()
-        self._done = 0
         self._tested = ""
 
     def skip(self, images: int) -> None:
-        """Count images that an earlier start has trained."""
+        """Count images that an earlier process trained on; they do not count for the speed."""
         self._left -= images
         self._bar.update(images)
         self._bar.unpause()
@@ -41,24 +36,21 @@ class Progress:
 
     def update(self, images: int, epoch: int, loss: float) -> None:
         """Count more training images; `epoch` counts from 1."""
+        self._left -= images
         self._done += images
         self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
         self._bar.set_postfix_str(f"loss {loss:.2f}{self._tested}", refresh=False)
         self._bar.update(images)
 
     def epoch_done(self, epoch: int, metrics: dict) -> None:
-        """Show the end of an epoch with its metrics, `train/loss` and `test/loss` among them."""
-        text = f"epoch {epoch}/{self._epochs}  " + "  ".join(
-            f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("/loss")
-        )
+        """Show an epoch's metrics, `train/loss` and `test/loss` among them."""
         self._tested = f", test {metrics['test/loss']:.2f}"
         now = time.time()
         if self._bar.disable and (now - self._printed > self.PAUSE or epoch in (1, self._epochs)):
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("/loss"))
             rate = self._done / (now - self._started)
-            print(
-                f"{text}  {rate:,.0f} images/s  {(self._left - self._done) / rate / 60:.1f} min left",
-                flush=True,
-            )
+            left = f"{self._left / rate / 60:.1f} min left"
+            print(f"epoch {epoch}/{self._epochs}  {losses}  {rate:,.0f} images/s  {left}", flush=True)
             self._printed = now
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """A config -> the job that it describes -> a training in a run directory."""
 
 import hashlib
+import itertools
 import math
 import shlex
 import sys
@@ -100,10 +101,10 @@ def make_job(
         objective=fill_in(bound.make_objective, **known),
         probes=family.make_probes(net),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
-        optimizer=bound.make_optimizer(epochs * per_epoch, batch_size),
+        optimizer=fill_in(bound.make_optimizer, steps=epochs * per_epoch, batch_size=batch_size),
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
-        baselines=cache(partial(fill_in, family.baselines, **known)),
+        baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
         figures=family.make_figures(net, dataset.splits["test"], samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
@@ -130,7 +131,7 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
     of_average, rest = split_fields(ema, optimizer)
     make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
     make_optimizer = bind("optimizer", make_optimizer, of_optimizer)
-    make_optimizer(1)  # checks the ranges
+    fill_in(make_optimizer, steps=1, batch_size=1)  # checks the ranges
     return Sections(
         load_data=bind("data", load, data),
         family=family,
@@ -199,8 +200,8 @@ def describe() -> list[tuple[str, str]]:
     """Every config field, and what the function that takes it says about it."""
     names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
     functions = [("", make_job)]
-    for family in FAMILIES.values():
-        for section, takers in signatures(family).items():
+    for family, optimizer in itertools.product(FAMILIES.values(), OPTIMIZERS):
+        for section, takers in signatures(family, optimizer).items():
             functions += [(section, function) for function in takers]
     described = {}
     for section, function in functions:
