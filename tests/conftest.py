@@ -1,4 +1,4 @@
-"""JAX made strict while testing: 8 CPU devices, no silent rank promotion, no key used twice, full precision."""
+"""JAX made strict for tests: 8 CPU devices, no silent rank promotion, no key used twice, full precision."""
 
 import collections
 import contextlib
@@ -6,35 +6,44 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from program import Forks
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# What one test compiled, the next one reads.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="vae_jax"))
+# One test's compiled programs serve the next.
+CACHE = tempfile.TemporaryDirectory(prefix="vae_jax")
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-# Shapes and types of every annotated function are checked at each call.
+# Every call of an annotated function checks shapes and types.
 install_import_hook("vae_jax", "beartype.beartype")
 
 
 @pytest.fixture(scope="session")
 def mnist_dir():
-    """The folder of the four MNIST files, which machines without a network are told by this variable."""
+    """The folder of the four MNIST files, named by VAE_JAX_MANUAL_DIR."""
     folder = os.environ.get("VAE_JAX_MANUAL_DIR")
     if not folder:
-        pytest.skip(
-            "VAE_JAX_MANUAL_DIR does not name a folder with the four MNIST files"
-        )
+        pytest.skip("VAE_JAX_MANUAL_DIR does not name a folder with the four MNIST files")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """`forks(*arguments)` starts `python ARGUMENTS` in a fork that has the imports behind it; see program.py."""
+    forks = Forks(
+        JAX_COMPILATION_CACHE_DIR=CACHE.name,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
+    )
+    yield forks
+    forks.close()
 
 
 TRIED, HELD = collections.Counter(), collections.Counter()
@@ -42,7 +51,7 @@ TRIED, HELD = collections.Counter(), collections.Counter()
 
 @pytest.fixture(scope="session")
 def tally():
-    """`with tally("interruptions", 3):` counts what a test tries, and whether the promise held."""
+    """`with tally("interruptions", 3):` counts what a test tries, and how often the promise held."""
 
     @contextlib.contextmanager
     def count(kind, times=1):
@@ -54,20 +63,20 @@ def tally():
 
 
 def pytest_sessionfinish(session):
-    """A worker of pytest-xdist hands its counts over."""
+    """A worker of pytest-xdist sends its counts to the main process."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["tally"] = dict(TRIED), dict(HELD)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    if hasattr(node, "workeroutput"):  # not of a worker that crashed
+    if hasattr(node, "workeroutput"):  # a crashed worker has none
         for total, counts in zip((TRIED, HELD), node.workeroutput["tally"]):
             total.update(counts)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What robustness tests tried."""
+    """Print how often the robustness tests tried to lose data, and how often they did."""
     if TRIED:
         terminalreporter.section("nothing is lost")
         terminalreporter.write_line(f"{'':15} tried   lost data")

@@ -1,4 +1,4 @@
-"""The program with a fault put into it: `python tests/faulty.py FAULT STEP FLAG...`; what tests/test_robustness.py starts."""
+"""The program with a fault: `python tests/faulty.py FAULT STEP FLAG...`. tests/test_robustness.py starts it."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from vae_jax.run import checkpoint, devices, directory, loop
 
 
 def without_optimizer(step):
-    """A broken restore: the optimizer's state begins anew."""
+    """A restore that loses the optimizer's state."""
     restore = checkpoint.Checkpoints.restore
 
     def broken(*arguments):
@@ -25,7 +25,7 @@ def without_optimizer(step):
 
 
 def raises(step):
-    """An exception that nobody expects, in the middle of the loop."""
+    """An unexpected exception in the middle of the loop."""
     log = directory.RunDirectory.log
 
     def broken(directory, row):
@@ -37,7 +37,7 @@ def raises(step):
 
 
 def slow(step):
-    """A compiled program that does not come back for a while, and says so."""
+    """A compiled program that prints "waiting" and then takes half a minute."""
     make = loop.make_train_step
 
     def wait(now):
@@ -51,10 +51,10 @@ def slow(step):
 
         def slowed(state, batch):
             shape = jax.ShapeDtypeStruct((), np.float32)
-            nothing = jax.experimental.io_callback(wait, shape, state.step)
+            zero = jax.experimental.io_callback(wait, shape, state.step)
             state, metrics = train_step(state, batch)
             loss = metrics["loss"]
-            return state, metrics | {"loss": loss._replace(total=loss.total + nothing)}
+            return state, metrics | {"loss": loss._replace(total=loss.total + zero)}
 
         return slowed
 
@@ -62,11 +62,14 @@ def slow(step):
 
 
 def not_a_number(step, name):
-    """A step that ends with NaN: in the metric `name`, or in the parameters alone. Chunks are of one step.
+    """A training call, of one step, that ends with NaN: in the metric `name`, or only in the weights.
 
-    The NaN comes from outside: another compiled program may round otherwise in the steps before.
+    The NaN is put in outside the compiled program, because a changed program could round the earlier steps differently.
     """
     compile_ = devices.Devices.compile
+
+    def multiply(tree):
+        return jax.tree.map(lambda leaf: leaf * jnp.nan, tree)
 
     def compile_broken(devices, function, donate=False):
         call = compile_(devices, function, donate)
@@ -75,15 +78,11 @@ def not_a_number(step, name):
             state, history = call(*arguments)
             if state.step != step:
                 return state, history
-            if name == "params":
-                weights = state.params, state.average
-                params, average = jax.tree.map(lambda leaf: leaf * jnp.nan, weights)
-                return state.replace(params=params, average=average), history
-            return state, history | {
-                name: jax.tree.map(lambda leaf: leaf * jnp.nan, history[name])
-            }
+            if name == "weights":
+                return state.replace(params=multiply(state.params), ema=multiply(state.ema)), history
+            return state, history | {name: multiply(history[name])}
 
-        return broken if donate else call  # training alone gives its state away
+        return broken if donate else call  # only training donates its state
 
     devices.Devices.compile = compile_broken
 
@@ -94,7 +93,7 @@ FAULTS = {
     "slow": slow,
     "loss": lambda step: not_a_number(step, "loss"),
     "grad_norm": lambda step: not_a_number(step, "grad_norm"),
-    "params": lambda step: not_a_number(step, "params"),
+    "weights": lambda step: not_a_number(step, "weights"),
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A training that takes a second: what tests of the loop and of what comes after it begin with."""
+"""A training that takes a second: the start of every test of the loop and of what follows it."""
 
 from configs import vae
 from vae_jax.run import session
@@ -9,20 +9,21 @@ from vae_jax.run.progress import Progress
 
 
 def small_job(changes=None, drawn=False, **run):
-    """Two epochs of five steps of a small VAE on the bundled digits; nothing is drawn unless asked for."""
+    """Two epochs of five steps of a small VAE on the bundled digits; figures are drawn only with `drawn`."""
     config = vae.get_config("smoke").to_dict()
     config |= {"epochs": 2, "batch_size": 256} | (changes or {})
     config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
-    config["optimizer"] |= {"average": 0.9}
+    config["optimizer"] |= {"ema_decay": 0.9}
     config["run"] |= run
     job = session.build(config)
-    return job if drawn else job._replace(report=lambda *_: (dict, {})), config
+    return job if drawn else job._replace(figures=lambda *_: {}), config
 
 
 def run_job(job, config, path, stop=lambda: False, devices=None):
+    """Train in the run directory `path`; returns the last state and the directory, closed."""
     directory = RunDirectory(str(path), config, "python -m vae_jax.main")
     folder = directory.path / "checkpoints"
-    checkpoints = Checkpoints(folder, job.about, job.run.keep, job.best)
+    checkpoints = Checkpoints(folder, job.metadata, job.run.keep, job.best)
     try:
         progress = Progress(1, job.epochs)
         state = train(job, directory, checkpoints, progress, stop, devices)

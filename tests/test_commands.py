@@ -1,4 +1,4 @@
-"""The modes on a trained model: the logged numbers again, and the arrays behind each picture."""
+"""The modes on a trained model: the logged numbers, and the arrays behind each picture."""
 
 import csv
 import shutil
@@ -39,7 +39,7 @@ def test_evaluate_repeats_the_logged_numbers(run):
         found = commands.evaluate(path, config, "latest", split)
         expected = {name: v for name, v in logged.items() if name.startswith(split)}
         assert {name: found[name] for name in found if "/" in name} == expected
-        assert found["step"] == 10
+        assert found["step"] == 10 and found["collapsed model"] > found["best linear VAE"] > 0
     assert commands.evaluate(path, config, "latest", "train")["train/loss"] > 0
 
 
@@ -76,9 +76,7 @@ def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
 def test_sample(run):
     path, _, _, _ = run
     found = arrays(commands.sample(path, "latest", 7, 3))
-    np.testing.assert_array_equal(
-        found["image"], vae_jax.load(path, "latest").sample(7, 3)
-    )
+    np.testing.assert_array_equal(found["image"], vae_jax.load(path, "latest").sample(7, 3))
 
 
 def test_reconstruct(run):
@@ -92,20 +90,16 @@ def test_reconstruct(run):
 
 def test_interpolate_begins_and_ends_at_the_reconstructions(run):
     path, config, _, splits = run
-    found = arrays(
-        commands.interpolate(path, config, "latest", "test", 5, None, [3, 8])
-    )
+    found = arrays(commands.interpolate(path, config, "latest", "test", 5, None, [3, 8]))
     label = splits["test"].label
     assert label[found["index"]].tolist() == [3, 8]
     assert 3 not in label[: found["index"][0]]  # the first one
-    ends = vae_jax.load(path, "latest").reconstruct(
-        splits["test"].image[found["index"]]
-    )
+    ends = vae_jax.load(path, "latest").reconstruct(splits["test"].image[found["index"]])
     np.testing.assert_allclose(found["image"][[0, -1]], ends, atol=1e-5)
     assert found["image"].shape[0] == 5
 
 
-def test_traverse_moves_one_latent_at_a_time_the_one_with_most_kl_first(run):
+def test_traverse_moves_one_latent_at_a_time_in_the_order_of_their_kl(run):
     path, config, history, splits = run
     found = arrays(commands.traverse(path, config, "latest", "test", 3, [4], None))
     assert found["image"].shape == (20, 3, 28, 28, 1)
@@ -117,8 +111,8 @@ def test_traverse_moves_one_latent_at_a_time_the_one_with_most_kl_first(run):
     np.testing.assert_allclose(found["image"][2, 0], vae.decode(z)[0], atol=1e-5)
 
 
-def choose(run, count=1, images=None, digits=None):
-    return commands.choose_images(run[3]["test"], "test", count, images, digits)
+def choose(run, count=1, images=None, labels=None):
+    return commands.choose_images(run[3]["test"], "test", count, images, labels)
 
 
 def test_without_a_choice_the_first_images_are_taken(run):
@@ -135,15 +129,23 @@ def test_without_a_choice_the_first_images_are_taken(run):
             "--images has 1 entries, but this mode takes 2",
         ),
         (
+            lambda run: choose(run, 1, labels=[1, 2]),
+            "--labels has 2 entries, but this mode takes 1",
+        ),
+        (
+            lambda run: choose(run, 1, images=[1], labels=[2]),
+            "--images and --labels are both given: give one of them",
+        ),
+        (
             lambda run: choose(run, images=[360]),
             "no image 360 in test: it has 0 to 359",
         ),
         (lambda run: choose(run, images=[-1]), "no image -1 in test"),
         (
-            lambda run: choose(run, digits=[12]),
+            lambda run: choose(run, labels=[12]),
             "no image labelled 12 in test: it has 0, 1,",
         ),
-        (lambda run: choose(run, digits=[-1]), "no image labelled -1"),
+        (lambda run: choose(run, labels=[-1]), "no image labelled -1"),
         (
             lambda run: commands.reconstruct(*run[:2], "", "tset", 1),
             "no split 'tset': this run has train, test, validation",
@@ -167,7 +169,7 @@ def classified(tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier")
     config = classifier.get_config("smoke").to_dict()
     job = session.build(config)
-    _, directory = run_job(job._replace(report=lambda *_: (dict, {})), config, path)
+    _, directory = run_job(job._replace(figures=lambda *_: {}), config, path)
     image = job.dataset.splits["test"].image[:10]
     for i, pixels in enumerate(image[..., 0]):
         (path / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
@@ -185,15 +187,11 @@ def read_csv(paths):
 def test_predict(classified):
     path, image, _ = classified
     label, probability = vae_jax.load(str(path)).predict(image)
-    np.testing.assert_allclose(
-        probability, vae_jax.load(str(path)).probabilities(image).max(1)
-    )
+    np.testing.assert_allclose(probability, vae_jax.load(str(path)).probabilities(image).max(1))
     rows = read_csv(commands.predict(str(path), "", str(path / "photos.npz")))
     assert [row["file"] for row in rows] == [str(i) for i in range(10)]
     assert [int(row["label"]) for row in rows] == label.tolist()
-    np.testing.assert_allclose(
-        [float(row["probability"]) for row in rows], probability, atol=1e-6
-    )
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], probability, atol=1e-6)
 
 
 def test_predict_a_folder_and_never_overwrite_other_predictions(classified):
@@ -203,11 +201,9 @@ def test_predict_a_folder_and_never_overwrite_other_predictions(classified):
     (path / "generated").mkdir(exist_ok=True)
     for old in (path / "generated").glob("*.csv"):
         old.unlink()
-    for _ in range(2):  # the same again is no matter
+    for _ in range(2):  # the same predictions may be written again
         rows = read_csv(commands.predict(str(path), "", name))
-    assert {row["file"]: int(row["label"]) for row in rows} == {
-        f"{i % 2}/{i}.png": label[i] for i in range(10)
-    }
+    assert {row["file"]: int(row["label"]) for row in rows} == {f"{i % 2}/{i}.png": label[i] for i in range(10)}
     with pytest.raises(FileExistsError, match="holds other predictions: move it away"):
         commands.predict(str(path), "", name + ".npz")
 
@@ -218,9 +214,8 @@ def test_evaluate_a_classifier(classified):
     found = commands.evaluate(str(path), config, "", "test")
     expected = {name: v for name, v in logged.items() if name.startswith("test")}
     assert found.items() >= expected.items()
-    assert 0 <= found["expected calibration error"] <= 1
-    shares = [found[f"accuracy of class {label}"] for label in range(10)]
-    assert np.mean(shares) == pytest.approx(found["test/accuracy"], abs=0.02)
+    assert expected.keys() >= {"test/loss", "test/accuracy", "test/calibration_error"}
+    assert 0 <= found["test/calibration_error"] <= 1
 
 
 def test_bad_images_to_predict(classified, run, tmp_path):
@@ -247,11 +242,18 @@ def test_bad_images_to_predict(classified, run, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             commands.predict(path, "", str(tmp_path / name))
         assert "\n" not in str(error.value)
-    with pytest.raises(
-        ValueError, match="holds a classifier, but this mode needs a vae"
-    ):
-        commands.sample(path, "", 3, 0)
-    with pytest.raises(
-        ValueError, match="holds a vae, but this mode needs a classifier"
-    ):
-        commands.predict(run[0], "", str(tmp_path))
+
+
+def test_a_mode_names_what_the_model_lacks(classified, run, tmp_path):
+    """A mode asks for what it needs, not for the name of a family."""
+    path, config = str(classified[0]), classifier.get_config("smoke").to_dict()
+    for act, message in [
+        (lambda: commands.sample(path, "", 3, 0), "classifier has no decoder"),
+        (lambda: commands.reconstruct(path, config, "", "test", 1), "classifier has no encoder"),
+        (lambda: commands.interpolate(path, config, "", "test", 3, None, None), "classifier has no encoder"),
+        (lambda: commands.traverse(path, config, "", "test", 3, None, None), "classifier has no encoder"),
+        (lambda: commands.predict(run[0], "", str(tmp_path)), "vae has no classes"),
+    ]:
+        with pytest.raises(ValueError, match=f"this mode does not fit the run in .*: .*{message}") as error:
+            act()
+        assert "\n" not in str(error.value)

@@ -10,9 +10,7 @@ from vae_jax.nn import convolution
 
 
 def lax_conv(x, kernel, stride):
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def lax_conv_transpose(x, kernel, stride):
@@ -37,9 +35,7 @@ GEOMETRIES = [
 def operands(height, width, kernel, batch=2, c_in=3, c_out=4):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, height, width, c_in), np.float32)
-    return jnp.asarray(x), jnp.asarray(
-        rng.standard_normal((kernel, kernel, c_in, c_out), np.float32)
-    )
+    return jnp.asarray(x), jnp.asarray(rng.standard_normal((kernel, kernel, c_in, c_out), np.float32))
 
 
 def assert_close(a, b):
@@ -85,9 +81,7 @@ def test_vmap_equals_lax(ours, theirs, axes):
     w = jnp.stack([w, 3 * w, 1 - w][:2]) if axes[1] == 0 else w
 
     def per_seed(f):
-        return jax.vmap(
-            jax.value_and_grad(lambda x, w: jnp.mean(f(x, w, 2) ** 2), (0, 1)), axes
-        )(x, w)
+        return jax.vmap(jax.value_and_grad(lambda x, w: jnp.mean(f(x, w, 2) ** 2), (0, 1)), axes)(x, w)
 
     assert_close(per_seed(ours), per_seed(theirs))
 
@@ -98,10 +92,7 @@ def test_forms_by_platform(function, channels):
     """Products on the CPU, convolutions on TPUs; on NVIDIA GPUs products where the large side has few channels."""
     x, w = operands(4, 4, 3, c_in=channels, c_out=channels)
     gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(function(x, w, 2) ** 2), (0, 1)))
-    lowered = {
-        p: gradient.trace(x, w).lower(lowering_platforms=(p,)).as_text()
-        for p in ("cpu", "cuda", "tpu")
-    }
+    lowered = {p: gradient.trace(x, w).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
     found = {p: "stablehlo.convolution" in text for p, text in lowered.items()}
     many = channels > convolution.FEW_CHANNELS
     assert found == {"cpu": False, "cuda": many, "tpu": True}
@@ -111,13 +102,9 @@ def test_forms_by_platform(function, channels):
     "width,stride,channels,taken_together",
     [(28, 1, 8, 4), (28, 1, 32, 2), (28, 1, 33, 1), (7, 1, 8, 1), (28, 2, 8, 2)],
 )
-def test_narrow_products_take_neighbours_together(
-    width, stride, channels, taken_together
-):
+def test_narrow_products_take_neighbours_together(width, stride, channels, taken_together):
     x, w = operands(3, width * stride, 3, c_out=channels)
-    geometry = convolution.Geometry(
-        (3, 3), (stride, stride), (0, 0), (3 // stride, width), (3, width * stride)
-    )
+    geometry = convolution.Geometry((3, 3), (stride, stride), (0, 0), (3 // stride, width), (3, width * stride))
     assert convolution._widen(geometry, channels)[1] == taken_together
     assert_close(
         convolution._conv(x, w, geometry),
@@ -127,7 +114,7 @@ def test_narrow_products_take_neighbours_together(
 
 @pytest.mark.parametrize("ours,theirs", PAIRS)
 def test_bfloat16_accumulates_in_float32(ours, theirs):
-    """The error is that of rounding operands and result once, however many terms are added."""
+    """The error is one rounding of operands and result, however many terms are added."""
     x, w = operands(14, 14, 3, c_in=64)
     exact = theirs(x, w, 2)
     ours = ours(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), 2)
@@ -138,14 +125,10 @@ def test_bfloat16_accumulates_in_float32(ours, theirs):
 
 def test_lax_forms_equal_the_products():
     x, w = operands(5, 8, 3)
-    geometry = convolution.Geometry(
-        size=(3, 3), stride=(2, 2), low=(1, 0), small=(3, 4), large=(5, 8)
-    )
+    geometry = convolution.Geometry(size=(3, 3), stride=(2, 2), low=(1, 0), small=(3, 4), large=(5, 8))
     g = convolution._conv(x, w, geometry)
     assert_close(g, convolution._lax_conv(x, w, geometry))
-    assert_close(
-        convolution._input_grad(g, w, geometry), convolution._lax_input_grad(g, w, geometry)
-    )
+    assert_close(convolution._input_grad(g, w, geometry), convolution._lax_input_grad(g, w, geometry))
     assert_close(
         convolution._kernel_grad(x, g, geometry),
         convolution._lax_kernel_grad(x, g, geometry),

@@ -1,4 +1,4 @@
-"""Data sets, splits, order, and every way in which they can be wrong."""
+"""Data sets, splits, the order of examples, and bad data of every kind."""
 
 import functools
 import gzip
@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from vae_jax import batch, data
-from vae_jax.data import named, own
+from vae_jax.data import named
+from vae_jax.run import memory
 
 
 def one_line(error):
+    """Whether an exception's message is one line."""
     return "\n" not in str(error.value) and str(error.value)
 
 
@@ -57,16 +59,12 @@ def test_mnist(mnist_dir):
 
 
 def test_validation_images_are_taken_out_of_training():
-    whole = data.load(name="digits").splits["train"]
+    original = data.load(name="digits").splits["train"]
     parts = data.load(name="digits", validation=137).splits
     assert len(parts["validation"].label) == 137 and len(parts["train"].label) == 1300
-    images = np.concatenate([parts["train"].image, parts["validation"].image]).reshape(
-        1437, -1
-    )
-    assert sorted(map(bytes, images)) == sorted(map(bytes, whole.image))
-    with pytest.raises(
-        ValueError, match="data.validation is 1437, but must be from 0 to 1436"
-    ):
+    images = np.concatenate([parts["train"].image, parts["validation"].image]).reshape(1437, -1)
+    assert sorted(map(bytes, images)) == sorted(map(bytes, original.image))
+    with pytest.raises(ValueError, match="data.validation is 1437, but must be from 0 to 1436"):
         data.load(name="digits", validation=1437)
 
 
@@ -82,18 +80,11 @@ def test_order_is_a_function_of_seed_and_epoch():
     np.testing.assert_array_equal(np.sort(order), np.arange(100))
     for seed, epoch in [(3, 2), (4, 1)]:
         assert (order != data.epoch_order(seed, epoch, 100, shuffle=True)).any()
-    np.testing.assert_array_equal(
-        data.epoch_order(3, 1, 100, shuffle=False), np.arange(100)
-    )
+    np.testing.assert_array_equal(data.epoch_order(3, 1, 100, shuffle=False), np.arange(100))
 
 
 def idx(array):
-    return (
-        b"\0\0\x08"
-        + bytes([array.ndim])
-        + struct.pack(f">{array.ndim}I", *array.shape)
-        + array.tobytes()
-    )
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
 def test_read_idx():
@@ -118,7 +109,7 @@ def test_damaged_idx_is_refused(damage):
 
 @pytest.fixture
 def tiny_mnist(tmp_path, monkeypatch):
-    """A folder with four small files, and TFDS told that these are fashion_mnist's."""
+    """A folder with four small files that TFDS takes for those of fashion_mnist."""
     tfds = pytest.importorskip("tensorflow_datasets")
     infos = {}
     for part, count in [("train", 6), ("t10k", 3)]:
@@ -129,9 +120,7 @@ def tiny_mnist(tmp_path, monkeypatch):
             content = gzip.compress(idx(array))
             filename = f"{part}-{kind}-ubyte.gz"
             (tmp_path / filename).write_bytes(content)
-            info = tfds.core.download.checksums.UrlInfo(
-                len(content), hashlib.sha256(content).hexdigest(), filename
-            )
+            info = tfds.core.download.checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), filename)
             infos[f"http://127.0.0.1:9/{filename}"] = info
     monkeypatch.setattr(tfds.builder_cls("fashion_mnist"), "url_infos", infos)
     return tmp_path
@@ -139,17 +128,13 @@ def tiny_mnist(tmp_path, monkeypatch):
 
 def test_mnist_family_from_manual_dir(tiny_mnist):
     splits = data.load(name="fashion_mnist", manual_dir=str(tiny_mnist)).splits
-    assert splits["train"].image.shape == (6, 28, 28, 1) and splits[
-        "test"
-    ].label.tolist() == [0, 1, 2]
+    assert splits["train"].image.shape == (6, 28, 28, 1) and splits["test"].label.tolist() == [0, 1, 2]
 
 
 def test_missing_file_and_wrong_checksum(tiny_mnist):
     path = tiny_mnist / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(
-        ValueError, match="t10k-labels-idx1-ubyte.gz has SHA-256"
-    ) as error:
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz has SHA-256") as error:
         data.load(name="fashion_mnist", manual_dir=str(tiny_mnist))
     assert one_line(error)
     path.unlink()
@@ -159,16 +144,14 @@ def test_missing_file_and_wrong_checksum(tiny_mnist):
 
 def test_no_network(tiny_mnist, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
-    with pytest.raises(
-        OSError, match="cannot download fashion_mnist .*manual_dir.*:digits"
-    ) as error:
+    with pytest.raises(OSError, match="cannot download fashion_mnist .*manual_dir.*:digits") as error:
         data.load(name="fashion_mnist")
     assert one_line(error)
 
 
 @pytest.fixture
 def served_mnist(tiny_mnist, monkeypatch):
-    """The same files, served on loopback, and nothing downloaded yet."""
+    """The same files, served on loopback and not downloaded yet."""
     import tensorflow_datasets as tfds
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -197,7 +180,7 @@ def test_download_is_checked_and_kept(served_mnist):
     np.testing.assert_array_equal(first.image, again.image)
 
 
-def test_a_download_with_a_wrong_checksum_is_told_in_one_line(served_mnist, tiny_mnist):
+def test_a_download_with_a_wrong_checksum_is_refused_in_one_line(served_mnist, tiny_mnist):
     (tiny_mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(b"something else")
     with pytest.raises(OSError, match="downloading fashion_mnist failed") as error:
         data.load(name="fashion_mnist")
@@ -221,7 +204,7 @@ def test_a_silent_network_is_given_up_in_time(tiny_mnist, monkeypatch):
 
 @pytest.fixture
 def prepared_cifar10(monkeypatch):
-    """CIFAR-10 as if prepared, with 7 random images a split."""
+    """A prepared CIFAR-10, with 7 random images in each split."""
     tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
     splits = {name: types.SimpleNamespace(num_examples=7) for name in ("train", "test")}
@@ -233,14 +216,8 @@ def prepared_cifar10(monkeypatch):
 
 def test_other_tfds_data_sets(prepared_cifar10):
     dataset = data.load(name="cifar10")
-    assert (
-        dataset.splits["train"].image.shape
-        == dataset.splits["test"].image.shape
-        == (7, 32, 32, 3)
-    )
-    assert (
-        dataset.splits["train"].image.any() and 0 <= dataset.splits["train"].label.min()
-    )
+    assert dataset.splits["train"].image.shape == dataset.splits["test"].image.shape == (7, 32, 32, 3)
+    assert dataset.splits["train"].image.any() and 0 <= dataset.splits["train"].label.min()
 
 
 def test_incomplete_tfds_data_set_is_refused(prepared_cifar10):
@@ -250,9 +227,7 @@ def test_incomplete_tfds_data_set_is_refused(prepared_cifar10):
 
 
 def test_tfds_data_set_without_one_image_size(prepared_cifar10):
-    with pytest.raises(
-        ValueError, match="imagenette is not an image classification data set"
-    ):
+    with pytest.raises(ValueError, match="imagenette is not an image classification data set"):
         data.load(name="imagenette")
 
 
@@ -261,14 +236,12 @@ def test_tfds_data_set_without_one_image_size(prepared_cifar10):
     [("mnits", "mnist"), ("cifar1", "cifar10"), ("fashion-mnist", "fashion_mnist")],
 )
 def test_unknown_data_set_suggests_the_nearest(name, near):
-    with pytest.raises(
-        ValueError, match=f"unknown data set '{name}': did you mean '{near}'"
-    ) as error:
+    with pytest.raises(ValueError, match=f"unknown data set '{name}': did you mean '{near}'") as error:
         data.load(name=name)
     assert one_line(error)
 
 
-def test_what_a_library_says_in_many_lines_is_told_in_one(monkeypatch):
+def test_an_error_of_many_lines_is_reported_in_one(monkeypatch):
     def fail(*arguments):
         raise AssertionError("no folder /x.\n\nPlease get the file.\n")
 
@@ -282,9 +255,7 @@ def test_what_a_library_says_in_many_lines_is_told_in_one(monkeypatch):
 
 
 def test_manual_dir_of_another_data_set(tmp_path):
-    with pytest.raises(
-        ValueError, match="only mnist, fashion_mnist, kmnist are read from there"
-    ):
+    with pytest.raises(ValueError, match="only mnist, fashion_mnist, kmnist are read from there"):
         data.load(name="digits", manual_dir=str(tmp_path))
 
 
@@ -294,26 +265,19 @@ def save_images(folder, classes, size=(12, 8), mode="L", count=5):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
-            Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(
-                folder / name / f"{i}.png"
-            )
+            Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / name / f"{i}.png")
 
 
-def test_folder_of_one_subfolder_a_class(tmp_path):
+def test_folder_with_a_subfolder_per_class(tmp_path):
     save_images(tmp_path, ["cats", "dogs"])
     dataset = data.load(name=str(tmp_path))
-    (tmp_path / "__MACOSX").mkdir()  # what holds no images is no class
+    (tmp_path / "__MACOSX").mkdir()  # without images it is no class
     assert data.load(name=str(tmp_path)).num_classes == 2
     assert dataset.num_classes == 2 and dataset.image_shape == (8, 12, 1)
-    assert len(dataset.splits["train"].label) == 8 and sorted(
-        dataset.splits["test"].label
-    ) == [0, 1]
+    assert len(dataset.splits["train"].label) == 8 and sorted(dataset.splits["test"].label) == [0, 1]
     train = dataset.splits["train"]
     stored = np.asarray(Image.open(tmp_path / "cats" / "0.png"))
-    assert any(
-        (image[..., 0] == stored).all()
-        for image in np.concatenate([train.image, dataset.splits["test"].image])
-    )
+    assert any((image[..., 0] == stored).all() for image in np.concatenate([train.image, dataset.splits["test"].image]))
 
 
 def test_folder_without_classes_in_colour(tmp_path):
@@ -331,9 +295,7 @@ def test_bad_folders(tmp_path):
         data.load(name=str(tmp_path))
     save_images(tmp_path, ["a"])
     save_images(tmp_path, ["b"], size=(9, 9))
-    with pytest.raises(
-        ValueError, match=r"b/0.png is 9x9 grey, but .*a/0.png is 12x8 grey"
-    ) as error:
+    with pytest.raises(ValueError, match=r"b/0.png is 9x9 grey, but .*a/0.png is 12x8 grey") as error:
         data.load(name=str(tmp_path))
     assert one_line(error)
     save_images(tmp_path, ["b"])
@@ -347,14 +309,10 @@ def test_folders_that_would_lose_images_are_refused(tmp_path):
     save_images(tmp_path, [".", ".thumbnails"])
     assert len(data.load(name=str(tmp_path)).splits["train"].label) == 4  # of 5
     save_images(tmp_path, ["a"])
-    with pytest.raises(
-        ValueError, match="both beside its subfolders .0.png. and in them"
-    ):
+    with pytest.raises(ValueError, match="both beside its subfolders .0.png. and in them"):
         data.load(name=str(tmp_path))
     save_images(tmp_path / "split", ["train", "test"])
-    with pytest.raises(
-        ValueError, match="subfolders train and test, but subfolders are classes"
-    ):
+    with pytest.raises(ValueError, match="subfolders train and test, but subfolders are classes"):
         data.load(name=str(tmp_path / "split"))
 
 
@@ -364,16 +322,12 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path):
         data.load(name=str(tmp_path))
 
 
-def test_a_flipped_byte_in_an_npz_is_told_in_one_line(tmp_path):
+def test_a_flipped_byte_in_an_npz_is_loaded_or_refused_in_one_line(tmp_path):
     path = tmp_path / "own.npz"
     np.savez_compressed(path, image=np.random.default_rng(0).random((10, 8, 8)))
     content = path.read_bytes()
     for position in range(0, len(content) - 100, len(content) // 20):
-        path.write_bytes(
-            content[:position]
-            + bytes([content[position] ^ 255])
-            + content[position + 1 :]
-        )
+        path.write_bytes(content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :])
         try:
             data.load(name=str(path))
         except ValueError as error:
@@ -382,9 +336,7 @@ def test_a_flipped_byte_in_an_npz_is_told_in_one_line(tmp_path):
 
 def test_npz(tmp_path):
     rng = np.random.default_rng(0)
-    np.savez(
-        tmp_path / "own.npz", image=rng.random((10, 4, 4)), label=np.arange(10) % 2
-    )
+    np.savez(tmp_path / "own.npz", image=rng.random((10, 4, 4)), label=np.arange(10) % 2)
     dataset = data.load(name=str(tmp_path / "own.npz"))
     assert dataset.image_shape == (4, 4, 1) and len(dataset.splits["test"].label) == 2
     image = rng.integers(0, 256, (10, 4, 4, 3), np.uint8)
@@ -446,11 +398,8 @@ def test_unreadable_npz(tmp_path):
 def test_data_set_larger_than_memory_is_refused_with_its_size(tmp_path, monkeypatch):
     save_images(tmp_path, ["a"])
     np.savez(tmp_path / "own.npz", image=np.zeros((5, 8, 12), np.uint8))
-    memory = types.SimpleNamespace(available=1000)
-    monkeypatch.setattr(own.psutil, "virtual_memory", lambda: memory)
+    free = types.SimpleNamespace(available=1000)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
     for name in (tmp_path, tmp_path / "own.npz"):
-        with pytest.raises(
-            ValueError,
-            match="takes 0.0 GiB, and loading it three times that, but 0.0 GiB",
-        ):
+        with pytest.raises(ValueError, match=r"need 0\.1 GiB of memory, but this machine has 0\.1 GiB free"):
             data.load(name=str(name))

@@ -1,8 +1,9 @@
-"""Devices: however a batch is divided the numbers are the same, and the comparison notices where they are not."""
+"""Devices: the numbers do not depend on how a batch is divided, and the comparison would notice if they did."""
 
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,9 +12,9 @@ from small_run import run_job, small_job
 from configs import classifier, vae
 from vae_jax.run import session
 from vae_jax.run.devices import Devices
-from vae_jax.run.evaluate import make_evaluate
-from vae_jax.run.loop import make_run_chunk
-from vae_jax.steps import init_state, make_train_step
+from vae_jax.run.evaluate import map_examples
+from vae_jax.run.loop import make_run_steps
+from vae_jax.steps import init_state, make_eval_step, make_train_step
 
 
 def sgd_job(config, **changes):
@@ -36,22 +37,25 @@ JOBS = {
 
 
 def ten_steps(job, devices, axis_name):
-    """The state after ten steps of one order, and the arrays of the test set."""
+    """The state after ten steps of one order, and the metrics and probes of each test image, per seed."""
 
     def make_state(root):
         return init_state(job.init(root), job.optimizer, root)
 
-    state = devices.place(jax.jit(job.map_seeds(make_state, 1))(job.root()))
+    state = devices.replicate(jax.jit(job.map_seeds(make_state, 1))(job.root()))
     train_step = make_train_step(job.objective, job.optimizer, axis_name)
-    run_chunk = make_run_chunk(train_step, job.batch_size, 5, devices.count)
-    run_chunk = devices.compile(job.map_seeds(run_chunk, 2), donate=True)
-    image, label = devices.place(job.dataset.splits["train"])
+    run_steps = make_run_steps(train_step, job.batch_size, 5, devices.count)
+    run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
+    image, label = devices.replicate(job.dataset.splits["train"])
     for epoch in (1, 2):
-        order = devices.place(job.order(epoch))
-        state, _ = run_chunk(state, order, 0, 5, image, label)
-    evaluate = make_evaluate(
-        job.objective, job.dataset.splits["test"], job.map_seeds, devices=devices
-    )
+        order = devices.replicate(job.order(epoch))
+        state, _ = run_steps(state, order, 0, 5, image, label)
+    eval_step = make_eval_step(job.objective)
+
+    def measure(variables, batch, key):
+        return eval_step(variables, batch, key) | job.probes.measure(variables, batch)
+
+    evaluate = map_examples(measure, job.dataset.splits["test"], len(job.seeds), devices=devices)
     return state, evaluate(state.variables, state.key)
 
 
@@ -75,9 +79,7 @@ def alone():
     return of
 
 
-@pytest.mark.parametrize(
-    "name,count", [("vae", 8), ("classifier", 8), ("two seeds", 2)]
-)
+@pytest.mark.parametrize("name,count", [("vae", 8), ("classifier", 8), ("two seeds", 2)])
 def test_several_devices_equal_one(alone, name, count):
     """Parameters, BatchNorm's statistics and what evaluation gives; 360 test images are not divisible by 256."""
     state, arrays = alone(name)
@@ -85,9 +87,11 @@ def test_several_devices_equal_one(alone, name, count):
     other, other_arrays = ten_steps(JOBS[name](), devices, devices.axis_name)
     assert len(jax.tree.leaves(other.params)[0].sharding.device_set) == count
     assert_close(state.variables, other.variables)
-    assert other_arrays["loss"].shape == arrays["loss"].shape
-    for values, other_values in zip(arrays.values(), other_arrays.values()):
-        np.testing.assert_allclose(values, other_values, rtol=1e-5, atol=1e-5)
+    assert set(arrays) == set(other_arrays)
+    assert arrays["loss"].shape == ((2, 360) if name == "two seeds" else (360,))
+    for metric, values in arrays.items():
+        assert other_arrays[metric].shape == values.shape
+        np.testing.assert_allclose(values, other_arrays[metric], rtol=1e-5, atol=1e-5)
 
 
 def test_seeds_by_vmap_as_on_a_gpu_equal_one_after_the_other(alone, monkeypatch):
@@ -110,23 +114,49 @@ def test_a_step_that_does_not_add_up_is_noticed(alone, name):
 
 def test_a_run_continues_on_other_devices(tmp_path):
     """From 1 to 8 and to 1 again, stopped after five of ten steps and after seven."""
-    job, config = small_job(chunk=2)
+    job, config = small_job(steps_per_call=2)
     job = job._replace(optimizer=optax.sgd(1e-3))
-    whole, expected = run_job(job, config, tmp_path / "whole")
-    for count, chunks in [(1, 3), (8, 1), (1, 9)]:
-        stop = itertools.chain([False] * (chunks - 1), itertools.repeat(True)).__next__
-        state, directory = run_job(
-            job, config, tmp_path / "parts", stop, Devices(count)
-        )
-    assert_close(whole.published, state.published, 1e-5)
+    uninterrupted, expected = run_job(job, config, tmp_path / "uninterrupted")
+    for count, calls in [(1, 3), (8, 1), (1, 9)]:
+        stop = itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
+        state, directory = run_job(job, config, tmp_path / "parts", stop, Devices(count))
+    assert_close(uninterrupted.eval_variables, state.eval_variables, 1e-5)
     row, last = expected.history[-1], directory.history[-1]
     assert row["step"] == last["step"] == 10
     assert last["test/loss"] == pytest.approx(row["test/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "batch_size,nearest", [(101, 104), (100, 96), (3, 8), (512, None)]
-)
+def weighted_job():
+    """A job with two more metrics: one weighted by label, one that counts no example."""
+    job, config = small_job({"epochs": 1}, steps_per_call=2)
+    plain = job.objective
+
+    def objective(variables, batch, *others):
+        metrics, model_state = plain(variables, batch, *others)
+        few = jnp.maximum(0, 3 - batch.label).astype(jnp.float32)
+        weighted = {"few": (metrics["reconstruction"], few), "none": (metrics["kl"], 0 * few)}
+        return metrics | weighted, model_state
+
+    return job._replace(objective=objective, optimizer=optax.sgd(1e-3)), config
+
+
+def test_metrics_with_weights_of_their_own_on_several_devices_equal_one(tmp_path):
+    """Rows of metrics.jsonl: sums over devices and calls come before the division; a metric of no example has no row."""
+    job, config = weighted_job()
+    histories = []
+    for count in (1, 8):
+        _, directory = run_job(job, config, tmp_path / str(count), devices=Devices(count))
+        histories.append(directory.history)
+    for row, other in zip(*histories, strict=True):
+        assert row.keys() == other.keys()
+        for name in row.keys() - {"seconds"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-5)
+        part = "test" if "test/loss" in row else "train"
+        assert f"{part}/none" not in row
+        assert abs(row[f"{part}/few"] - row[f"{part}/reconstruction"]) > 0.01
+
+
+@pytest.mark.parametrize("batch_size,nearest", [(101, 104), (100, 96), (3, 8), (512, None)])
 def test_a_batch_that_devices_do_not_divide_is_refused(batch_size, nearest):
     if nearest is None:
         Devices().check_divide(batch_size)

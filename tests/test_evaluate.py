@@ -1,98 +1,251 @@
-"""Evaluation: independent of the division into batches, repeatable; the closed forms of the yardsticks."""
+"""Evaluation: independent of batches and devices, repeatable; means over examples and seeds; closed forms."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
-from vae_jax import batch, data
-from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
+from vae_jax import data, families
+from vae_jax.batch import Split
+from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_baselines, linear_vae_loss
 from vae_jax.evaluation.classification import (
     class_accuracy,
     confusion_matrix,
     expected_calibration_error,
 )
-from vae_jax.nn.networks import make_vae
-from vae_jax.objectives import elbo
-from vae_jax.run.evaluate import make_evaluate
-from vae_jax.run.seeds import mean_metrics
+from vae_jax.evaluation.latents import active_units
+from vae_jax.evaluation.statistics import mean_and_interval
+from vae_jax.families import Probes
+from vae_jax.run.devices import Devices
+from vae_jax.run.evaluate import make_evaluate, map_examples
+from vae_jax.run.seeds import combine_seeds, mean_metrics, reduce_seeds, root_keys
+from vae_jax.steps import make_eval_step
 
 KEY = jax.random.key(3)
+NO_PROBES = Probes(lambda variables, batch: {}, lambda arrays, split: {})
 
 
 @pytest.fixture(scope="module")
 def vae():
-    network = make_vae(
-        (8, 8, 1), latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4)
-    )
-    variables = network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    encode, decode = (
-        functools.partial(network.apply, method=method)
-        for method in ("encode", "decode")
-    )
-    return functools.partial(elbo, encode=encode, decode=decode), variables
+    model = families.vae.make((8, 8, 1), latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4))
+    return families.vae.make_objective(model), jax.jit(model.init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def split():
     rng = np.random.default_rng(0)
-    return batch.Split(
+    return Split(
         rng.integers(0, 256, (23, 8, 8, 1), np.uint8),
         np.arange(23, dtype=np.int32) % 10,
     )
 
 
-def test_result_does_not_depend_on_the_batch_size(vae, split):
+@pytest.fixture(scope="module")
+def undivided(vae, split):
+    """Each test image's metrics, evaluated in one batch."""
     objective, variables = vae
-    whole = make_evaluate(objective, split)(variables, KEY)
-    assert {name: values.shape for name, values in whole.items()} == dict.fromkeys(
-        ("loss", "reconstruction", "kl"), (23,)
-    )
-    for batch_size in (1, 7, 23, 64):
-        divided = make_evaluate(objective, split, batch_size=batch_size)(variables, KEY)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-5), divided, whole
-        )
+    return map_examples(make_eval_step(objective), split)(variables, KEY)
 
 
-def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split):
+def assert_close(tree, other, rtol=1e-5):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol), tree, other)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23, 64])
+def test_result_does_not_depend_on_the_batch_size(vae, split, undivided, batch_size):
     objective, variables = vae
-    evaluate = make_evaluate(objective, split)
-    first = evaluate(variables, KEY)
-    np.testing.assert_array_equal(first["loss"], evaluate(variables, KEY)["loss"])
-    assert (
-        first["reconstruction"]
-        != evaluate(variables, jax.random.key(4))["reconstruction"]
-    ).all()
+    names = ("loss", "reconstruction", "kl", "bound")
+    assert {name: values.shape for name, values in undivided.items()} == dict.fromkeys(names, (23,))
+    divided = map_examples(make_eval_step(objective), split, batch_size=batch_size)(variables, KEY)
+    assert_close(divided, undivided)
+
+
+def label_means(batch_sizes):
+    """An objective that notes the batches it is traced for, and probes of each image's mean and label."""
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        batch_sizes.append(len(batch.label))
+        noise = jax.vmap(jax.random.normal)(keys)
+        return {"loss": noise, "labelled": (noise, batch.label / 10)}, {}
+
+    def measure(variables, batch):
+        return {"mean": batch.image.mean(axis=(1, 2, 3)), "label": batch.label}
+
+    def reduce(arrays, split):
+        assert (arrays["label"] == split.label).all()
+        return {"mean by label": [float(arrays["mean"][split.label == label].mean()) for label in range(10)]}
+
+    return objective, Probes(measure, reduce)
+
+
+@pytest.mark.parametrize("decodes,batch_size", [(0, 23), (1, 23), (36, 7), (256, 1), (1000, 1)])
+def test_more_decodes_make_smaller_batches_and_the_same_numbers(split, decodes, batch_size):
+    sizes = []
+    numbers, arrays = make_evaluate(*label_means(sizes), split, decodes_per_example=decodes)({}, KEY)
+    assert set(sizes) == {batch_size}
+    expected, expected_arrays = make_evaluate(*label_means([]), split)({}, KEY)
+    assert set(numbers) == {"loss", "labelled", "mean by label"} and set(arrays) == {"mean", "label"}
+    assert_close(numbers, expected)
+    assert_close(arrays, expected_arrays)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_result_does_not_depend_on_the_devices(vae, split, undivided, count):
+    """23 images on 8 devices: 3 each, and a row of padding."""
+    objective, variables = vae
+    found = map_examples(make_eval_step(objective), split, batch_size=2, devices=Devices(count))(variables, KEY)
+    assert_close(found, undivided)
+
+
+def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split, undivided):
+    objective, variables = vae
+    evaluate = map_examples(make_eval_step(objective), split)
+    np.testing.assert_array_equal(evaluate(variables, KEY)["loss"], undivided["loss"])
+    np.testing.assert_array_equal(evaluate(variables, KEY)["loss"], undivided["loss"])
+    other = evaluate(variables, jax.random.key(4))
+    assert (undivided["reconstruction"] != other["reconstruction"]).all()
+    np.testing.assert_array_equal(undivided["kl"], other["kl"])
+
+
+def test_evaluation_is_the_mean_over_the_split(vae, split, undivided):
+    objective, variables = vae
+    numbers, arrays = make_evaluate(objective, NO_PROBES, split)(variables, KEY)
+    assert arrays == {}
+    assert_close(numbers, {name: values.mean() for name, values in undivided.items()})
+
+
+def test_evaluation_passes_no_step_and_does_not_train(split):
+    seen = []
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        seen.append((train, step, axis_name))
+        return {"loss": batch.weight}, {}
+
+    make_evaluate(objective, NO_PROBES, split)({}, KEY)
+    assert set(seen) == {(False, None, None)}
 
 
 def test_padding_is_inert(split):
-    """Rows of weight 0 fill up the last batch; an objective that counts them shows that they are cut off."""
+    """Rows of weight 0 fill the last batch and are cut off afterwards; all weights that remain are 1."""
 
-    def objective(variables, batch, keys, train, step, axis_name=None):
-        return {
-            "loss": batch.weight,
-            "index": batch.index.astype(float),
-            "label": batch.label.astype(float),
-        }, {}
+    def rows(variables, batch, key):
+        return {"weight": batch.weight, "index": batch.index, "label": batch.label, "image": batch.image}
 
-    arrays = make_evaluate(objective, split, batch_size=7)({}, KEY)
-    np.testing.assert_array_equal(arrays["loss"], 1)
+    arrays = map_examples(rows, split, batch_size=7)({}, KEY)
+    np.testing.assert_array_equal(arrays["weight"], 1)
     np.testing.assert_array_equal(arrays["index"], np.arange(23))
     np.testing.assert_array_equal(arrays["label"], split.label)
+    np.testing.assert_allclose(arrays["image"], split.image / np.float32(255), rtol=2e-7)
+
+
+def test_padding_has_no_weight(split):
+    """23 images make four batches of 7; the last one holds 5 rows of weight 0."""
+
+    def total_weight(variables, batch, key):
+        return jnp.broadcast_to(batch.weight.sum(), batch.weight.shape)
+
+    totals = map_examples(total_weight, split, batch_size=7)({}, KEY)
+    np.testing.assert_array_equal(totals, [7] * 21 + [2] * 2)
 
 
 def test_mean_metrics():
-    assert mean_metrics({"loss": np.array([1.0, 2.0, 6.0], np.float32)}) == {
-        "loss": 3.0
+    assert mean_metrics({"loss": np.array([1.0, 2.0, 6.0], np.float32)}) == {"loss": 3.0}
+
+
+def mean_ignoring_weights(arrays):
+    """`mean_metrics` with a fault."""
+    return mean_metrics({name: values[0] if isinstance(values, tuple) else values for name, values in arrays.items()})
+
+
+def test_a_metric_with_its_own_weight_has_the_weighted_mean():
+    """One of total weight 0 is left out: its mean does not exist."""
+    value = np.array([1.0, 2.0, 6.0], np.float32)
+    arrays = {
+        "loss": value,
+        "uneven": (value, np.array([0.0, 3.0, 1.0], np.float32)),
+        "none": (value, np.zeros(3, np.float32)),
     }
+    expected = {"loss": 3.0, "uneven": 3.0}
+    assert mean_metrics(arrays) == expected
+    arrays["uneven"] = (value, np.array([2.0, 0.0, 0.5], np.float32))
+    expected["uneven"] = 2.0
+    assert mean_metrics(arrays) == expected
+    assert mean_ignoring_weights(arrays) != expected
 
 
-def test_whole_numbers_are_no_metrics():
-    arrays = {"accuracy": np.ones(3, np.float32), "prediction": np.arange(3)}
-    assert mean_metrics(arrays) == {"accuracy": 1.0}
+def test_means_are_summed_in_float64():
+    """A float32 sum of a million values would lose digits."""
+    value = np.full(1_000_000, 0.1, np.float32)
+    exact = float(np.float32(0.1))
+    means = mean_metrics({"loss": value, "pair": (value, value)})
+    assert means["loss"] == pytest.approx(exact, rel=1e-12)
+    assert means["pair"] == pytest.approx(exact, rel=1e-12)
+
+
+def test_weights_count_in_evaluation(split):
+    """From the objective to the number; a metric of no image is left out."""
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        value = batch.index.astype(jnp.float32)
+        weight = (batch.label == 3).astype(jnp.float32)
+        return {"loss": value, "threes": (value, weight), "none": (value, 0 * weight)}, {}
+
+    numbers, _ = make_evaluate(objective, NO_PROBES, split)({}, KEY)
+    assert numbers == {"loss": 11.0, "threes": np.mean([3, 13])}
+
+
+def test_seeds_are_combined_to_mean_interval_and_each_own():
+    each = [{"loss": 1.0, "rare": 2.0}, {"loss": 2.0}, {"loss": 6.0, "rare": 3.0}]
+    numbers = combine_seeds(each, range(5, 8))
+    low, high = scipy.stats.t.interval(0.95, 2, loc=3.0, scale=np.std([1, 2, 6], ddof=1) / np.sqrt(3))
+    assert numbers.pop("loss/interval") == pytest.approx((high - low) / 2)
+    assert numbers == {"loss": 3.0, "loss/seed5": 1.0, "loss/seed6": 2.0, "loss/seed7": 6.0}
+
+
+def test_lists_are_combined_entry_by_entry():
+    values = np.random.default_rng(0).random((3, 2, 4))
+    mean, interval = mean_and_interval(values.tolist())
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    numbers = combine_seeds([{"kl": value.tolist()} for value in values], range(3))
+    assert numbers["kl"] == mean and numbers["kl/interval"] == interval
+    for i, j in np.ndindex(2, 4):
+        assert mean_and_interval(values[:, i, j].tolist())[1] == pytest.approx(interval[i][j])
+    for seed in range(3):
+        assert numbers[f"kl/seed{seed}"] == values[seed].tolist()
+    assert json.loads(json.dumps(numbers)) == numbers
+
+
+def test_one_seed_has_its_numbers_as_they_are():
+    assert reduce_seeds(mean_metrics, {"loss": np.array([1.0, 3.0])}, range(4, 5)) == {"loss": 2.0}
+
+
+def test_several_seeds_equal_each_alone(split):
+    """Weighted metrics and the lists of probes. The arrays are those of the first seed."""
+    objective, plain = label_means([])
+    shift = jnp.array([0.0, 1.0, 5.0])
+
+    def shifted(variables, batch):
+        arrays = plain.measure(variables, batch)
+        return arrays | {"mean": arrays["mean"] + variables}
+
+    probes = plain._replace(measure=shifted)
+    numbers, arrays = make_evaluate(objective, probes, split, range(7, 10))(shift, root_keys(range(7, 10)))
+    alone = [make_evaluate(objective, probes, split)(shift[i], jax.random.key(7 + i)) for i in range(3)]
+    assert_close(arrays, alone[0][1])
+    expected = combine_seeds([numbers for numbers, _ in alone], range(7, 10))
+    assert list(numbers) == list(expected) and len(numbers) == 3 * 5
+    assert_close(numbers, expected)
+    assert len(numbers["mean by label/interval"]) == 10
+    assert numbers["mean by label/seed9"] == pytest.approx(np.add(numbers["mean by label/seed7"], 5), rel=1e-5)
+
+
+def test_active_units_vary_by_more_than_a_hundredth():
+    mean = np.random.default_rng(0).standard_normal((1000, 4)) * np.sqrt([1.0, 0.02, 0.005, 0.0]) + 3
+    assert active_units(mean) == 2
 
 
 def test_expected_calibration_error():
@@ -109,7 +262,7 @@ def test_expected_calibration_error():
 
 
 def test_bins_of_calibration_are_closed_above():
-    """0.5 belongs to the lower of two bins, where its gap cancels that of 0.4."""
+    """0.5 belongs to the lower of two bins, where its gap and the gap of 0.4 cancel."""
     error = expected_calibration_error(np.array([0.5, 0.4]), np.array([1.0, 0.0]), 2)
     assert error == pytest.approx(0.05)
 
@@ -154,21 +307,24 @@ def test_linear_vae_loss_is_the_minimum_over_linear_vaes(beta):
     lowest = []
     for value in eigenvalues[:3]:
         a = u / np.maximum(w, 1e-9) * (w > 0)  # u = w a
-        loss = ((1 - w * a) ** 2 * value + w**2 * v) / 2 + beta / 2 * (
-            a**2 * value + v - 1 - np.log(v)
-        )
+        loss = ((1 - w * a) ** 2 * value + w**2 * v) / 2 + beta / 2 * (a**2 * value + v - 1 - np.log(v))
         lowest.append(loss.min())
-    np.testing.assert_allclose(
-        linear_vae_loss(eigenvalues, 3, beta), sum(lowest) + 0.2, atol=0.01
-    )
+    np.testing.assert_allclose(linear_vae_loss(eigenvalues, 3, beta), sum(lowest) + 0.2, atol=0.01)
     assert linear_vae_loss(eigenvalues, 0, beta) == eigenvalues.sum() / 2
     assert linear_vae_loss(eigenvalues, 3, 0.0) == pytest.approx(0.2)  # PCA's error
 
 
-def test_yardsticks_of_mnist(mnist_dir):
-    eigenvalues = covariance_eigenvalues(
-        data.load(name="mnist", manual_dir=mnist_dir).splits["train"].image
-    )
+def test_baselines_are_those_of_the_images_and_left_out_for_large_ones():
+    image = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), np.uint8)
+    eigenvalues = covariance_eigenvalues(image)
+    expected = {"collapsed model": eigenvalues.sum() / 2, "best linear VAE": linear_vae_loss(eigenvalues, 3, 0.05)}
+    assert linear_vae_baselines(image, 3, 0.05) == pytest.approx(expected)
+    assert expected["best linear VAE"] < expected["collapsed model"]
+    assert linear_vae_baselines(np.zeros((2, 65, 64, 1), np.uint8), 3, 1.0) == {}
+
+
+def test_baselines_of_mnist(mnist_dir):
+    eigenvalues = covariance_eigenvalues(data.load(name="mnist", manual_dir=mnist_dir).splits["train"].image)
     assert eigenvalues.sum() == pytest.approx(52.73, abs=0.005)
     assert linear_vae_loss(eigenvalues, 0) == pytest.approx(26.36, abs=0.005)
     assert linear_vae_loss(eigenvalues, 20) == pytest.approx(22.74, abs=0.005)

@@ -30,20 +30,22 @@ HISTORY = [
 ]
 
 
-def test_training_curve_shows_the_rows_and_the_yardsticks(tmp_path):
-    figure = figures.training_curve(
-        HISTORY, {"collapsed model": 8.0}, "Training progress"
-    )
+PANELS = {"loss": "loss = reconstruction + KL", "reconstruction": "reconstruction", "kl": "KL from the prior"}
+
+
+def test_training_curve_shows_the_rows_and_the_baselines(tmp_path):
+    figure = figures.training_curve(HISTORY, {"collapsed model": 8.0}, "Training progress", PANELS)
     loss, reconstruction, kl = figure.axes
-    train, test, yardstick = loss.lines
+    train, test, baseline = loss.lines
     np.testing.assert_array_equal(train.get_xydata(), [[0.5, 9], [1, 7]])
     np.testing.assert_array_equal(test.get_xydata(), [[1, 6]])
-    assert set(yardstick.get_ydata()) == {8.0} and yardstick.get_linestyle() == "--"
+    assert set(baseline.get_ydata()) == {8.0} and baseline.get_linestyle() == "--"
     assert [text.get_text() for text in loss.texts] == ["collapsed model: 8.00"]
-    assert all(
-        ax.get_title() and ax.get_xlabel() == "epoch"
-        for ax in (loss, reconstruction, kl)
-    )
+    assert [ax.get_title() for ax in figure.axes] == list(PANELS.values())
+    assert all(ax.get_xlabel() == "epoch" for ax in figure.axes)
+    for ax, name in [(reconstruction, "reconstruction"), (kl, "kl")]:
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), [row[f"train/{name}"] for row in HISTORY[:2]])
+        np.testing.assert_array_equal(ax.lines[1].get_ydata(), [HISTORY[2][f"test/{name}"]])
     assert loss.get_ylim()[0] < 6 and loss.get_ylim()[1] > 9
     figure.savefig(tmp_path / "figure.png")
 
@@ -51,15 +53,11 @@ def test_training_curve_shows_the_rows_and_the_yardsticks(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_reconstructions_stand_under_their_inputs(channels):
     image = np.random.default_rng(0).random((3, 4, 5, channels))
-    figure = figures.reconstructions(
-        image, image / 2, np.array([4, 7, -1]), "Reconstructions"
-    )
+    figure = figures.reconstructions(image, image / 2, np.array([4, 7, -1]), "Reconstructions")
     axes = figure.axes
     assert [ax.get_title() for ax in axes[:3]] == ["4", "7", ""]
     for column in range(3):
-        above, below = (
-            axes[row * 3 + column].images[0].get_array() for row in range(2)
-        )
+        above, below = (axes[row * 3 + column].images[0].get_array() for row in range(2))
         np.testing.assert_allclose(above / 2, below)
 
 
@@ -105,6 +103,14 @@ def test_training_curve_of_other_metrics():
     assert (loss.get_title(), accuracy.get_title()) == tuple(panels.values())
     assert loss.get_yscale() == "log" and accuracy.get_yscale() == "linear"
     np.testing.assert_array_equal(accuracy.lines[1].get_xydata(), [[1, 0.9]])
+
+
+def test_training_curve_of_a_metric_without_rows(tmp_path):
+    """A metric of total weight 0 has no rows; its panel stays empty."""
+    figure = figures.training_curve(HISTORY, {}, "Training", {"loss": "loss", "accuracy": "accuracy"})
+    loss, accuracy = figure.axes
+    assert [len(line.get_xdata()) for line in (*loss.lines, *accuracy.lines)] == [2, 1, 0, 0]
+    figure.savefig(tmp_path / "figure.png")
 
 
 def test_confusion_colours_the_errors_only(tmp_path):

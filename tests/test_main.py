@@ -1,4 +1,4 @@
-"""The program as a user starts it: the bundled digits end to end, and one clear line for every slip."""
+"""The program as a user starts it: the bundled digits end to end, and one clear line for every mistake."""
 
 import json
 import os
@@ -7,42 +7,39 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from program import ROOT, environment, fresh
 
-ROOT = Path(__file__).parents[1]
-
-
-def start(*arguments, **environment):
-    command = [sys.executable, "-m", "vae_jax.main", *arguments]
-    env = {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    } | environment
-    return subprocess.run(
-        command,
-        check=False,
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+MAIN = ("-m", "vae_jax.main")
+SMOKE = (*MAIN, "--config=configs/vae.py:smoke")
+SMALL = (*SMOKE, "--config.model.encoder_features=4,4", "--config.model.decoder_features=4,4")
 
 
-def smoke(workdir, *more):
-    return start("--config=configs/vae.py:smoke", f"--workdir={workdir}", *more)
+def last_row(workdir):
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_digits_end_to_end_and_again(tmp_path):
-    workdir = tmp_path / "deep" / "run"
-    first = smoke(workdir)
-    assert first.returncode == 0, first.stderr
-    assert first.stderr == ""
-    assert "epoch 1/1" in first.stdout and str(workdir / "summary.md") in first.stdout
-    kept = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    assert {path.name for path in kept if "checkpoints" not in path.parts} == {
+def files_of(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The run directory of a finished training, and the process that trained it."""
+    workdir = tmp_path_factory.mktemp("digits") / "deep" / "run"
+    process = fresh(*SMOKE, f"--workdir={workdir}")
+    process.wait()
+    return workdir, process
+
+
+def test_digits_end_to_end(digits):
+    workdir, process = digits
+    assert process.ends() == ""
+    assert "epoch 1/1" in process.stdout and str(workdir / "summary.md") in process.stdout
+    assert {path.name for path in files_of(workdir) if "checkpoints" not in path.parts} == {
         "config.json",
         "lock",
         "metrics.jsonl",
@@ -52,51 +49,53 @@ def test_digits_end_to_end_and_again(tmp_path):
         "samples.png",
     }
 
-    second = smoke(workdir)
-    assert second.returncode == 0 and "finished already: " in second.stdout
-    changed = smoke(workdir, "--config.model.latent_dim=3", "--config.batch_size=100")
-    assert changed.returncode == 1 and changed.stderr.count("\n") == 1
-    assert "batch_size is 512 there, 100 here; model.latent_dim is 20" in changed.stderr
-    for path, content in kept.items():
-        assert path.read_bytes() == content
 
-    other = smoke(
-        tmp_path / "other",
-        "--config.run.compilation_cache=false",
-        "--config.run.chunk=1",
-    )
-    assert other.returncode == 0
-    last, other_last = (
-        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        for folder in (workdir, tmp_path / "other")
-    )
-    assert last | {"seconds": 0} == other_last | {"seconds": 0}
+def test_a_finished_run_is_left_as_it_is(digits, forks):
+    workdir, _ = digits
+    before = files_of(workdir)
+    again = forks(*SMOKE, f"--workdir={workdir}")
+    assert again.ends() == "" and "finished already: " in again.stdout
+    changes = "--config.model.latent_dim=3", "--config.batch_size=100"
+    stderr = forks(*SMOKE, *changes, f"--workdir={workdir}").refuses()
+    assert "batch_size is 512 there, 100 here; model.latent_dim is 20" in stderr
+    assert files_of(workdir) == before
 
-    # The modes need nothing but the directory.
-    evaluated = start("--mode=evaluate", f"--workdir={workdir}")
-    assert f"test/loss {last['test/loss']:.6g}\n" in evaluated.stdout, evaluated.stderr
-    sampled = start("--mode=sample", "--count=3", f"--workdir={workdir}")
-    (picture, arrays) = map(Path, sampled.stdout.split())
-    assert picture.exists() and arrays.exists() and sampled.stderr == ""
-    longer = smoke(workdir, "--config.epochs=2")
-    assert longer.returncode == 0 and "epoch 2/2" in longer.stdout
+
+def test_neither_cache_nor_steps_per_call_change_the_numbers(digits, tmp_path):
+    options = "--config.run.compilation_cache=false", "--config.run.steps_per_call=1"
+    assert fresh(*SMOKE, *options, f"--workdir={tmp_path}").ends() == ""
+    assert last_row(tmp_path) | {"seconds": 0} == last_row(digits[0]) | {"seconds": 0}
+
+
+def test_modes_need_only_the_run_directory(digits):
+    workdir, _ = digits
+    evaluated = fresh(*MAIN, "--mode=evaluate", f"--workdir={workdir}")
+    assert evaluated.ends() == ""
+    assert f"test/loss {last_row(workdir)['test/loss']:.6g}\n" in evaluated.stdout
+    sampled = fresh(*MAIN, "--mode=sample", "--count=3", f"--workdir={workdir}")
+    assert sampled.ends() == ""
+    picture, arrays = map(Path, sampled.stdout.split())
+    assert picture.exists() and arrays.exists()
+
+
+def test_a_run_can_have_more_epochs(tmp_path, forks):
+    for epochs in (1, 2):
+        process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}")
+        assert process.ends() == "" and f"epoch {epochs}/{epochs}" in process.stdout
+        assert last_row(tmp_path)["step"] == 2 * epochs
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_program_saves_and_continues(tmp_path, number, code):
-    arguments = ["--config.epochs=4", "--config.batch_size=64"]
-    command = [sys.executable, "-m", "vae_jax.main", "--config=configs/vae.py:smoke"]
-    command += [*arguments, f"--workdir={tmp_path}", "--config.run.chunk=1"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def test_a_stopped_program_saves_and_continues(tmp_path, forks, number, code):
+    command = [*SMALL, "--config.epochs=4", "--config.batch_size=64"]
+    command += ["--config.run.steps_per_call=1", f"--workdir={tmp_path}"]
+    start = fresh if number == signal.SIGINT else forks
+    process = start(*command)
     rows = tmp_path / "metrics.jsonl"
-    while not (rows.exists() and rows.read_text()) and process.poll() is None:
-        time.sleep(0.1)
+    process.wait_for(lambda: rows.exists() and rows.read_text())
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == code, stderr
-    assert "of 88: the same command continues" in stderr and stderr.count("\n") == 1
-    result = subprocess.run(command, check=False, cwd=ROOT, timeout=300)
-    assert result.returncode == 0
+    assert "of 88: the same command continues" in process.refuses(code)
+    assert start(*command).ends() == ""
     steps = [json.loads(row) for row in rows.read_text().splitlines()]
     steps = [row["step"] for row in steps if "train/loss" in row]
     assert steps == [*range(1, 89)]
@@ -105,15 +104,12 @@ def test_a_stopped_program_saves_and_continues(tmp_path, number, code):
 def test_a_bar_on_a_terminal(tmp_path):
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 120))
-    command = [
-        sys.executable,
-        "-m",
-        "vae_jax.main",
-        "--config=configs/vae.py:smoke",
-        f"--workdir={tmp_path / 'run'}",
-    ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=writer
+        [sys.executable, *SMALL, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=writer,
     )
     os.close(writer)
     shown = b""
@@ -122,138 +118,88 @@ def test_a_bar_on_a_terminal(tmp_path):
             shown += part
     except OSError:  # the other side was closed
         pass
+    os.close(reader)
     assert process.wait() == 0
-    assert (
-        b"epoch 1/1" in shown
-        and b"loss" in shown
-        and b"images/s" in shown
-        and b"100%" in shown
-    )
+    for part in (b"epoch 1/1", b"loss", b"images/s", b"100%"):
+        assert part in shown
 
 
-def test_own_images_of_another_size(tmp_path):
-    import numpy as np
-
-    np.savez(
-        tmp_path / "own.npz", image=np.random.default_rng(0).random((40, 32, 32, 3))
-    )
-    result = smoke(
-        tmp_path / "run",
-        f"--config.data.name={tmp_path / 'own.npz'}",
-        "--config.batch_size=16",
-    )
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
-    before = (tmp_path / "run" / "config.json").read_text()
-    np.savez(tmp_path / "own.npz", image=np.zeros((40, 32, 32, 3)))
+def test_own_images_of_another_size(tmp_path, forks):
+    path, workdir = tmp_path / "own.npz", tmp_path / "run"
+    command = [*SMALL, f"--config.data.name={path}", "--config.batch_size=16", f"--workdir={workdir}"]
+    np.savez(path, image=np.random.default_rng(0).random((40, 32, 32, 3)))
+    assert forks(*command).ends() == ""
+    assert (workdir / "figures" / "reconstructions.png").exists()
+    before = (workdir / "config.json").read_text()
+    np.savez(path, image=np.zeros((40, 32, 32, 3)))
     for more in [(), ("--config.epochs=2",)]:
-        changed = smoke(
-            tmp_path / "run",
-            f"--config.data.name={tmp_path / 'own.npz'}",
-            "--config.batch_size=16",
-            *more,
-        )
-        assert changed.returncode == 1 and "data is not what it was" in changed.stderr
-        assert (tmp_path / "run" / "config.json").read_text() == before
+        assert "data is not what it was" in forks(*command, *more).refuses()
+        assert (workdir / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize(
-    "arguments,code,message",
-    [
-        ([], 2, "Give a config"),
-        (["--config=configs/vae.py:smoke", "extra"], 2, "unexpected argument 'extra'"),
-        (["--mode=smaple", "--config=configs/vae.py"], 1, "should be one of <train|"),
-        (["--mode=sample"], 1, "there is no run in "),
-        (["--mode=sample", "--count=0"], 1, "--count is 0, but must be at least 1"),
-        (
-            ["--mode=sample", "--split=test"],
-            2,
-            "--split has no meaning with --mode=sample",
-        ),
-        (["--mode=sample", "--workdir="], 2, "Give a config"),
-        (["--config.epochs=3"], 2, "--config.epochs needs a config to change"),
-        (["--mode=traverse", "--images=1,a"], 1, "--images is 1,a, but must be whole"),
-        (["--confg=configs/vae.py"], 2, "Unknown command line flag 'confg'"),
-        (
-            ["--config=configs/none.py"],
-            1,
-            "No such file or directory: 'configs/none.py'",
-        ),
-        (
-            ["--config=configs/none.py", "--config.epochs=3"],
-            1,
-            "No such file or directory: 'configs/none.py'",
-        ),
-        (["--config=configs/vae.py:none"], 1, "no variant 'none': there are default, "),
-        (["--help", "--config=configs/none.py"], 1, "No such file or directory"),
-        (["--help", "--confg"], 2, "Unknown command line flag 'confg'"),
-        (
-            ["--config=configs/vae.py:smoke", "--config.epoch=3"],
-            1,
-            "unknown config field epoch: did you mean epochs?",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.model.latnt_dim=3"],
-            1,
-            "model.latnt_dim: did you mean latent_dim?",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.modle.latent_dim=3"],
-            1,
-            "unknown config field modle: did you mean model?",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.epochs=many"],
-            1,
-            "invalid literal for int() with base 10: 'many'",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.seed.x=1"],
-            1,
-            "seed is no section",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.batch_size=0"],
-            1,
-            "batch_size is 0, but must be at least 1",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.data.name=digit"],
-            1,
-            "did you mean 'digits'",
-        ),
-        (
-            ["--config=configs/vae.py", "--config.data.manual_dir=/nowhere"],
-            1,
-            "/nowhere lacks",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--config.optimizer.learning_rate=1e30"],
-            1,
-            "at step",
-        ),
-        (
-            ["--config=configs/vae.py:smoke", "--workdir=/proc/none/run"],
-            1,
-            "cannot write to the work directory /proc/none/run",
-        ),
-    ],
-)
-def test_bad_input_is_told_in_one_line(tmp_path, arguments, code, message):
-    workdir = (
-        []
-        if any(a.startswith("--workdir") for a in arguments)
-        else [f"--workdir={tmp_path / 'run'}"]
-    )
-    result = start(*arguments, *workdir)
-    assert result.returncode == code, result.stderr
-    assert result.stderr.startswith("vae_jax: ") and result.stderr.count("\n") == 1
-    assert message in result.stderr
-    assert "at step" in message or not (tmp_path / "run").exists()
+# Arguments after --config=configs/vae.py:smoke, and what stderr says.
+BAD_FIELDS = [
+    ("--config.epoch=3", "unknown config field epoch: did you mean epochs?"),
+    ("--config.model.latnt_dim=3", "model.latnt_dim: did you mean latent_dim?"),
+    ("--config.modle.latent_dim=3", "unknown config field modle: did you mean model?"),
+    ("--config.epochs=many", "invalid literal for int() with base 10: 'many'"),
+    ("--config.seed.x=1", "seed is not a section"),
+    ("--config.batch_size=0", "batch_size is 0, but must be at least 1"),
+    ("--config.data.name=digit", "did you mean 'digits'"),
+    ("--config.optimizer.learning_rate=1e30", "at step"),
+    ("--workdir=/proc/none/run", "cannot write to the work directory /proc/none/run"),
+]
+BAD_COMMAND_LINES = [
+    ([], 2, "--config is required"),
+    (["--config=configs/vae.py:smoke", "extra"], 2, "unexpected argument 'extra'"),
+    (["--mode=smaple", "--config=configs/vae.py"], 1, "should be one of <train|"),
+    (["--mode=sample"], 1, "there is no run in "),
+    (["--mode=sample", "--count=0"], 1, "--count is 0, but must be at least 1"),
+    (["--mode=sample", "--split=test"], 2, "--split has no meaning with --mode=sample"),
+    (["--mode=sample", "--workdir="], 2, "--config is required"),
+    (["--config.epochs=3"], 2, "--config.epochs needs a config to change"),
+    (["--mode=traverse", "--images=1,a"], 1, "--images is 1,a, but must be integers"),
+    (["--mode=traverse", "--labels=1,a"], 1, "--labels is 1,a, but must be integers"),
+    (["--confg=configs/vae.py"], 2, "Unknown command line flag 'confg'"),
+    (["--config=configs/none.py"], 1, "No such file or directory: 'configs/none.py'"),
+    (["--config=configs/none.py", "--config.epochs=3"], 1, "No such file or directory: 'configs/none.py'"),
+    (["--config=configs/vae.py:none"], 1, "no variant 'none' of the vae config: give one of default, "),
+    (["--help", "--config=configs/none.py"], 1, "No such file or directory"),
+    (["--help", "--confg"], 2, "Unknown command line flag 'confg'"),
+    (["--config=configs/vae.py", "--config.data.manual_dir=/nowhere"], 1, "/nowhere lacks"),
+    *((["--config=configs/vae.py:smoke", field], 1, message) for field, message in BAD_FIELDS),
+]
 
 
-def test_help_lists_flags_and_config_fields():
-    result = start("--help")
-    assert result.returncode == 0 and result.stderr == ""
+@pytest.mark.parametrize("arguments,code,message", BAD_COMMAND_LINES)
+def test_bad_input_is_refused_in_one_line(tmp_path, forks, arguments, code, message):
+    if not any(argument.startswith("--workdir") for argument in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
+    assert message in forks(*MAIN, *arguments).refuses(code)
+    assert message == "at step" or not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("start", ["fresh", "forks"])
+def test_fresh_processes_and_forks_refuse_with_the_same_words(start, forks):
+    """Without imports, after some of them, and after all of them."""
+    start = {"fresh": fresh, "forks": forks}[start]
+    for flags, code, message in [
+        (["--mode=smaple"], 1, "should be one of <train|"),
+        (["--config=configs/vae.py:smoke", "--config.batch_size=0"], 1, "batch_size is 0, but must be at least 1\n"),
+        (["--mode=sample", "--workdir=nowhere"], 1, "there is no run in nowhere"),
+    ]:
+        assert message in start(*MAIN, *flags).refuses(code)
+
+
+def test_help_lists_flags_and_config_fields(forks):
+    process = forks(*MAIN, "--help")
+    assert process.ends() == ""
     for line in ("  --workdir\n", "  --mode\n", "  --config.model.latent_dim\n"):
-        assert line in result.stdout
+        assert line in process.stdout
+
+
+def test_the_package_is_the_program(forks):
+    """`python -m vae_jax` and `python -m vae_jax.main` are one."""
+    helps = [forks("-m", module, "--help") for module in ("vae_jax", "vae_jax.main")]
+    assert [process.ends() for process in helps] == ["", ""]
+    assert helps[0].stdout == helps[1].stdout

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from vae_jax import families, generate
 from vae_jax.nn.layers import relu, window_extreme
-from vae_jax.nn.networks import make_classifier, make_vae
 
 
 @pytest.fixture(scope="module")
 def vae():
-    network = make_vae((28, 28, 1))
-    return network, jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
+    model = families.vae.make((28, 28, 1))
+    return model, jax.jit(model.init)(jax.random.key(0))
 
 
 # The post's Tables 1 and 2: output shape and number of parameters of each layer.
@@ -31,19 +31,25 @@ LAYERS = {
 }
 
 
+def layer_outputs(function, *arguments):
+    """What the layers of a Linen `apply` returned, nested by name."""
+    _, captured = function(*arguments, capture_intermediates=True)
+    return captured["intermediates"]
+
+
+@pytest.fixture(scope="module")
+def outputs(vae):
+    model, variables = vae
+    encoder = layer_outputs(model.encode, variables, jnp.zeros((3, 28, 28, 1)))
+    return encoder | layer_outputs(model.decode_raw, variables, jnp.zeros((3, 20)))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layer_shapes_and_parameter_counts(vae, layer):
-    network, variables = vae
+def test_layer_shapes_and_parameter_counts(vae, outputs, layer):
     part, name = layer.split("/")
-    _, captured = network.apply(
-        variables, jnp.zeros((3, 28, 28, 1)), capture_intermediates=True
-    )
     shape, count = LAYERS[layer]
-    assert captured["intermediates"][part][name]["__call__"][0].shape == (3, *shape)
-    assert (
-        sum(leaf.size for leaf in jax.tree.leaves(variables["params"][part][name]))
-        == count
-    )
+    assert outputs[part][name]["__call__"][0].shape == (3, *shape)
+    assert sum(leaf.size for leaf in jax.tree.leaves(vae[1]["params"][part][name])) == count
 
 
 @pytest.mark.parametrize("part,count", [("encoder", 144_296), ("decoder", 118_465)])
@@ -55,9 +61,7 @@ def test_kernels_are_glorot_uniform_and_biases_zero(vae):
     for part in vae[1]["params"].values():
         for layer in part.values():
             kernel = layer["kernel"]
-            fan_in, fan_out = (
-                np.prod(kernel.shape[:-2]) * size for size in kernel.shape[-2:]
-            )
+            fan_in, fan_out = (np.prod(kernel.shape[:-2]) * size for size in kernel.shape[-2:])
             limit = np.sqrt(6 / (fan_in + fan_out))
             assert 0.9 * limit < np.abs(kernel).max() <= limit
             assert not layer["bias"].any()
@@ -65,7 +69,7 @@ def test_kernels_are_glorot_uniform_and_biases_zero(vae):
 
 def test_equals_flax_layers(vae):
     """The same parameters in `nn.Conv`, `nn.Dense` and `nn.ConvTranspose` give the same outputs."""
-    network, variables = vae
+    model, variables = vae
     encoder, decoder = variables["params"]["encoder"], variables["params"]["decoder"]
     image = jnp.asarray(np.random.default_rng(0).random((2, 28, 28, 1), np.float32))
 
@@ -73,29 +77,19 @@ def test_equals_flax_layers(vae):
         return nn.Conv(features, (3, 3), (2, 2)).apply({"params": encoder[name]}, x)
 
     def conv_transpose(features, size, stride, name, x):
-        return nn.ConvTranspose(features, (size, size), (stride, stride)).apply(
-            {"params": decoder[name]}, x
-        )
+        return nn.ConvTranspose(features, (size, size), (stride, stride)).apply({"params": decoder[name]}, x)
 
     x = nn.relu(conv(64, "conv2", nn.relu(conv(32, "conv1", image))))
-    mean, logvar = jnp.split(
-        nn.Dense(40).apply({"params": encoder["fc"]}, x.reshape(2, -1)), 2, axis=-1
-    )
-    for ours, theirs in zip(
-        network.apply(variables, image, method="encode"), (mean, logvar)
-    ):
+    mean, logvar = jnp.split(nn.Dense(40).apply({"params": encoder["fc"]}, x.reshape(2, -1)), 2, axis=-1)
+    for ours, theirs in zip(model.encode(variables, image), (mean, logvar)):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
     x = nn.relu(conv_transpose(64, 7, 7, "tconv1", mean[:, None, None, :]))
-    x = nn.relu(
-        conv_transpose(
-            32, 3, 2, "tconv3", nn.relu(conv_transpose(64, 3, 2, "tconv2", x))
-        )
-    )
-    expected = nn.sigmoid(conv_transpose(1, 3, 1, "tconv4", x))
-    np.testing.assert_allclose(
-        network.apply(variables, mean, method="decode"), expected, atol=1e-5
-    )
+    x = nn.relu(conv_transpose(32, 3, 2, "tconv3", nn.relu(conv_transpose(64, 3, 2, "tconv2", x))))
+    expected = conv_transpose(1, 3, 1, "tconv4", x)
+    np.testing.assert_allclose(model.decode_raw(variables, mean), expected, atol=1e-5)
+    image = generate.decode(model, variables, mean)
+    np.testing.assert_allclose(image, nn.sigmoid(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +97,12 @@ def test_equals_flax_layers(vae):
     [((32, 32, 3), (64, 32)), ((8, 12, 1), (16, 8)), ((6, 6, 3), (8,))],
 )
 def test_image_shape_comes_from_the_data(image_shape, features):
-    network = make_vae(image_shape, latent_dim=5, decoder_features=features)
+    model = families.vae.make(image_shape, latent_dim=5, decoder_features=features)
     image = jnp.zeros((2, *image_shape))
-    variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    assert jax.eval_shape(network.apply, variables, image).shape == image.shape
-    encode = functools.partial(network.apply, method="encode")
-    assert jax.eval_shape(encode, variables, image)[0].shape == (2, 5)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    assert [leaf.shape for leaf in jax.eval_shape(model.encode, variables, image)] == [(2, 5), (2, 5)]
+    reconstruct = functools.partial(generate.reconstruct, model)
+    assert jax.eval_shape(reconstruct, variables, image).shape == image.shape
 
 
 @pytest.mark.parametrize(
@@ -122,17 +116,13 @@ def test_image_shape_comes_from_the_data(image_shape, features):
 )
 def test_bad_sizes(image_shape, fields, message):
     with pytest.raises(ValueError, match=message):
-        make_vae(image_shape, **fields)
+        families.vae.make(image_shape, **fields)
 
 
 def test_relu_differentiates_as_jax_nn_relu():
     x = jnp.array([-1.0, 0.0, 2.0])
-    np.testing.assert_array_equal(
-        jax.grad(lambda x: relu(x).sum())(x), jax.grad(lambda x: nn.relu(x).sum())(x)
-    )
-    np.testing.assert_array_equal(
-        jax.jvp(relu, (x,), (x,))[1], jax.jvp(nn.relu, (x,), (x,))[1]
-    )
+    np.testing.assert_array_equal(jax.grad(lambda x: relu(x).sum())(x), jax.grad(lambda x: nn.relu(x).sum())(x))
+    np.testing.assert_array_equal(jax.jvp(relu, (x,), (x,))[1], jax.jvp(nn.relu, (x,), (x,))[1])
 
 
 # The post's Table 4: output shape and number of parameters; a pooled convolution's comes as 2x2 windows.
@@ -148,10 +138,10 @@ CLASSIFIER_LAYERS = {
 
 
 def test_classifier_layer_shapes_and_parameter_counts():
-    network = make_classifier((28, 28, 1), 10)
+    model = families.classifier.make((28, 28, 1), 10)
     image = jnp.zeros((3, 28, 28, 1))
-    variables = jax.eval_shape(network.init, jax.random.key(0), image)
-    apply = functools.partial(network.apply, capture_intermediates=True)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    apply = functools.partial(model.apply, capture_intermediates=True)
     logits, captured = jax.eval_shape(apply, variables, image)
     assert logits.shape == (3, 10)
     assert set(variables["params"]) == set(CLASSIFIER_LAYERS)
@@ -181,43 +171,33 @@ def randomised(variables, seed=0):
     """Scales of both signs, so that the pooled minimum is used too."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: (
-            leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-        ),
+        lambda leaf: leaf + jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype),
         variables,
     )
 
 
-@pytest.mark.parametrize(
-    "image_shape,num_classes", [((28, 28, 1), 10), ((8, 12, 3), 2)]
-)
+@pytest.mark.parametrize("image_shape,num_classes", [((28, 28, 1), 10), ((8, 12, 3), 2)])
 def test_classifier_equals_flax_layers(image_shape, num_classes):
     """Logits, gradients and statistics, in training and in evaluation."""
-    ours, theirs = (
-        make_classifier(image_shape, num_classes),
-        FlaxClassifier(num_classes),
-    )
+    model = families.classifier.make(image_shape, num_classes)
+    theirs = functools.partial(FlaxClassifier(num_classes).apply, mutable=["batch_stats"])
     rng = np.random.default_rng(1)
     image = jnp.asarray(rng.random((6, *image_shape), np.float32))
-    variables = jax.jit(ours.init)(jax.random.key(0), image)
+    variables = jax.jit(model.init)(jax.random.key(0))
     params = randomised(variables["params"])
     for i in (1, 2, 3):
-        params[f"norm{i}"]["scale"] *= jnp.where(
-            jnp.arange(8 * 2 ** (i - 1)) % 3, 1, -1
-        )
+        params[f"norm{i}"]["scale"] *= jnp.where(jnp.arange(8 * 2 ** (i - 1)) % 3, 1, -1)
     weight = jnp.asarray(rng.standard_normal((6, num_classes)), jnp.float32)
 
-    def scalar(network, train, params):
+    def scalar(apply, train, params):
         stored = {"params": params, "batch_stats": variables["batch_stats"]}
-        logits, state = network.apply(stored, image, train, mutable=["batch_stats"])
+        logits, state = apply(stored, image, train)
         return jnp.sum(weight * logits), (logits, state)
 
     for train in (True, False):
         results = [
-            jax.jit(jax.grad(functools.partial(scalar, network, train), has_aux=True))(
-                params
-            )
-            for network in (ours, theirs)
+            jax.jit(jax.grad(functools.partial(scalar, apply, train), has_aux=True))(params)
+            for apply in (model.apply, theirs)
         ]
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4, rtol=3e-4),
@@ -227,25 +207,22 @@ def test_classifier_equals_flax_layers(image_shape, num_classes):
         assert bool((moved != variables["batch_stats"]["norm1"]["mean"]).any()) == train
 
 
-@pytest.mark.parametrize(
-    "image_shape,pooled", [((28, 28, 1), 7 * 7), ((32, 32, 3), 64), ((9, 31, 1), 2 * 7)]
-)
+@pytest.mark.parametrize("image_shape,pooled", [((28, 28, 1), 7 * 7), ((32, 32, 3), 64), ((9, 31, 1), 2 * 7)])
 def test_classifier_takes_its_sizes_from_the_data(image_shape, pooled):
     """Each pooling halves the size, and leaves out the last row or column of an odd one."""
-    network = make_classifier(image_shape, 5, features=(4, 4, 6))
+    model = families.classifier.make(image_shape, 5, features=(4, 4, 6))
     image = jnp.zeros((2, *image_shape))
-    variables = jax.eval_shape(network.init, jax.random.key(0), image)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
     assert variables["params"]["fc"]["kernel"].shape == (pooled * 6, 5)
-    assert jax.eval_shape(network.apply, variables, image).shape == (2, 5)
+    assert jax.eval_shape(model.probabilities, variables, image).shape == (2, 5)
 
 
 def test_windows_of_an_odd_size_hold_the_convolution_of_the_whole_image():
     """Before the first normalisation nothing but the last row and column is lost."""
-    network = make_classifier((7, 9, 2), 3, features=(4, 5))
+    model = families.classifier.make((7, 9, 2), 3, features=(4, 5))
     image = jnp.asarray(np.random.default_rng(0).random((2, 7, 9, 2), np.float32))
-    variables = jax.jit(network.init)(jax.random.key(0), image)
-    _, captured = network.apply(variables, image, capture_intermediates=True)
-    windows = captured["intermediates"]["conv1"]["__call__"][0]
+    variables = jax.jit(model.init)(jax.random.key(0))
+    windows = layer_outputs(model.apply, variables, image)["conv1"]["__call__"][0]
     conv = nn.Conv(4, (3, 3)).apply({"params": variables["params"]["conv1"]}, image)
     expected = conv[:, :6, :8].reshape(2, 3, 2, 4, 2, 4).swapaxes(2, 3)
     np.testing.assert_allclose(windows, expected.reshape(2, 3, 4, 4, 4), atol=1e-5)
@@ -282,51 +259,55 @@ def test_window_extreme_differentiates_as_max_and_min():
 )
 def test_bad_classifier(image_shape, num_classes, fields, message):
     with pytest.raises(ValueError, match=message):
-        make_classifier(image_shape, num_classes, **fields)
+        families.classifier.make(image_shape, num_classes, **fields)
 
 
 def test_pooling_halves_as_flax_layers_do():
-    network = make_vae((28, 28, 1), encoder_features=(4, 6), pooling=True)
+    model = families.vae.make((28, 28, 1), encoder_features=(4, 6), pooling=True)
     image = jax.random.uniform(jax.random.key(0), (3, 28, 28, 1))
-    variables = jax.jit(network.init)(jax.random.key(1), image)
+    variables = jax.jit(model.init)(jax.random.key(1))
     params, x = variables["params"]["encoder"], image
     for name, features in [("conv1", 4), ("conv2", 6)]:
         x = nn.Conv(features, (3, 3)).apply({"params": params[name]}, x)
         x = nn.max_pool(nn.relu(x), (2, 2), (2, 2))
     expected = nn.Dense(40).apply({"params": params["fc"]}, x.reshape(3, -1))
-    found = network.apply(variables, image, method="encode")
+    found = model.encode(variables, image)
     np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
     with pytest.raises(ValueError, match="below the 4x4 that 2 poolings need"):
-        make_vae((2, 4, 1), decoder_features=(4,), pooling=True)
+        families.vae.make((2, 4, 1), decoder_features=(4,), pooling=True)
+
+
+def logits(model, variables, image):
+    return model.apply(variables, image)[0]
 
 
 @pytest.mark.parametrize(
-    "make", [make_vae, functools.partial(make_classifier, num_classes=10)]
+    "make,output",
+    [
+        (families.vae.make, generate.reconstruct),
+        (functools.partial(families.classifier.make, num_classes=10), logits),
+    ],
+    ids=["vae", "classifier"],
 )
-def test_bfloat16_is_close_and_leaves_parameters_float32(make):
+def test_bfloat16_is_close_and_leaves_parameters_float32(make, output):
     image = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))
-    networks = [make((28, 28, 1), precision=p) for p in ("float32", "bfloat16")]
-    variables = jax.jit(networks[0].init)(jax.random.key(1), image)
+    models = [make((28, 28, 1), precision=p) for p in ("float32", "bfloat16")]
+    variables = jax.jit(models[0].init)(jax.random.key(1))
 
-    def loss(network, params):
-        return jnp.mean(network.apply(variables | {"params": params}, image) ** 2)
+    def loss(model, params):
+        return jnp.mean(output(model, variables | {"params": params}, image) ** 2)
 
     (exact, grads), (rough, rough_grads) = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, network)))(
-            variables["params"]
-        )
-        for network in networks
+        jax.jit(jax.value_and_grad(functools.partial(loss, model)))(variables["params"]) for model in models
     )
     assert rough.dtype == jnp.float32 and 0 < abs(rough - exact) < 0.01 * exact
     assert {leaf.dtype for leaf in jax.tree.leaves(rough_grads)} == {jnp.dtype("f4")}
     error = optax.tree.norm(optax.tree.sub(rough_grads, grads))
     assert error < 0.05 * optax.tree.norm(grads)
     # Forward mode: the derivative along the gradient is its squared norm.
-    _, slope = jax.jit(
-        lambda params, along: jax.jvp(
-            functools.partial(loss, networks[1]), (params,), (along,)
-        )
-    )(variables["params"], grads)
+    _, slope = jax.jit(lambda params, along: jax.jvp(functools.partial(loss, models[1]), (params,), (along,)))(
+        variables["params"], grads
+    )
     assert abs(slope - optax.tree.norm(grads) ** 2) < 0.05 * slope
 
 
@@ -335,4 +316,4 @@ def test_bad_precision():
         ValueError,
         match="model.precision is 'half', but must be one of float32, bfloat16",
     ):
-        make_vae((28, 28, 1), precision="half")
+        families.vae.make((28, 28, 1), precision="half")

@@ -1,4 +1,4 @@
-"""`vae_jax.load`: the trained model as it was evaluated, wherever the directory is, without what training needs."""
+"""`vae_jax.load`: the evaluated model, wherever the directory is now, without what training needs."""
 
 import shutil
 import subprocess
@@ -12,11 +12,13 @@ from small_run import run_job, small_job
 
 import vae_jax
 from vae_jax import generate
+from vae_jax.families import classifier
+from vae_jax.pretrained import Pretrained
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run, moved to where it was not trained."""
+    """A finished run, moved from the place of its training."""
     path = tmp_path_factory.mktemp("run")
     job, config = small_job()
     state, _ = run_job(job, config, path / "before")
@@ -29,21 +31,23 @@ def vae(run):
     return vae_jax.load(str(run[0]))
 
 
-def test_the_averaged_variables_are_loaded(run, vae):
-    _, state, _ = run
-    jax.tree.map(np.testing.assert_array_equal, vae.variables, state.average)
-    assert vae.step == 10 and vae.config["model"]["latent_dim"] == 20
+def test_the_moving_average_is_loaded(run, vae):
+    _, state, job = run
+    jax.tree.map(np.testing.assert_array_equal, vae.variables, state.ema)
+    assert vae.step == 10 and vae.config["model"]["latent_dim"] == vae.model.latent_dim == 20
+    assert vae.data == job.metadata["data"] and vae.title == job.title == "VAE on digits"
 
 
 def test_methods_are_the_pure_functions(run, vae):
     image = run[2].dataset.splits["test"].image[:300]  # more than one batch
     mean, logvar = vae.encode(image)
     scaled = image / np.float32(255)
-    expected = vae.model.apply(vae.variables, jnp.asarray(scaled), method="encode")
+    expected = vae.model.encode(vae.variables, jnp.asarray(scaled))
     np.testing.assert_allclose(mean, expected[0], atol=1e-5)
     np.testing.assert_allclose(logvar, expected[1], atol=1e-5)
     np.testing.assert_array_equal(vae.encode(scaled[..., 0])[0], mean)
-    decoded = vae.model.apply(vae.variables, jnp.asarray(mean), method="decode")
+    decoded = jax.nn.sigmoid(vae.model.decode_raw(vae.variables, jnp.asarray(mean)))
+    np.testing.assert_array_equal(decoded, generate.decode(vae.model, vae.variables, jnp.asarray(mean)))
     np.testing.assert_allclose(vae.decode(mean), decoded, atol=1e-6)
     np.testing.assert_allclose(vae.reconstruct(image), decoded, atol=1e-6)
 
@@ -53,8 +57,10 @@ def test_samples(vae):
     assert sample.shape == (5, 28, 28, 1)
     np.testing.assert_array_equal(sample, vae.sample(5, seed=3))
     assert np.abs(sample - vae.sample(5, seed=4)).max() > 0
-    z = generate.prior(jax.random.key(3), 5, 20)
+    z = jax.random.normal(jax.random.key(3), (5, 20))
     np.testing.assert_array_equal(sample, vae.decode(z))
+    with pytest.raises(ValueError, match="count is 0, but must be at least 1"):
+        vae.sample(0)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +89,7 @@ def test_bad_images(vae, image, message):
 
 
 def test_bad_latents(vae):
-    with pytest.raises(
-        ValueError, match=r"z has shape \(3, 19\), but must be \[n, 20\]"
-    ):
+    with pytest.raises(ValueError, match=r"z has shape \(3, 19\), but must be \[n, 20\]"):
         vae.decode(np.zeros((3, 19)))
 
 
@@ -94,10 +98,44 @@ def test_seeds(tmp_path):
     state, _ = run_job(job, config, tmp_path)
     for seed, position in [(None, 0), (5, 0), (6, 1)]:
         variables = vae_jax.load(str(tmp_path), seed=seed).variables
-        expected = jax.tree.map(lambda leaf: leaf[position], state.published)  # noqa: B023
+        expected = jax.tree.map(lambda leaf: leaf[position], state.eval_variables)  # noqa: B023
         jax.tree.map(np.testing.assert_array_equal, variables, expected)
     with pytest.raises(ValueError, match="seed 7 was not trained in .*: give 5 to 6"):
         vae_jax.load(str(tmp_path), seed=7)
+
+
+def test_what_a_family_lacks_is_named(vae):
+    image = np.zeros((2, 28, 28), np.uint8)
+    for use in (vae.predict, vae.probabilities):
+        with pytest.raises(ValueError, match="a model of the family vae has no classes"):
+            use(image)
+    model = classifier.make((28, 28, 1), 10, features=(2,))
+    config = {"model": {"name": "classifier"}}
+    variables = jax.jit(model.init)(jax.random.key(0))
+    digits = Pretrained(model, variables, (28, 28, 1), step=0, config=config, data={})
+    label, probability = digits.predict(image)
+    assert label.shape == probability.shape == (2,)
+    np.testing.assert_array_equal(probability, digits.probabilities(image).max(axis=1))
+    for use, what in [
+        (lambda: digits.encode(image), "encoder"),
+        (lambda: digits.reconstruct(image), "encoder"),
+        (lambda: digits.decode(np.zeros((2, 20))), "decoder"),
+        (lambda: digits.sample(2), "decoder"),
+    ]:
+        with pytest.raises(ValueError, match=f"a model of the family classifier has no {what}") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_a_run_of_the_old_format_is_refused(run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / "old")
+    checkpoint = copy / "checkpoints" / "10"
+    (checkpoint / "metadata").rename(checkpoint / "about")
+    (checkpoint / "sha256.json").unlink()
+    message = "checkpoint 10 in .* was written by an earlier format of vae_jax, which commit af11a1a reads"
+    with pytest.raises(ValueError, match=message) as error:
+        vae_jax.load(str(copy))
+    assert "\n" not in str(error.value)
 
 
 def test_no_run(tmp_path, run):
@@ -118,9 +156,7 @@ vae_jax.load({str(run[0])!r}).sample(2)
 names = ("ml_collections", "tensorflow_datasets", "sklearn", "matplotlib", "absl.flags", "tqdm")
 print(*(name for name in names if name in sys.modules))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() in (
         [],
         ["absl.flags"],

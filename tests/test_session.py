@@ -1,23 +1,27 @@
-"""Configs: every variant builds, names just the fields there are; slips are told with the nearest name."""
+"""Configs: each variant builds, each field is checked, and an error names the field and the nearest name."""
 
 import copy
 import functools
 import inspect
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 from ml_collections import ConfigDict
 
 from configs import classifier, vae
-from vae_jax import data, objectives, optimizers, steps
-from vae_jax.batch import Dataset, Split, make_batch
-from vae_jax.nn import networks
-from vae_jax.run import loop, session
-from vae_jax.run.config import changes, fields, flatten
+from vae_jax import data, families, optimizers, steps
+from vae_jax.batch import make_batch
+from vae_jax.evaluation.baselines import linear_vae_baselines
+from vae_jax.families import FAMILIES, Metric
+from vae_jax.run import config as run_config
+from vae_jax.run import loop, memory, session
+from vae_jax.run.config import RunOptions, bind, changes, defaults, fields, fill_in, flatten, make_config, signatures
 
 
 @pytest.fixture
@@ -25,31 +29,19 @@ def config():
     return vae.get_config("smoke").to_dict()
 
 
-SIGNATURES = {
-    "data": [data.load],
-    "model": networks.MODELS,
-    "objective": objectives.OBJECTIVES,
-    "optimizer": optimizers.OPTIMIZERS,
-    "run": [loop.RunOptions],
-}
 CONFIGS = {"vae": vae, "classifier": classifier}
 VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
-
-
-def fields_and_defaults(name, section):
-    """A section of a config file, and the defaults of the function that it sets."""
-    found = dict(CONFIGS[name].get_config()[section])
-    functions = SIGNATURES[section]
-    if isinstance(functions, dict):
-        functions = [functions[found.pop("name")]]
-    if section == "optimizer":
-        functions.append(optimizers.averaging)
-    defaults = {
-        name: parameter.default
-        for function in functions
-        for name, parameter in fields(function).items()
+SIGNATURES = {
+    name: {
+        "data": [data.load],
+        "model": [family.make],
+        "objective": [family.make_objective],
+        "optimizer": [optimizers.make_adam, optimizers.ema],
+        "run": [RunOptions],
     }
-    return found, defaults
+    for name, family in [("vae", families.vae), ("classifier", families.classifier)]
+}
+SECTIONS = [(name, section) for name, sections in SIGNATURES.items() for section in sections]
 
 
 def test_every_field_is_described():
@@ -60,21 +52,66 @@ def test_every_field_is_described():
     assert described["model.latent_dim"] == "size of z."
 
 
-@pytest.mark.parametrize("section", SIGNATURES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_file_and_the_signature_name_the_same_fields_and_defaults(name, section):
-    fields, defaults = fields_and_defaults(name, section)
-    # A recipe of its own is not the default.
-    if name == "classifier" and section in ("optimizer", "run"):
-        assert set(fields) == set(defaults)
-    else:
-        assert fields == defaults
+def test_top_level_fields_are_described_first_and_sections_in_their_order():
+    sections = ["", "data", "model", "objective", "optimizer", "run"]
+    order = [name.rpartition(".")[0] for name, _ in session.describe()]
+    assert order == sorted(order, key=sections.index) and set(order) == set(sections)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_file_names_the_top_level_fields(name):
-    config = CONFIGS[name].get_config()
+def test_signatures_are_what_a_config_sets(name):
+    assert signatures(FAMILIES[name]) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name,section", SECTIONS)
+def test_defaults_are_those_of_the_signatures(name, section):
+    found = dict(defaults(name)[section])
+    if section in ("model", "optimizer"):
+        assert found.pop("name") == {"model": name, "optimizer": "adam"}[section]
+    expected = {
+        field: parameter.default
+        for function in SIGNATURES[name][section]
+        for field, parameter in fields(function).items()
+    }
+    assert found == expected
+    assert inspect.Parameter.empty not in expected.values()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_has_all_fields_and_its_file_says_only_what_differs(name):
+    config, file = CONFIGS[name].get_config(), CONFIGS[name]
     assert set(config) == set(inspect.signature(session.make_job).parameters)
+    unchanged = flatten(defaults(name))
+    required = set(inspect.signature(session.make_job).parameters) - defaults(name).keys()
+    assert required == {"epochs", "batch_size", "best"} and required <= file.BASE.keys()
+    for values in (file.BASE, *file.VARIANTS.values()):
+        assert values.keys() <= unchanged.keys() | required
+    for field, value in file.BASE.items():
+        assert field in required or unchanged[field] != value
+    assert file.VARIANTS["default"] == {}
+    assert flatten(config.to_dict()) == unchanged | file.BASE
+
+
+def test_a_variant_changes_the_base_and_the_base_changes_the_defaults():
+    base = {"epochs": 3, "batch_size": 8, "best": "kl", "objective.beta": 2.0, "model.latent_dim": 4}
+    variants = {"plain": {}, "other": {"seed": 7, "objective.beta": 3.0}}
+    plain = make_config("vae", base, variants, "plain").to_dict()
+    other = make_config("vae", base, variants, "other").to_dict()
+    assert set(changes(plain, other)) == {"seed is 0 there, 7 here", "objective.beta is 2.0 there, 3.0 here"}
+    assert set(changes(defaults("vae") | {"epochs": 3}, plain)) == {
+        "model.latent_dim is 20 there, 4 here",
+        "objective.beta is 1.0 there, 2.0 here",
+        "batch_size is absent there, 8 here",
+        "best is absent there, kl here",
+    }
+    assert defaults("vae")["objective"]["beta"] == 1.0  # the defaults themselves have not changed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unknown_variant(name):
+    message = f"no variant 'nope' of the {name} config: give one of default, "
+    with pytest.raises(ValueError, match=message):
+        CONFIGS[name].get_config("nope")
 
 
 @pytest.mark.parametrize("name,variant", VARIANTS)
@@ -88,7 +125,7 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
     batch = make_batch(jnp.asarray(image), label, jnp.ones(8), jnp.arange(8))
 
     def initial():
-        root = jax.random.key(job.seed)
+        root = jax.random.key(job.seeds[0])
         return steps.init_state(job.init(root), job.optimizer, root)
 
     step = steps.make_train_step(job.objective, job.optimizer)
@@ -104,12 +141,12 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
 
 
 def test_only_matlab_does_not_shuffle():
-    kept = {name: vae.get_config(name).data.shuffle for name in vae.VARIANTS}
-    assert [name for name, shuffle in kept.items() if not shuffle] == ["matlab"]
+    shuffled = {name: vae.get_config(name).data.shuffle for name in vae.VARIANTS}
+    assert [name for name, shuffle in shuffled.items() if not shuffle] == ["matlab"]
 
 
 def test_the_schedule_spans_the_training(config):
-    """110 steps: 5 epochs of 22; a cosine has come down to zero after them."""
+    """After 110 steps, 5 epochs of 22, the cosine has fallen to zero."""
     config |= {"epochs": 5, "batch_size": 64}
     config["optimizer"] |= {"schedule": "cosine", "learning_rate": 0.1}
     optimizer = session.build(config).optimizer
@@ -122,89 +159,144 @@ def test_the_schedule_spans_the_training(config):
     assert 0 < rates[109] < 1e-4 and rates[110] == 0
 
 
-def test_the_yardsticks_are_those_of_the_training_images(config):
+def test_the_baselines_are_of_the_training_images_the_model_and_the_objective(config, monkeypatch):
+    """The loss of a collapsed model is half the variance of the pixels."""
+    given = []
+
+    def baselines(image, latent_dim, beta):
+        given.append((latent_dim, beta))
+        return linear_vae_baselines(image, latent_dim, beta)
+
+    monkeypatch.setattr(families.vae, "linear_vae_baselines", baselines)
+    config["data"]["validation"] = 100
     config["objective"]["beta"] = 2.0
+    config["model"]["latent_dim"] = 7
     job = session.build(config)
-    variables = jax.jit(job.init)(jax.random.key(0))
-    history = [
-        {"epoch": 1, "train/loss": 2.0, "train/reconstruction": 1.0, "train/kl": 1.0}
-    ]
-    _, numbers = job.report(variables, {}, history)
-    flat = job.dataset.splits["train"].image.reshape(1437, -1) / 255
-    total = flat.var(axis=0).sum()
-    assert numbers["collapsed model"] == pytest.approx(total / 2, rel=1e-4)
+    assert given == []  # they take a moment, and not every training draws
+    numbers = job.baselines()
+    flat = job.dataset.splits["train"].image.reshape(1337, -1) / 255
+    assert numbers["collapsed model"] == pytest.approx(flat.var(axis=0).sum() / 2, rel=1e-4)
     assert numbers["best linear VAE"] < numbers["collapsed model"]
+    assert job.baselines() is numbers and given == [(7, 2.0)]
 
 
-def test_defaults_are_filled_in(config):
+def test_the_seeds_and_what_is_stored_with_a_checkpoint(config):
+    config |= {"seed": 5, "seeds": 3}
+    job = session.build(config)
+    assert job.seeds == range(5, 8)
+    roots = jax.random.key_data(job.root())
+    expected = [jax.random.key_data(jax.random.key(seed)) for seed in (5, 6, 7)]
+    np.testing.assert_array_equal(roots, expected)
+    assert job.metadata["config"] == config and job.metadata["image_shape"] == (28, 28, 1)
+    assert job.metadata["num_classes"] == 10 and job.metadata["data"]["train"] == 1437
+
+
+class FixedNetwork:
+    """Encodes every image as N(1, e) in each of 20 latents, and decodes every z to a grey image."""
+
+    def __init__(self, encoder, decoder):
+        pass
+
+    def init(self, key, image):
+        return {"params": {}}
+
+    def apply(self, variables, array, method):
+        if method == "decode":
+            return jnp.zeros((*array.shape[:-1], 28, 28, 1))
+        return jnp.ones((len(array), 20)), jnp.ones((len(array), 20))
+
+
+@pytest.fixture
+def terms(monkeypatch):
+    """`terms(config)`: the metrics of the VAE's objective on two images, and the beta that they imply."""
+    monkeypatch.setattr(families.vae, "Autoencoder", FixedNetwork)
+
+    def measure(config):
+        job = session.build(config)
+        image, label = (jnp.asarray(array[:2]) for array in job.dataset.splits["test"])
+        batch = make_batch(image, label, jnp.ones(2), jnp.arange(2))
+        found = steps.make_eval_step(job.objective)({"params": {}}, batch, jax.random.key(0))
+        return found, (found["loss"] - found["reconstruction"]) / found["kl"]
+
+    return measure
+
+
+def test_defaults_are_filled_in(config, terms):
     del config["objective"]["beta"]
-    assert session.build(config).objective.keywords["beta"] == 1.0
+    found, beta = terms(config)
+    np.testing.assert_allclose(beta, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found["bound"], found["loss"], rtol=1e-6)
 
 
-def test_a_slip_in_any_section_is_told_before_data_are_read(config, monkeypatch):
+def test_integers_are_floats_too(config, terms):
+    config["objective"]["beta"] = 2
+    found, beta = terms(config)
+    np.testing.assert_allclose(beta, 2.0, rtol=1e-5)
+    np.testing.assert_allclose(found["bound"], found["loss"] - found["kl"], rtol=1e-5)
+    bound = bind("objective", families.vae.make_objective, {"beta": 2})
+    assert type(bound.keywords["beta"]) is float
+
+
+def test_functions_take_what_they_name_of_what_is_known():
+    def function(model, size=1, *, beta=1.0):
+        return model, size, beta
+
+    known = {"model": "m", "beta": 3.0, "image_shape": (1, 1, 1)}
+    assert fill_in(function, **known) == ("m", 1, 3.0)
+    assert fill_in(functools.partial(function, beta=2.0), model="m") == ("m", 1, 2.0)
+
+
+def test_an_error_in_any_section_is_raised_before_data_are_read(config, monkeypatch):
     monkeypatch.setattr(
         session,
         "load",
         functools.wraps(data.load)(lambda **_: pytest.fail("data were read")),
     )
-    config["optimizer"]["learning_rat"] = 1.0
-    with pytest.raises(
-        ValueError,
-        match="unknown config field optimizer.learning_rat: did you mean learning_rate",
-    ):
-        session.build(config)
+    refuse(config, "best", "los", "unknown metric best 'los'")
+    config["best"] = "bound"
+    message = "unknown config field optimizer.learning_rat: did you mean learning_rate"
+    refuse(config, "optimizer.learning_rat", 1.0, message)
+    del config["optimizer"]["learning_rat"]
+    refuse(config, "run.keep", 0, "run.keep is 0")
 
 
 @pytest.mark.parametrize(
     "field,value,message",
     [
         ("epoch", 3, "unknown config field epoch: did you mean epochs"),
-        (
-            "model.latent_dims",
-            3,
-            "unknown config field model.latent_dims: did you mean latent_dim",
-        ),
-        (
-            "optimizer.zzz",
-            3,
-            "unknown config field optimizer.zzz: there are learning_rate, ",
-        ),
+        ("model.latent_dims", 3, "unknown config field model.latent_dims: did you mean latent_dim"),
+        ("optimizer.zzz", 3, "unknown config field optimizer.zzz: there are learning_rate, "),
         ("model.name", "vea", "unknown model.name 'vea': did you mean vae"),
-        ("objective.name", 7, "unknown objective.name 7: there are elbo"),
-        (
-            "model.latent_dim",
-            "twenty",
-            "config field model.latent_dim is 'twenty', but must be of type int",
-        ),
+        ("model.name", 7, "unknown model.name 7: there are vae, classifier"),
+        ("optimizer.name", "adm", "unknown optimizer.name 'adm': did you mean adam"),
+        ("model.likelihood", "gauss", "model.likelihood is 'gauss', but must be one of unit_gaussian"),
+        ("model.prior", "normal", "model.prior is 'normal', but must be one of standard_normal"),
+        ("model.latent_dim", "twenty", "config field model.latent_dim is 'twenty', but must be of type int"),
         ("model.latent_dim", True, "model.latent_dim is True, but must be of type int"),
-        (
-            "model.encoder_features",
-            (32, 4.5),
-            r"is \(32, 4.5\), but must be of type tuple\[int, ...\]",
-        ),
+        ("model.encoder_features", (32, 4.5), r"is \(32, 4.5\), but must be of type tuple\[int, ...\]"),
         ("objective.beta", "1", "objective.beta is '1', but must be of type float"),
+        ("objective.beta", 1e39, r"objective.beta is 1e\+39, but must be at most 3.4\d+e\+38 in size"),
+        ("model.latent_dim", 2**33, "model.latent_dim is 8589934592, but must be at most 4294967296 in size"),
         ("data.shuffle", 1, "data.shuffle is 1, but must be of type bool"),
         ("data", 3, "config field data is 3, but must be of type Mapping"),
         ("epochs", 0, "epochs is 0, but must be at least 1"),
         ("batch_size", 0, "batch_size is 0, but must be at least 1"),
-        (
-            "batch_size",
-            1438,
-            "batch_size is 1438, but there are 1437 training images: give at most 1437",
-        ),
+        ("batch_size", 1438, "batch_size is 1438, but there are 1437 training images: give at most 1437"),
         ("seed", -1, "seed is -1, but must lie in"),
         ("seed", 2**32, "seed is 4294967296, but must lie in"),
         ("seeds", 0, "seeds is 0, but must be at least 1"),
-        ("optimizer.average", 1.0, "optimizer.average is 1.0, but must lie in"),
+        ("optimizer.ema_decay", 1.0, "optimizer.ema_decay is 1.0, but must lie in"),
         ("run.keep", 0, "run.keep is 0, but must be at least 1"),
+        ("run.save_every", 0, "run.save_every is 0, but must be at least 1"),
+        ("run.figures_every", 0, "run.figures_every is 0, but must be at least 1"),
+        ("run.steps_per_call", 0, "run.steps_per_call is 0, but must be at least 1"),
         ("objective.beta", -1.0, "objective.beta is -1.0, but must be at least 0"),
-        ("run.chunk", 0, "run.chunk is 0, but must be at least 1"),
+        ("objective.beta", math.nan, "objective.beta is nan, but must be at least 0"),
         ("model.latent_dim", 0, "model.latent_dim is 0, but must be at least 1"),
-        (
-            "objective",
-            {"name": "cross_entropy"},
-            "objective.name cross_entropy does not fit model.name vae: give elbo",
-        ),
+        ("best", "los", "unknown metric best 'los': did you mean loss"),
+        ("best", "accuracy", "unknown metric best 'accuracy': there are loss, reconstruction, kl, bound"),
+        ("objective", {"shift": 2}, "unknown config field objective.shift: there are beta"),
+        ("objective.name", "elbo", "unknown config field objective.name: there are beta"),
     ],
 )
 def test_bad_fields(config, field, value, message):
@@ -219,12 +311,57 @@ def refuse(config, field, value, message):
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_metric_for_the_best_checkpoint(config):
-    config["best"] = "los"
-    with pytest.raises(
-        ValueError, match="unknown metric best 'los': did you mean loss"
-    ):
-        session.build(config)
+OLD_FIELDS = {"run.chunk": 2, "run.best": "loss", "optimizer.average": 0.9, "objective.name": "elbo"}
+
+
+@pytest.mark.parametrize("field", OLD_FIELDS)
+def test_fields_of_the_old_format_are_unknown(config, field):
+    refuse(config, field, OLD_FIELDS[field], f"unknown config field {field}: ")
+
+
+DIRECTIONS = [
+    ("vae", "loss", "lower"),
+    ("vae", "reconstruction", "lower"),
+    ("vae", "kl", "lower"),
+    ("vae", "bound", "lower"),
+    ("classifier", "loss", "lower"),
+    ("classifier", "accuracy", "higher"),
+]
+
+
+@pytest.mark.parametrize("name,metric,better", DIRECTIONS)
+def test_the_family_says_which_direction_of_best_is_better(name, metric, better, monkeypatch):
+    """Reversing the direction in METRICS reverses it in the job: no other place knows it."""
+    config = CONFIGS[name].get_config("smoke").to_dict() | {"best": metric}
+    assert session.build(config).best is None  # there are no validation images
+    config["data"]["validation"] = 100
+    assert session.build(config).best == (f"validation/{metric}", better)
+    other = {"lower": "higher", "higher": "lower"}[better]
+    turned = FAMILIES[name].METRICS[metric]._replace(better=other)
+    monkeypatch.setitem(FAMILIES[name].METRICS, metric, turned)
+    assert session.build(config).best == (f"validation/{metric}", other)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_metric_of_the_objective_has_a_meaning_and_a_unit(name):
+    job = session.build(CONFIGS[name].get_config("smoke").to_dict())
+    image, label = (jnp.asarray(array[:2]) for array in job.dataset.splits["train"])
+
+    def measure(root):
+        batch = make_batch(image, label, jnp.ones(2), jnp.arange(2))
+        return steps.make_eval_step(job.objective)(job.init(root), batch, root)
+
+    metrics = jax.eval_shape(measure, jax.random.key(0))
+    known = FAMILIES[name].METRICS
+    assert "loss" in metrics and metrics.keys() <= known.keys()
+    assert {metric for family, metric, _ in DIRECTIONS if family == name} == set(metrics)
+    for metric in known.values():
+        assert metric.meaning and metric.unit and metric.better in ("lower", "higher", "")
+
+
+def test_a_metric_without_a_direction_cannot_mark_the_best(monkeypatch, config):
+    monkeypatch.setitem(families.vae.METRICS, "scale", Metric("scale of the noise", "pixels"))
+    refuse(config, "best", "scale", "unknown metric best 'scale': there are loss, reconstruction, kl, bound$")
 
 
 def changed(config, field, value):
@@ -236,38 +373,35 @@ def changed(config, field, value):
 
 @pytest.mark.parametrize(
     "field,value",
-    [("run.chunk", 3), ("run.profile", True), ("data.manual_dir", "x"), ("epochs", 2)],
+    [("run.steps_per_call", 3), ("run.profile", True), ("data.manual_dir", "x"), ("epochs", 2)],
 )
-def test_what_a_run_may_change_as_it_continues(config, field, value):
+def test_what_a_run_may_change_when_it_continues(config, field, value):
     stored = json.loads(json.dumps(config))
     assert changes(stored, changed(config, field, value)) == []
 
 
 @pytest.mark.parametrize(
-    "field,value,told",
+    "field,value,message",
     [
         ("seed", 2, "seed is 0 there, 2 here"),
         ("epochs", 0, "epochs is 1 there, 0 here"),
+        ("best", "kl", "best is bound there, kl here"),
         ("model.latent_dim", 3, "model.latent_dim is 20 there, 3 here"),
-        (
-            "model.encoder_features",
-            (32,),
-            "model.encoder_features is [32, 64] there, [32] here",
-        ),
+        ("model.encoder_features", (32,), "model.encoder_features is [32, 64] there, [32] here"),
         ("data.name", "mnist", "data.name is digits there, mnist here"),
         ("objective.beat", 1, "objective.beat is absent there, 1 here"),
     ],
 )
-def test_what_a_run_may_not_change(config, field, value, told):
+def test_what_a_run_may_not_change(config, field, value, message):
     stored = json.loads(json.dumps(config))
-    assert changes(stored, changed(config, field, value)) == [told]
+    assert changes(stored, changed(config, field, value)) == [message]
 
 
 def test_epochs_may_not_be_raised_where_the_rate_depends_on_them(config):
     for field, value in [("optimizer.schedule", "cosine"), ("optimizer.warmup", 0.1)]:
         other = changed(config, field, value)
-        told = changes(other, changed(other, "epochs", 9))
-        assert told == ["epochs is 1 there, 9 here"]
+        found = changes(other, changed(other, "epochs", 9))
+        assert found == ["epochs is 1 there, 9 here"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +416,9 @@ def test_epochs_may_not_be_raised_where_the_rate_depends_on_them(config):
         ("objective.rotation", math.nan, "rotation is nan"),
         ("model.features", (8, 0), "model.features is"),
         ("optimizer.weight_decay", -1.0, "weight_decay is -1.0"),
-        ("objective", {"name": "elbo"}, "elbo does not fit model.name classifier"),
+        ("best", "bound", "unknown metric best 'bound': there are loss, accuracy"),
+        ("objective", {"beta": 1.0}, "unknown config field objective.beta: there are label_smoothing, shift, rotation"),
+        ("model.latent_dim", 2, "unknown config field model.latent_dim: there are features, precision"),
     ],
 )
 def test_bad_fields_of_a_classifier(field, value, message):
@@ -292,12 +428,9 @@ def test_bad_fields_of_a_classifier(field, value, message):
 @pytest.mark.parametrize(
     "label,message",
     [
-        (None, "needs labels of at least 2 classes, but the data have 0"),
+        (None, "32 of 32 train images have no label, but the classifier needs all labels"),
         (np.zeros(40, int), "needs labels of at least 2 classes, but the data have 1"),
-        (
-            np.arange(40) % 3 - 1,
-            "train images have no label, but the classifier needs all",
-        ),
+        (np.arange(40) % 3 - 1, r"\d+ of 32 train images have no label, but the classifier needs all labels"),
     ],
 )
 def test_a_classifier_refuses_images_without_labels(tmp_path, label, message):
@@ -308,25 +441,38 @@ def test_a_classifier_refuses_images_without_labels(tmp_path, label, message):
     refuse(config, "data.name", str(tmp_path / "own.npz"), message)
 
 
-def test_what_a_classifier_shows():
-    """On predictions with two mistakes, the second of which is the surer one."""
+def test_a_class_without_training_images_is_refused(tmp_path):
+    image = np.zeros((40, 8, 8), np.uint8)
+    np.savez(tmp_path / "own.npz", image=image, label=np.arange(40) % 2 * 2)
+    config = classifier.get_config("smoke").to_dict()
+    config["batch_size"] = 8
+    refuse(config, "data.name", str(tmp_path / "own.npz"), "no training image labelled 1, though labels go up to 2")
+
+
+def test_figures_and_numbers_of_a_classifier():
+    """For predictions with two mistakes, the second more confident than the first."""
     job = session.build(classifier.get_config("smoke").to_dict())
-    label = job.dataset.splits["test"].label
+    test = job.dataset.splits["test"]
+    label = test.label
     prediction, confidence = label.copy(), np.full(len(label), 1.0, np.float32)
     prediction[[3, 8]] = (label[[3, 8]] + 1) % 10
     confidence[[3, 8]] = 0.6, 0.9
-    arrays = {"test": {"prediction": prediction, "confidence": confidence}}
+    arrays = {"prediction": prediction, "confidence": confidence}
     history = [{"epoch": 1, "train/loss": 0.5, "train/accuracy": 0.9}]
-    draw, numbers = job.report({}, arrays, history)
-    drawn = draw()
-    assert set(drawn) == {"training", "confusion", "mistakes"}
+    draw = job.figures({}, arrays, history, job.baselines())
+    assert set(draw) == {"training", "confusion", "mistakes"}
+    drawn = {name: make() for name, make in draw.items()}
     titles = [ax.get_title() for ax in drawn["mistakes"].axes if ax.images]
     assert [title.splitlines()[1] for title in titles] == ["90.0 %", "60.0 %"]
-    error = numbers["expected calibration error"]
-    assert error == pytest.approx((0.6 + 0.9) / 360, rel=1e-5)
-    share = np.mean(prediction[label == label[3]] == label[3])
-    assert numbers[f"accuracy of class {label[3]}"] == pytest.approx(share)
-    assert len(numbers) == 11
+    assert "2 errors in 360 images" in drawn["confusion"].get_suptitle()
+    counts = {text.get_position()[::-1]: int(text.get_text()) for text in drawn["confusion"].axes[0].texts}
+    for i in (3, 8):
+        of_class = prediction[label == label[i]]
+        assert counts[label[i], label[i]] == np.sum(of_class == label[i]) < len(of_class)
+        assert counts[label[i], prediction[i]] == np.sum(of_class == prediction[i]) > 0
+    numbers = job.probes.reduce(arrays, test)
+    assert numbers["calibration_error"] == pytest.approx((0.6 + 0.9) / 360, rel=1e-5)
+    assert job.baselines() == {}
 
 
 def test_a_missing_field(config):
@@ -335,32 +481,55 @@ def test_a_missing_field(config):
         session.build(config)
 
 
-def test_whole_numbers_are_floats_too(config):
-    config["objective"]["beta"] = 2
-    assert session.build(config).objective.keywords["beta"] == 2
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_unknown_variant(name):
-    with pytest.raises(ValueError, match="has no variant 'nope': there are default, "):
-        CONFIGS[name].get_config("nope")
-
-
-def test_config_survives_as_plain_data(config):
+def test_building_leaves_the_config_as_it_was(config):
     before = copy.deepcopy(config)
     session.build(ConfigDict(config).to_dict())
     assert config == before
 
 
-def test_images_larger_than_the_device_are_refused_with_their_size():
-    class Device:
-        device_kind = "small GPU"
+class Device:
+    device_kind = "small GPU"
 
-        def memory_stats(self):
-            return {"bytes_limit": 2**20}
+    def __init__(self, limit):
+        self.limit = limit
 
-    split = Split(np.zeros((2000, 32, 32, 1), np.uint8), np.zeros(2000, np.int32))
-    dataset = Dataset({"train": split}, 1, True)
-    with pytest.raises(ValueError, match="small GPU has 0.0 GiB"):
-        session.check_fits(dataset, Device())
-    session.check_fits(dataset, jax.local_devices()[0])
+    def memory_stats(self):
+        return {"bytes_limit": self.limit} if self.limit else None
+
+
+def test_a_training_larger_than_the_device_is_refused_with_its_size(config):
+    """Counted: the images, and for each seed four copies of the weights and of a batch of decoded images."""
+    job = session.build(config | {"seeds": 3})
+    weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(job.init, jax.random.key(0))))
+    for decodes in (1, 50):
+        larger = job._replace(decodes_per_example=decodes)
+        decoded = 512 * decodes * 28 * 28
+        needed = 1797 * 28 * 28 + 3 * 4 * (4 * weights + decoded)
+        session.check_fits(larger, Device(needed))
+        message = rf"3 models of {weights:,} weights and the data .* need \d\.\d GiB of memory, but small GPU has"
+        with pytest.raises(ValueError, match=message) as error:
+            session.check_fits(larger, Device(needed - 1))
+        assert "\n" not in str(error.value)
+
+
+def test_a_job_is_built_only_if_it_fits_on_the_first_device(config, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**20), Device(2**40)])
+    with pytest.raises(ValueError, match="small GPU has 0.1 GiB free: take fewer or smaller images, a smaller model"):
+        session.build(config)
+
+
+@pytest.mark.parametrize("device", [None, Device(None)])
+def test_without_a_limit_of_the_device_the_free_memory_counts(monkeypatch, device):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=3 * 2**30))
+    memory.check_memory("ten images", 3 * 2**30, "take fewer", device)
+    message = r"^ten images need 3\.1 GiB of memory, but this machine has 3\.0 GiB free: take fewer$"
+    with pytest.raises(ValueError, match=message):
+        memory.check_memory("ten images", 3 * 2**30 + 1, "take fewer", device)
+    memory.check_memory("ten images", 2**40, "take fewer", Device(2**40))  # its own limit comes first
+
+
+def test_options_of_a_run_are_those_of_its_section(config):
+    config["run"] |= {"steps_per_call": 3, "keep": 5}
+    assert isinstance(session.build(config), loop.Job)
+    assert session.build(config).run == RunOptions(steps_per_call=3, keep=5)
+    assert run_config.RunOptions() == RunOptions(**defaults("vae")["run"])

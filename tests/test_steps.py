@@ -1,6 +1,5 @@
 """The train step: keys, weights, devices, tracing; the optimizer's schedules."""
 
-import functools
 import operator
 
 import jax
@@ -11,34 +10,26 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from vae_jax import families, steps
 from vae_jax.batch import Batch, example_keys
-from vae_jax.nn.networks import make_classifier, make_vae
-from vae_jax.objectives import cross_entropy, elbo
 from vae_jax.optimizers import make_adam
-from vae_jax.steps import init_state, jit_train_step, make_train_step
+from vae_jax.steps import Total, init_state, jit_train_step, make_train_step, total
 
 SHAPE = (8, 8, 1)
 
 
 @pytest.fixture(scope="module")
-def network():
-    return make_vae(
-        SHAPE, latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4)
-    )
+def model():
+    return families.vae.make(SHAPE, latent_dim=3, encoder_features=(4, 4), decoder_features=(4, 4))
 
 
 @pytest.fixture(scope="module")
-def objective(network):
-    return functools.partial(
-        elbo,
-        encode=functools.partial(network.apply, method="encode"),
-        decode=functools.partial(network.apply, method="decode"),
-    )
+def objective(model):
+    return families.vae.make_objective(model)
 
 
-def make_state(network, optimizer, seed=0):
-    variables = jax.jit(network.init)(jax.random.key(1), jnp.zeros((1, *SHAPE)))
-    return init_state(variables, optimizer, jax.random.key(seed))
+def make_state(model, optimizer, seed=0):
+    return init_state(jax.jit(model.init)(jax.random.key(1)), optimizer, jax.random.key(seed))
 
 
 def make_batch(n=16, seed=0):
@@ -50,37 +41,32 @@ def assert_trees_close(a, b, atol):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=0), a, b)
 
 
-def test_same_key_same_output_next_step_other_noise(network, objective):
-    step = jax.jit(
-        make_train_step(objective, optax.sgd(0.0))
-    )  # a rate of 0: only the noise can differ
-    state = make_state(network, optax.sgd(0.0))
+def test_same_key_same_output_next_step_other_noise(model, objective):
+    step = jax.jit(make_train_step(objective, optax.sgd(0.0)))  # a rate of 0: only the noise can differ
+    state = make_state(model, optax.sgd(0.0))
     batch = make_batch()
     after, metrics = step(state, batch)
     _, again = step(state, batch)
     _, later = step(after, batch)
     assert metrics == again
-    assert (
-        metrics["kl"].mean == later["kl"].mean
-        and metrics["reconstruction"].mean != later["reconstruction"].mean
-    )
-    _, other_seed = step(make_state(network, optax.sgd(0.0), seed=1), batch)
+    assert metrics["kl"].mean == later["kl"].mean and metrics["reconstruction"].mean != later["reconstruction"].mean
+    _, other_seed = step(make_state(model, optax.sgd(0.0), seed=1), batch)
     assert metrics["reconstruction"].mean != other_seed["reconstruction"].mean
 
 
-def test_one_step_never_retraces(network, objective):
+def test_one_step_never_retraces(model, objective):
     optimizer = make_adam(100, schedule="cosine", warmup=0.1)
     step = jit_train_step(objective, optimizer)
-    state = make_state(network, optimizer)
+    state = make_state(model, optimizer)
     for seed in range(3):
         state, _ = step(state, make_batch(seed=seed))
     assert step._cache_size() == 1
     assert state.step == 3
 
 
-def test_gradient_descent_is_on_the_weighted_mean_of_the_loss(network, objective):
+def test_gradient_descent_is_on_the_weighted_mean_of_the_loss(model, objective):
     """A step of SGD with rate 1 moves the parameters by minus that gradient, computed here anew."""
-    state = make_state(network, optax.sgd(1.0))
+    state = make_state(model, optax.sgd(1.0))
     batch = make_batch()._replace(weight=jnp.arange(16.0))
     keys = example_keys(state.key, 0, batch.index)
 
@@ -88,15 +74,13 @@ def test_gradient_descent_is_on_the_weighted_mean_of_the_loss(network, objective
         metrics, _ = objective({"params": params}, batch, keys, True, 0)
         return jnp.average(metrics["loss"], weights=batch.weight), metrics
 
-    (loss, each), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    (loss, each), grads = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(state.params)
     step = jax.jit(make_train_step(objective, optax.sgd(1.0)))
     after, metrics = step(state, batch)
     moved = jax.tree.map(lambda a, b: a - b, state.params, after.params)
     assert_trees_close(moved, grads, atol=1e-5)
     np.testing.assert_allclose(metrics["loss"].mean, loss, rtol=1e-6)
-    np.testing.assert_allclose(
-        metrics["grad_norm"].mean, optax.tree.norm(grads), rtol=1e-5
-    )
+    np.testing.assert_allclose(metrics["grad_norm"].mean, optax.tree.norm(grads), rtol=1e-5)
     expected = np.average(each["kl"], weights=batch.weight)
     np.testing.assert_allclose(metrics["kl"].mean, expected, rtol=1e-6)
 
@@ -107,62 +91,50 @@ def ten_steps(step, state, batches):
     return state.params
 
 
-def on_devices(objective, axis_name):
-    mapped = jax.pmap(
-        make_train_step(objective, optax.sgd(0.01), axis_name=axis_name),
-        axis_name="devices",
-        in_axes=(None, 0),
-        out_axes=None,
-    )
-    return lambda state, batch: mapped(
-        state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
-    )
+def by_vmap(step):
+    mapped = jax.jit(jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="devices"))
+    return lambda state, batch: mapped(state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
 
 
-def test_eight_devices_equal_one(network, objective):
+def by_pmap(step):
+    mapped = jax.pmap(step, axis_name="devices", in_axes=(None, 0), out_axes=None)
+    return lambda state, batch: mapped(state, jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch))
+
+
+def by_shard_map(step):
+    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P("devices")), "out_specs": (P(), P())}
+    return jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
+
+
+SHARDS = {None: jax.jit, "vmap": by_vmap, "pmap": by_pmap, "shard_map": by_shard_map}
+
+
+def test_eight_devices_equal_one(model, objective):
     assert jax.local_device_count() == 8
-    batches = [
-        make_batch(seed=seed)._replace(weight=jnp.arange(16.0)) for seed in range(10)
-    ]
-    state = make_state(network, optax.sgd(0.01))
-    one = ten_steps(
-        jax.jit(make_train_step(objective, optax.sgd(0.01))), state, batches
-    )
+    batches = [make_batch(seed=seed)._replace(weight=jnp.arange(16.0)) for seed in range(10)]
+    state = make_state(model, optax.sgd(0.01))
+    one = ten_steps(jax.jit(make_train_step(objective, optax.sgd(0.01))), state, batches)
     assert_trees_close(
-        one, ten_steps(on_devices(objective, "devices"), state, batches), atol=1e-6
+        one, ten_steps(by_pmap(make_train_step(objective, optax.sgd(0.01), "devices")), state, batches), atol=1e-6
     )
-    with pytest.raises(
-        AssertionError
-    ):  # without the reduction, each device takes steps of its own
+    with pytest.raises(AssertionError):  # without the reduction, each device takes steps of its own
         assert_trees_close(
-            one, ten_steps(on_devices(objective, None), state, batches), atol=1e-6
+            one, ten_steps(by_pmap(make_train_step(objective, optax.sgd(0.01))), state, batches), atol=1e-6
         )
 
 
-def test_vmap_with_an_axis_name_equals_one_device(network, objective):
-    state, batch = make_state(network, optax.sgd(0.01)), make_batch()
-    step = make_train_step(objective, optax.sgd(0.01), axis_name="shards")
-    shards = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), batch)
-    mapped = jax.vmap(step, in_axes=(None, 0), out_axes=None, axis_name="shards")
-    alone, _ = jax.jit(make_train_step(objective, optax.sgd(0.01)))(state, batch)
-    assert_trees_close(
-        jax.jit(mapped)(state, shards)[0].params, alone.params, atol=1e-6
-    )
-
-
-def test_shard_map_equals_one_device(network, objective):
-    state, batch = make_state(network, optax.sgd(0.01)), make_batch()
-    mesh = jax.make_mesh((8,), ("devices",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("shards", ["vmap", "shard_map"])
+def test_shards_with_an_axis_name_equal_one_device(model, objective, shards):
+    state, batch = make_state(model, optax.sgd(0.01)), make_batch()
     step = make_train_step(objective, optax.sgd(0.01), axis_name="devices")
-    specs = {"in_specs": (P(), P("devices")), "out_specs": (P(), P())}
-    mapped = jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
     alone, _ = jax.jit(make_train_step(objective, optax.sgd(0.01)))(state, batch)
-    assert_trees_close(mapped(state, batch)[0].params, alone.params, atol=1e-6)
+    assert_trees_close(SHARDS[shards](step)(state, batch)[0].params, alone.params, atol=1e-6)
 
 
-def test_seeds_in_one_program_equal_each_alone(network, objective):
+def test_seeds_in_one_program_equal_each_alone(model, objective):
     optimizer = optax.sgd(0.01)
-    states = [make_state(network, optimizer, seed) for seed in range(3)]
+    states = [make_state(model, optimizer, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     step = make_train_step(objective, optimizer)
     together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, make_batch())
@@ -176,13 +148,10 @@ def test_seeds_in_one_program_equal_each_alone(network, objective):
 @pytest.fixture(scope="module")
 def classifier():
     """Its objective, and the state before the first step of an optimizer."""
-    network = make_classifier(SHAPE, 3, features=(4, 4, 4))
-    apply = functools.partial(network.apply, mutable=["batch_stats"])
-    variables = jax.jit(network.init)(jax.random.key(1), jnp.zeros((1, *SHAPE)))
-    objective = functools.partial(cross_entropy, apply=apply, shift=1, rotation=10.0)
-    return objective, lambda optimizer: init_state(
-        variables, optimizer, jax.random.key(0)
-    )
+    model = families.classifier.make(SHAPE, 3, features=(4, 4, 4))
+    variables = jax.jit(model.init)(jax.random.key(1))
+    objective = families.classifier.make_objective(model, SHAPE, shift=1, rotation=10.0)
+    return objective, lambda optimizer: init_state(variables, optimizer, jax.random.key(0))
 
 
 def labelled_batch(seed):
@@ -205,9 +174,9 @@ def test_batch_statistics_on_eight_devices_equal_one(classifier):
     start = initial(optimizer).model_state
     assert (one[0]["batch_stats"]["norm1"]["mean"] != 0).all()
     assert jax.tree.structure(one[0]) == jax.tree.structure(start)
-    assert_trees_close(one, statistics(on_devices(objective, "devices")), atol=2e-6)
+    assert_trees_close(one, statistics(by_pmap(make_train_step(objective, optax.sgd(0.01), "devices"))), atol=2e-6)
     with pytest.raises(AssertionError):
-        assert_trees_close(one, statistics(on_devices(objective, None)), atol=2e-6)
+        assert_trees_close(one, statistics(by_pmap(make_train_step(objective, optax.sgd(0.01)))), atol=2e-6)
 
 
 def test_a_classifier_repeats_its_steps_exactly(classifier):
@@ -231,10 +200,84 @@ def test_classifier_seeds_in_one_program_equal_each_alone(classifier):
     together, _ = jax.jit(jax.vmap(step, in_axes=(0, None)))(stacked, labelled_batch(0))
     for i, state in enumerate(states):
         alone, _ = jax.jit(step)(state, labelled_batch(0))
-        one = jax.tree.map(
-            operator.itemgetter(i), (together.params, together.model_state)
-        )
+        one = jax.tree.map(operator.itemgetter(i), (together.params, together.model_state))
         assert_trees_close(one, (alone.params, alone.model_state), atol=1e-5)
+
+
+def test_total_counts_each_example_with_both_weights():
+    value, weight, own = (
+        jnp.array([1.0, 2.0, 4.0, 8.0]),
+        jnp.array([1.0, 1.0, 0.5, 0.0]),
+        jnp.array([0.0, 3.0, 2.0, 5.0]),
+    )
+    assert total(value, weight) == Total(5.0, 2.5) and total(value, weight).mean == 2.0
+    assert total((value, own), weight) == Total(6.0 + 4.0, 3.0 + 1.0)
+    assert total((value, own), weight).mean == 2.5
+    assert total((value, jnp.zeros(4)), weight) == Total(0.0, 0.0)
+
+
+def total_without_own_weight(value, weight):
+    value = value[0] if isinstance(value, tuple) else value
+    return Total(jnp.sum(weight * value), jnp.sum(weight))
+
+
+def total_without_batch_weight(value, weight):
+    value, own = value if isinstance(value, tuple) else (value, jnp.ones_like(weight))
+    return Total(jnp.sum(own * value), jnp.sum(own))
+
+
+def total_of_means(value, weight):
+    """The mean of each shard, which is then averaged over shards whatever they weigh."""
+    mean = total(value, weight).mean
+    return Total(jnp.where(jnp.isnan(mean), 0.0, mean), jnp.ones(()))
+
+
+def weighted_objective(variables, batch, keys, train, step, axis_name=None):
+    """A squared distance, over all images, over the labelled ones, over these weighted by their label, and over none."""
+    distance = 0.5 * jnp.sum((batch.image - variables["params"]) ** 2, axis=(1, 2, 3))
+    labelled = (batch.label >= 0).astype(jnp.float32)
+    return {
+        "loss": distance,
+        "labelled": (distance, labelled),
+        "by label": (distance**2, labelled * (1 + batch.label)),
+        "none": (distance, jnp.zeros_like(distance)),
+    }, {}
+
+
+def check_weighted_metrics(step):
+    """The totals of a step over uneven weights are NumPy's in float64, and only the loss enters its gradient."""
+    state = init_state({"params": jnp.full((1, *SHAPE), 0.3)}, optax.sgd(0.01), jax.random.key(0))
+    label = jnp.array([-1, -1, 2, -1, 0, 1, -1, 4, -1, -1, 5, -1, 1, 3, -1, 0], jnp.int32)  # two shards have none
+    batch = make_batch()._replace(label=label, weight=jnp.arange(16.0) % 5)
+    after, metrics = step(state, batch)
+    image, weight, label = np.float64(batch.image), np.float64(batch.weight), np.asarray(batch.label)
+    distance = 0.5 * np.sum((image - np.float32(0.3)) ** 2, axis=(1, 2, 3))
+    expected = {
+        "loss": (distance, weight),
+        "labelled": (distance, weight * (label >= 0)),
+        "by label": (distance**2, weight * np.maximum(1 + label, 0)),
+    }
+    for name, (value, weights) in expected.items():
+        np.testing.assert_allclose(metrics[name].weight, weights.sum(), rtol=1e-6)
+        np.testing.assert_allclose(metrics[name].total, np.sum(weights * value), rtol=1e-5)
+        np.testing.assert_allclose(metrics[name].mean, np.average(value, weights=weights), rtol=1e-5)
+    assert metrics["none"] == Total(0.0, 0.0)
+    gradient = np.average(0.3 - image, axis=0, weights=weight)  # the other metrics do not enter it
+    np.testing.assert_allclose(after.params[0], 0.3 - 0.01 * gradient, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_a_metric_with_its_own_weight_is_divided_after_the_sum_over_shards(shards):
+    step = make_train_step(weighted_objective, optax.sgd(0.01), "devices" if shards else None)
+    check_weighted_metrics(SHARDS[shards](step))
+
+
+@pytest.mark.parametrize("broken", [total_without_own_weight, total_without_batch_weight, total_of_means])
+def test_ignoring_a_weight_is_noticed(monkeypatch, broken):
+    monkeypatch.setattr(steps, "total", broken)
+    step = make_train_step(weighted_objective, optax.sgd(0.01), "devices")
+    with pytest.raises(AssertionError):
+        check_weighted_metrics(by_vmap(step))
 
 
 def learning_rates(optimizer, steps):
@@ -250,23 +293,17 @@ def learning_rates(optimizer, steps):
 def test_schedules():
     np.testing.assert_allclose(learning_rates(make_adam(10), 10), 0.001, rtol=1e-4)
     cosine = learning_rates(make_adam(10, schedule="cosine", learning_rate=0.1), 10)
-    np.testing.assert_allclose(
-        cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3
-    )
+    np.testing.assert_allclose(cosine, 0.05 * (1 + np.cos(np.pi * np.arange(10) / 10)), rtol=1e-3)
     both = learning_rates(make_adam(10, schedule="cosine", warmup=0.5), 10)
     falling = 0.0005 * (1 + np.cos(np.pi * np.arange(5) / 5))
     expected = [*(0.001 * np.arange(5) / 5), *falling]
     np.testing.assert_allclose(both, expected, rtol=1e-3, atol=1e-9)
     warm = learning_rates(make_adam(10, warmup=0.5), 10)
-    np.testing.assert_allclose(
-        warm, 0.001 * np.minimum(np.arange(10) / 5, 1), rtol=1e-3, atol=1e-9
-    )
+    np.testing.assert_allclose(warm, 0.001 * np.minimum(np.arange(10) / 5, 1), rtol=1e-3, atol=1e-9)
 
 
 def test_onecycle_rises_from_a_25th_and_falls_to_nothing():
-    rates = learning_rates(
-        make_adam(100, schedule="onecycle", learning_rate=0.1, warmup=0.3), 101
-    )
+    rates = learning_rates(make_adam(100, schedule="onecycle", learning_rate=0.1, warmup=0.3), 101)
 
     def half_cosine(start, end, steps):
         share = (1 - np.cos(np.pi * np.arange(steps) / steps)) / 2
@@ -299,9 +336,7 @@ def test_weight_decay_is_decoupled(weight_decay):
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         expected = jax.tree.map(lambda p: p - 0.1 * (1 + weight_decay * p), expected)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params, expected)
 
 
 @pytest.mark.parametrize(

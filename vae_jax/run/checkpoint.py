@@ -1,8 +1,8 @@
 """Checkpoints of a run, written by Orbax, which no other file imports.
 
-A checkpoint holds three items: `state`, everything that training needs to continue; `variables`, the evaluated ones, which
-suffice for inference; `metadata`, the config, the data, and the cost that ranks the checkpoint. Orbax does not detect a
-flipped bit, so each checkpoint also lists the SHA-256 of its files.
+A checkpoint holds `state`, which training needs to continue; `variables`, which suffice for inference; and `metadata`: the
+config, the data, and the cost that ranks the checkpoint. Orbax does not detect a flipped bit, so each checkpoint also
+lists the SHA-256 of its files.
 """
 
 import hashlib
@@ -58,7 +58,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Orbax's PreservationPolicy. Its own BestN would rank by files that nothing has verified."""
+        """Orbax's PreservationPolicy. Orbax's own BestN would rank by files that nothing has verified."""
         oldest = len(checkpoints) - self._keep
         return [i >= oldest or info.step == self.best for i, info in enumerate(checkpoints)]
 
@@ -105,7 +105,7 @@ class Checkpoints:
         return None
 
     def _rename(self, damaged):
-        """Make way: training reaches these steps again, and Orbax saves no step below the latest."""
+        """Rename damaged checkpoints: training will save these steps again, and Orbax saves no step below the latest."""
         for step in damaged:
             names = (self._folder / f"damaged-{step}-{i}" for i in itertools.count(1))
             (self._folder / str(step)).rename(next(name for name in names if not name.exists()))
@@ -141,7 +141,7 @@ class Checkpoints:
             ) from error
 
     def _check_room(self, nbytes):
-        """Write as many bytes, and raise the system's OSError if the disk is full: Orbax would print a hundred lines."""
+        """Raise the system's OSError if the disk is full, by writing as many bytes: Orbax would print a hundred lines."""
         if not os.path.isdir(self._folder):  # gs:// is never full
             return
         with tempfile.TemporaryFile(dir=self._folder) as file:
@@ -262,7 +262,7 @@ def _undamaged(folder) -> Iterator[tuple[int, dict]]:
 
 def _read_costs(folder):
     """{step: cost} of the undamaged checkpoints that have one."""
-    return {step: metadata["cost"] for step, metadata in _undamaged(folder) if metadata["cost"] is not None}
+    return {step: metadata["cost"] for step, metadata in _undamaged(folder) if metadata.get("cost") is not None}
 
 
 def _lowest(costs):
@@ -272,11 +272,15 @@ def _lowest(costs):
 
 def _write_digests(path):
     """List the SHA-256 of every file of a checkpoint, atomically."""
-    files = (folder / name for folder, _, names in path.walk() for name in names)
-    digests = {str(file.relative_to(path)): _sha256(file) for file in files}
+    digests = {str(file.relative_to(path)): _sha256(file) for file in _files(path)}
     part = path / f"{DIGESTS}.tmp"
     part.write_text(json.dumps(digests, indent=1))
     part.rename(path / DIGESTS)
+
+
+def _files(path):
+    for child in path.iterdir():  # epath's `walk` returns paths without gs://
+        yield from _files(child) if child.is_dir() else [child]
 
 
 def _sha256(file):
