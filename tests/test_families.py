@@ -100,11 +100,14 @@ def test_fields_are_keywords_with_defaults_and_all_else_is_filled_in(family, nam
 
 @every_family
 @pytest.mark.parametrize("name", ["baselines", "decodes_per_example"])
-def test_functions_of_the_objectives_fields_have_its_defaults(family, name):
-    objective = inspect.signature(family.make_objective).parameters
+def test_functions_of_the_config_fields_have_their_defaults(family, name):
+    fields = {
+        **inspect.signature(family.make).parameters,
+        **inspect.signature(family.make_objective).parameters,
+    }
     for parameter in inspect.signature(getattr(family, name)).parameters.values():
         if parameter.kind == parameter.KEYWORD_ONLY:
-            assert objective[parameter.name].default == parameter.default
+            assert fields[parameter.name].default == parameter.default
 
 
 @every_family

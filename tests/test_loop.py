@@ -57,7 +57,7 @@ def test_the_run_directory(finished):
     names, place = {"loss", "reconstruction", "kl", "bound"}, {"step", "epoch", "seconds"}
     trained = {"train/grad_norm", *map("train/{}".format, names)}
     assert set(rows[0]) == place | trained
-    assert set(rows[1]) == place | set(map("test/{}".format, names))
+    assert set(rows[1]) == place | set(map("test/{}".format, names | {"active_units", "kl_by_latent"}))
     figures = {path.name for path in (directory.path / "figures").iterdir()}
     assert figures == {"training.png", "reconstructions.png", "samples.png"}
     assert steps(directory.path / "checkpoints") == [10]

@@ -12,10 +12,7 @@ import numpy as np
 
 from vae_jax import figures
 from vae_jax.augment import augment
-from vae_jax.evaluation.classification import (
-    confusion_matrix,
-    expected_calibration_error,
-)
+from vae_jax.evaluation.classification import class_accuracy, confusion_matrix, expected_calibration_error
 from vae_jax.families import Metric, Model, Probes
 from vae_jax.nn.networks import Classifier, check_pooling, check_precision, check_sizes
 from vae_jax.objectives import cross_entropy
@@ -24,8 +21,13 @@ NAME = "Classifier"
 METRICS = {
     "loss": Metric("negative log-likelihood", "nats", "lower"),
     "accuracy": Metric("accuracy", "share", "higher"),
+    "confidence": Metric("mean probability of the predicted class", "share"),
+    "calibration_error": Metric("expected calibration error", "share", "lower"),
+    "class_accuracy": Metric("accuracy on each class", "share"),
+    "confusion": Metric("images by label and prediction", "images"),
 }
-PANELS = {name: metric.meaning for name, metric in METRICS.items()}
+PANELS = {name: METRICS[name].meaning for name in ("loss", "accuracy")}
+MOST_CLASSES = 25  # in the logs; with more classes the confusion of classes would drown them
 MISTAKES = 24  # misclassified images that are shown
 
 
@@ -114,7 +116,16 @@ def make_probes(model: Model) -> Probes:
     def reduce(arrays, split):
         prediction, confidence = arrays["prediction"], arrays["confidence"]
         correct = (prediction == split.label).astype(np.float32)
-        return {"calibration_error": expected_calibration_error(confidence, correct)}
+        numbers = {
+            "confidence": float(confidence.mean(dtype=np.float64)),
+            "calibration_error": expected_calibration_error(confidence, correct),
+        }
+        if model.num_classes <= MOST_CLASSES:
+            confusion = confusion_matrix(split.label, prediction, model.num_classes)
+            numbers["confusion"] = confusion.tolist()
+            if confusion.sum(axis=1).all():  # else a class has no accuracy
+                numbers["class_accuracy"] = class_accuracy(confusion).tolist()
+        return numbers
 
     return Probes(measure, reduce)
 

@@ -15,6 +15,7 @@ import numpy as np
 from vae_jax import figures, generate
 from vae_jax.batch import first_of_each_label
 from vae_jax.evaluation.baselines import linear_vae_baselines
+from vae_jax.evaluation.latents import active_units
 from vae_jax.families import Metric, Model, Probes, choose
 from vae_jax.likelihoods import LIKELIHOODS, distortion
 from vae_jax.nn.networks import (
@@ -35,6 +36,8 @@ METRICS = {
     "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
     "kl": Metric("KL from the prior", "nats", "lower"),
     "bound": Metric("-ELBO: the loss at beta 1", "nats", "lower"),
+    "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
+    "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
 }
 
 PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
@@ -127,8 +130,19 @@ def make_objective(model: Model, *, beta: float = 1.0):
 
 
 def make_probes(model: Model) -> Probes:
-    """Nothing is measured beside the objective."""
-    return Probes(lambda variables, batch: {}, lambda arrays, split: {})
+    """Which latents are in use: active units (Burda et al. 2016) and the mean KL of each latent."""
+
+    def measure(variables, batch):
+        mean, logvar = model.encode(variables, batch.image)
+        return {"mean": mean, "kl_by_latent": model.prior.kl(variables, mean, logvar)}
+
+    def reduce(arrays, split):
+        return {
+            "active_units": active_units(arrays["mean"]),
+            "kl_by_latent": arrays["kl_by_latent"].mean(axis=0, dtype=np.float64).tolist(),
+        }
+
+    return Probes(measure, reduce)
 
 
 def check_data(dataset) -> None:
@@ -140,7 +154,14 @@ def decodes_per_example() -> int:
     return 1
 
 
-def baselines(model: Model, image: np.ndarray, *, likelihood: str, prior: str, beta: float) -> dict:
+def baselines(
+    model: Model,
+    image: np.ndarray,
+    *,
+    likelihood: str = "unit_gaussian",
+    prior: str = "standard_normal",
+    beta: float = 1.0,
+) -> dict:
     """The losses of a collapsed model and of the best linear VAE, for a unit-variance Gaussian and a standard normal."""
     if (likelihood, prior) != ("unit_gaussian", "standard_normal"):
         return {}
