@@ -26,19 +26,19 @@ from configs import classifier as classifier_config
 from experiments import arms, augmentation_report, launch
 from experiments.arms import ARMS, SCALES, SHARES, SWEEP, Arm, Pool
 from vae_jax import data, generate
-from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label
+from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label, named_key
 from vae_jax.families import classifier
 from vae_jax.objectives import Objective, reparameterize
 from vae_jax.optimizers import make_adam
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.config import changes
-from vae_jax.run.directory import OwnedDirectory
+from vae_jax.run.directory import FORMAT, OwnedDirectory
 from vae_jax.run.evaluate import map_examples
 from vae_jax.run.files import atomic_file, local_path, read_json_lines
 from vae_jax.run.loop import make_run_steps
 from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.run.session import fingerprint
-from vae_jax.steps import fixed_key, init_state, make_train_step
+from vae_jax.steps import init_state, make_train_step
 
 SWEPT = 10_000  # images that each noise of the sweep is applied to
 LEFTOVERS = {"lock", "settings.tmp"}  # of a study that was killed in its first moment
@@ -84,7 +84,7 @@ class Trainer:
         run_steps = make_run_steps(train_step, self._batch_size, self._steps)
 
         def program(key, order, label, image):
-            variables = self._model.init(fixed_key(key, "init"))
+            variables = self._model.init(named_key(key, "init"))
             state = init_state(variables, self._optimizer, key)
             state, _ = run_steps(state, order, 0, self._steps, image, label)
             return state.variables
@@ -285,6 +285,7 @@ def make_settings(given: flags.FlagValues, dataset: Dataset) -> dict:
     size = len(arms.halves(dataset.splits["train"])[1].label)
     classes = dataset.num_classes
     return {
+        "format": FORMAT,
         "data": given.data,
         "images": fingerprint(dataset),
         "percentages": arms.check_percentages(given.percentages, size, classes),

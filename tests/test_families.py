@@ -11,7 +11,7 @@ import scipy.special
 
 from vae_jax import generate
 from vae_jax.augment import augment
-from vae_jax.batch import Batch, Dataset, Split, example_keys
+from vae_jax.batch import Batch, Dataset, Split, example_keys, named_key
 from vae_jax.evaluation.classification import expected_calibration_error
 from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, vae
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
@@ -158,7 +158,9 @@ def test_probes_give_one_row_an_example_and_numbers_a_split(family):
     arrays = jax.device_get(jax.jit(probes.measure)(variables, small_batch()))
     assert all(len(values) == 6 for values in arrays.values())
     numbers = probes.reduce(arrays, small_split())
-    assert not set(numbers) & set(evaluate(False)(variables, small_batch())[0])  # both are rows of metrics.jsonl
+    metrics, _ = evaluate(False)(variables, small_batch())
+    assert not set(numbers) & set(metrics)  # both are in one row of metrics.jsonl
+    assert set(numbers) | set(metrics) == set(family.METRICS)
     for value in numbers.values():
         assert isinstance(value, float | int | list) and np.isfinite(value).all()
 
@@ -348,6 +350,13 @@ def test_bound_of_a_linear_gaussian_model_is_its_evidence_less_the_posterior_gap
         np.testing.assert_allclose(nats.mean(), -log_p + kl, atol=5 * nats.std() / np.sqrt(n))
 
 
+def test_baselines_are_those_of_a_unit_gaussian_and_a_standard_normal():
+    model, image = small(vae)[0], small_split().image
+    assert set(vae.baselines(model, image)) == {"collapsed model", "best linear VAE"}
+    assert vae.baselines(model, image, likelihood="learned") == vae.baselines(model, image, prior="shifted") == {}
+    assert fill_in(classifier.baselines, model=model, image=image) == {}
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_beta_weighs_the_kl_of_the_loss_but_not_of_the_bound(beta, train):
@@ -373,7 +382,8 @@ def test_parts_of_the_loss_are_those_of_the_equations():
     batch = small_batch()
     metrics, _ = evaluate(True)(variables, batch)
     mean, logvar = (np.float64(part) for part in jax.jit(model.encode)(variables, batch.image))
-    noise = jax.vmap(lambda key: jax.random.normal(key, (1, 3)))(example_keys(ROOT, 3, batch.index))[:, 0]
+    keys = named_key(example_keys(ROOT, 3, batch.index), "noise")
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (3,)))(keys)
     z = jnp.asarray(mean + np.exp(logvar / 2) * noise, jnp.float32)
     decoded = jax.jit(functools.partial(generate.decode, model))(variables, z)
     error = 0.5 * np.sum((np.float64(batch.image) - decoded) ** 2, axis=(1, 2, 3))

@@ -1,10 +1,14 @@
 """Random shifts and rotations, each image by its own key (Simard et al. 2003)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Float, Int, Key
+
+from vae_jax.batch import named_key
 
 
 def rotate(
@@ -48,18 +52,14 @@ def augment(
     shift: int,
     rotation: float,
 ) -> Float[Array, "batch height width channel"]:
-    """Rotate each image by up to `rotation` degrees, then move it by up to `shift` pixels, both uniform."""
+    """Rotate each image by up to `rotation` degrees, then move it by up to `shift` pixels, both uniform.
 
-    def draw(key):
-        turn, move = jax.random.split(key)
-        return (
-            jax.random.uniform(turn, minval=-rotation, maxval=rotation),
-            jax.random.randint(move, (2,), -shift, shift + 1),
-        )
-
-    degrees, offset = jax.vmap(draw)(keys)
+    The amounts come from each example's streams "rotation" and "shift".
+    """
     if rotation:
-        image = rotate(image, degrees)
+        draw = functools.partial(jax.random.uniform, minval=-rotation, maxval=rotation)
+        image = rotate(image, jax.vmap(draw)(named_key(keys, "rotation")))
     if shift:
-        image = translate(image, offset, shift)
+        draw = functools.partial(jax.random.randint, shape=(2,), minval=-shift, maxval=shift + 1)
+        image = translate(image, jax.vmap(draw)(named_key(keys, "shift")), shift)
     return image

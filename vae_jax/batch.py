@@ -1,5 +1,6 @@
-"""Examples: a data set in memory, the batch of one step, and the noise that belongs to each example."""
+"""Examples: a data set in memory, the batch of one step, and the random keys of each example."""
 
+import zlib
 from typing import NamedTuple
 
 import jax
@@ -48,6 +49,21 @@ def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown
     return np.unique(label, return_index=True)[1][:10]
 
 
-def example_keys(key: Key[Array, ""], step: Int[Array, ""] | int, index: Int[Array, " batch"]) -> Key[Array, " batch"]:
-    """One key per example, a pure function of (root key, step, index): dividing a batch does not change its noise."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), index)
+def named_key(key: Key[Array, "*batch"], name: str) -> Key[Array, "*batch"]:
+    """The key of a named stream, one for each given key: streams of different names are independent."""
+    fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
+    return fold_in(key, zlib.crc32(name.encode()))
+
+
+def example_keys(
+    root: Key[Array, ""], step: Int[Array, ""] | int | None, index: Int[Array, " batch"]
+) -> Key[Array, " batch"]:
+    """One key per example, a pure function of (root key, step, index): dividing a batch does not change its noise.
+
+    The step is None in evaluation, whose noise is always the same.
+    """
+    if step is None:
+        key = named_key(root, "evaluation")
+    else:
+        key = jax.random.fold_in(named_key(root, "training"), step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from vae_jax.batch import Batch
+from vae_jax.batch import Batch, named_key
 
 
 @runtime_checkable
@@ -39,15 +39,17 @@ def reparameterize(
     keys: Key[Array, " batch"],
     samples: int = 1,
 ) -> Float[Array, "samples batch latent"]:
-    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), drawn `samples` times from each example's key.
+    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), `samples` draws from each example's stream "noise".
 
-    Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
+    Draw k depends on the key and on k alone, so more samples never change the first ones. Source: Kingma & Welling 2013,
+    section 2.4; the post, Figure 2.
     """
 
-    def draw(key):
-        return jax.random.normal(key, (samples, *mean.shape[1:]), mean.dtype)
+    def draw(k, key):
+        return jax.random.normal(jax.random.fold_in(key, k), mean.shape[1:], mean.dtype)
 
-    noise = jax.vmap(draw, out_axes=1)(keys)
+    draws = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
+    noise = draws(jnp.arange(samples), named_key(keys, "noise"))
     return mean[None] + jnp.exp(logvar / 2)[None] * noise
 
 

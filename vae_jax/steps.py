@@ -13,9 +13,6 @@ from jaxtyping import Array, Float, Key
 from vae_jax.batch import Batch, example_keys
 from vae_jax.objectives import Objective
 
-# These take the place of the step in keys that must not depend on it; no training reaches them.
-PURPOSES = {"evaluation": 2**32 - 1, "init": 2**32 - 2, "samples": 2**32 - 3}
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -57,11 +54,6 @@ def total(value: Any, weight: Float[Array, " batch"]) -> Total:
         value, own = value
         weight = weight * own
     return Total(jnp.sum(weight * value), jnp.sum(weight))
-
-
-def fixed_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
-    """The key of one of `PURPOSES`, derived from a run's root key."""
-    return jax.random.fold_in(key, PURPOSES[purpose])
 
 
 def init_state(
@@ -147,7 +139,7 @@ def make_eval_step(
     """`eval_step(variables, batch, key) -> metrics`, one value per example; the same key gives the same numbers."""
 
     def eval_step(variables, batch, key):
-        keys = example_keys(key, PURPOSES["evaluation"], batch.index)
+        keys = example_keys(key, None, batch.index)
         metrics, _ = objective(variables, batch, keys, False, None)
         return metrics
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vae_jax.batch import Dataset
+from vae_jax.batch import Dataset, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
@@ -39,7 +39,6 @@ from vae_jax.run.files import check_reachable
 from vae_jax.run.loop import Job, train
 from vae_jax.run.memory import check_memory
 from vae_jax.run.progress import Progress
-from vae_jax.steps import fixed_key
 
 
 def build(config: Mapping[str, Any]) -> Job:
@@ -89,7 +88,7 @@ def make_job(
     known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= fields_of_objective | {"image": dataset.splits["train"].image}
-    title, samples = f"{family.NAME} on {Path(data['name']).name}", fixed_key(jax.random.key(seed), "samples")
+    title, samples = f"{family.NAME} on {Path(data['name']).name}", named_key(jax.random.key(seed), "samples")
     job = Job(
         title=title,
         seeds=range(seed, seed + seeds),
@@ -97,7 +96,7 @@ def make_job(
         batch_size=batch_size,
         dataset=dataset,
         model=net,
-        init=jax.jit(lambda key: net.init(fixed_key(key, "init"))),  # traced once
+        init=jax.jit(lambda key: net.init(named_key(key, "init"))),  # traced once
         objective=fill_in(bound.make_objective, **known),
         probes=family.make_probes(net),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
