@@ -9,6 +9,7 @@ others is a pair `(value, weight)` of such arrays. `step` is None in evaluation:
 Steps and evaluation reduce the metrics; an objective never does.
 """
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -63,6 +64,36 @@ def negative_elbo(
     Source: Kingma & Welling 2013, equation 7; beta: Higgins et al. 2017.
     """
     return distortion.mean(axis=0) + beta * kl
+
+
+def log_normal(
+    z: Float[Array, "*samples batch latent"],
+    mean: Float[Array, "batch latent"],
+    logvar: Float[Array, "batch latent"],
+) -> Float[Array, "*samples batch"]:
+    """log N(z; mean, exp(logvar)), the sum over latents, in nats."""
+    mean, logvar = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in (mean, logvar))
+    square = (z - mean) ** 2 * jnp.exp(-logvar)
+    return -0.5 * jnp.sum(square + logvar + math.log(2 * math.pi), axis=-1)
+
+
+def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Array, " batch"]:
+    """-log(1/K sum_k w_k) with log w_k = log p(x, z_k) - log q(z_k | x), an upper bound on -log p(x).
+
+    It is at most the bound of fewer samples, in expectation, and with K = 1 the negative ELBO. Source: Burda et al. 2016,
+    equation 8.
+    """
+    return -(jax.nn.logsumexp(log_w, axis=0) - math.log(len(log_w)))
+
+
+def warm_up(weight: float, step: Int[Array, ""] | int | None, warmup_steps: int) -> float | Float[Array, ""]:
+    """A weight that rises linearly, weight (t + 1) / warmup_steps at step t; the weight itself in evaluation.
+
+    Source: Sonderby et al. 2016, section 2.3.
+    """
+    if step is None or not warmup_steps:
+        return weight
+    return weight * jnp.minimum(1.0, (step + 1) / warmup_steps)
 
 
 def cross_entropy(

@@ -27,7 +27,7 @@ from vae_jax.nn.networks import (
     check_precision,
     check_sizes,
 )
-from vae_jax.objectives import negative_elbo, reparameterize
+from vae_jax.objectives import importance_weighted_bound, log_normal, negative_elbo, reparameterize, warm_up
 from vae_jax.priors import PRIORS
 
 NAME = "VAE"
@@ -102,28 +102,38 @@ def make(
     )
 
 
-def make_objective(model: Model, *, beta: float = 1.0):
-    """The negative ELBO.
+def make_objective(model: Model, *, beta: float = 1.0, warmup_steps: int = 0, samples: int = 1):
+    """The negative ELBO, or with several samples the importance-weighted bound.
 
     Args:
         beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
+        warmup_steps: training steps during which the weight of the KL rises linearly to beta.
+        samples: draws of z for each image; more than one give the importance-weighted bound (Burda et al. 2016).
 
-    Raises ValueError for a beta below 0.
+    Raises ValueError for a beta or warmup_steps below 0, or samples below 1.
     """
-    if not 0 <= beta < float("inf"):
-        raise ValueError(f"objective.beta is {beta}, but must be at least 0")
+    for name, value, least in [("beta", beta, 0), ("warmup_steps", warmup_steps, 0), ("samples", samples, 1)]:
+        if not least <= value < float("inf"):
+            raise ValueError(f"objective.{name} is {value}, but must be at least {least}")
+
+    def bound(variables, z, mean, logvar, reconstruction, kl, beta=1.0):
+        if samples == 1:  # the KL in closed form has less noise
+            return negative_elbo(reconstruction, kl, beta)
+        ratio = model.prior.log_prob(variables, z) - log_normal(z, mean, logvar)
+        return importance_weighted_bound(-reconstruction + beta * ratio)
 
     def objective(variables, batch, keys, train, step, axis_name=None):
         mean, logvar = model.encode(variables, batch.image)
-        z = reparameterize(mean, logvar, keys)
+        z = reparameterize(mean, logvar, keys, samples)
         raw = model.decode_raw(variables, z)
         reconstruction = distortion(model.likelihood, variables, raw, batch.image)
         kl = model.prior.kl(variables, mean, logvar).sum(axis=-1)
+        parts = (variables, z, mean, logvar, reconstruction, kl)
         return {
-            "loss": negative_elbo(reconstruction, kl, beta),
+            "loss": bound(*parts, warm_up(beta, step, warmup_steps)),
             "reconstruction": reconstruction.mean(axis=0),
             "kl": kl,
-            "bound": negative_elbo(reconstruction, kl),
+            "bound": bound(*parts),
         }, {}
 
     return objective
@@ -149,9 +159,9 @@ def check_data(dataset) -> None:
     """A VAE learns from any images."""
 
 
-def decodes_per_example() -> int:
-    """One sample of z."""
-    return 1
+def decodes_per_example(*, samples: int = 1) -> int:
+    """One image for each sample of z."""
+    return samples
 
 
 def baselines(
