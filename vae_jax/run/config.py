@@ -113,7 +113,7 @@ def check_value(field: str, value: Any, annotation: Any) -> None:
     for item in value if isinstance(value, tuple | list) else [value]:
         largest = LARGEST.get(type(item), math.inf)
         if isinstance(item, int | float) and abs(item) > largest:
-            raise ValueError(f"config field {field} is {item:.10g}, but must be at most {largest:.10g} in size")
+            raise ValueError(f"config field {field} is {str(item)[:24]}, but must be at most {largest:.10g} in size")
 
 
 def split_fields(function: Callable, values: Mapping) -> tuple[dict, dict]:
