@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds in which a process ends that has nothing more to do
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # for processes whose numbers nobody compares
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",
     "matplotlib.backends.backend_agg",

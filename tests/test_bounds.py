@@ -22,7 +22,7 @@ POSTERIOR = W * X / (W**2 + NOISE), NOISE / (W**2 + NOISE)
 
 def linear_gaussian(mean, variance):
     """The model above with q(z | x) = N(mean, variance), as a likelihood of its own."""
-    energy = lambda variables, raw, image: 0.5 * (raw - image[None]) ** 2 / NOISE  # noqa: E731
+    energy = lambda variables, raw, image: 0.5 * (raw - image[None]) ** 2 / NOISE
     p_x = unit_gaussian()._replace(energy=energy, constant=0.5 * math.log(2 * math.pi * NOISE))
 
     def encode(variables, image):

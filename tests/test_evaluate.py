@@ -17,7 +17,6 @@ from vae_jax.evaluation.classification import (
     confusion_matrix,
     expected_calibration_error,
 )
-from vae_jax.evaluation.latents import active_units
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.families import Probes
 from vae_jax.run.devices import Devices
@@ -241,11 +240,6 @@ def test_several_seeds_equal_each_alone(split):
     assert_close(numbers, expected)
     assert len(numbers["mean by label/interval"]) == 10
     assert numbers["mean by label/seed9"] == pytest.approx(np.add(numbers["mean by label/seed7"], 5), rel=1e-5)
-
-
-def test_active_units_vary_by_more_than_a_hundredth():
-    mean = np.random.default_rng(0).standard_normal((1000, 4)) * np.sqrt([1.0, 0.02, 0.005, 0.0]) + 3
-    assert active_units(mean) == 2
 
 
 def test_expected_calibration_error():

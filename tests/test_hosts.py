@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from program import ROOT, fresh
+from program import QUICK, ROOT, fresh
 
 from vae_jax.run import directory as run_directory
 from vae_jax.run import files
@@ -43,7 +43,6 @@ CONFIG = (
     "--config.run.compilation_cache=false",
 )
 STEPS = 66
-QUICK = "--xla_backend_optimization_level=0"  # the hosts compile what they cannot share; quicker for all of them
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def start(forks):
         return python(
             *("-c", PROGRAM, f"--workdir={workdir}", *arguments),
             cwd=source,
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} {QUICK}",
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} {QUICK['XLA_FLAGS']}",
             PARAMS=f"{workdir}-{host}.npz",
             PYTHONPATH=str(source),
         )

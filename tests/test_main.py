@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from program import ROOT, environment, fresh
+from program import QUICK, ROOT, environment, fresh
 
 MAIN = ("-m", "vae_jax.main")
 SMOKE = (*MAIN, "--config=configs/vae.py:smoke")
@@ -80,7 +80,7 @@ def test_modes_need_only_the_run_directory(digits):
 
 def test_a_run_can_have_more_epochs(tmp_path, forks):
     for epochs in (1, 2):
-        process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}")
+        process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}", **QUICK)
         assert process.ends() == "" and f"epoch {epochs}/{epochs}" in process.stdout
         assert last_row(tmp_path)["step"] == 2 * epochs
 
@@ -90,12 +90,12 @@ def test_a_stopped_program_saves_and_continues(tmp_path, forks, number, code):
     command = [*SMALL, "--config.epochs=4", "--config.batch_size=64"]
     command += ["--config.run.steps_per_call=1", f"--workdir={tmp_path}"]
     start = fresh if number == signal.SIGINT else forks
-    process = start(*command)
+    process = start(*command, **QUICK)
     rows = tmp_path / "metrics.jsonl"
     process.wait_for(lambda: rows.exists() and rows.read_text())
     process.send_signal(number)
     assert "of 88: the same command continues" in process.refuses(code)
-    assert start(*command).ends() == ""
+    assert start(*command, **QUICK).ends() == ""
     steps = [json.loads(row) for row in rows.read_text().splitlines()]
     steps = [row["step"] for row in steps if "train/loss" in row]
     assert steps == [*range(1, 89)]
@@ -107,7 +107,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *SMALL, f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**QUICK),
         stdout=subprocess.DEVNULL,
         stderr=writer,
     )
@@ -128,7 +128,7 @@ def test_own_images_of_another_size(tmp_path, forks):
     path, workdir = tmp_path / "own.npz", tmp_path / "run"
     command = [*SMALL, f"--config.data.name={path}", "--config.batch_size=16", f"--workdir={workdir}"]
     np.savez(path, image=np.random.default_rng(0).random((40, 32, 32, 3)))
-    assert forks(*command).ends() == ""
+    assert forks(*command, **QUICK).ends() == ""
     assert (workdir / "figures" / "reconstructions.png").exists()
     before = (workdir / "config.json").read_text()
     np.savez(path, image=np.zeros((40, 32, 32, 3)))
@@ -175,7 +175,7 @@ BAD_COMMAND_LINES = [
 def test_bad_input_is_refused_in_one_line(tmp_path, forks, arguments, code, message):
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
-    assert message in forks(*MAIN, *arguments).refuses(code)
+    assert message in forks(*MAIN, *arguments, **QUICK).refuses(code)
     assert message == "at step" or not (tmp_path / "run").exists()
 
 

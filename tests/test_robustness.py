@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from program import QUICK
 
 from vae_jax.run import checkpoint
 
@@ -38,9 +39,9 @@ FLAGS = (
 def program(forks):
     """Starts a training in a work directory, perhaps with a fault from faulty.py."""
 
-    def program(workdir, *flags, fault=(), epochs=EPOCHS):
+    def program(workdir, *flags, fault=(), epochs=EPOCHS, **variables):
         start = ["tests/faulty.py", *map(str, fault)] if fault else ["-m", "vae_jax.main"]
-        return forks(*start, *FLAGS, f"--config.epochs={epochs}", *flags, f"--workdir={workdir}")
+        return forks(*start, *FLAGS, f"--config.epochs={epochs}", *flags, f"--workdir={workdir}", **variables)
 
     return program
 
@@ -243,7 +244,7 @@ def test_files_that_were_moved_are_recorded(mnist_dir, program, tmp_path):
     flags = ["--config.data.name=mnist", "--config.batch_size=6000"]
     for epochs, folder in [(1, mnist_dir), (2, moved)]:
         from_there = f"--config.data.manual_dir={folder}"
-        assert program(workdir, *flags, from_there, epochs=epochs).ends() == ""
+        assert program(workdir, *flags, from_there, epochs=epochs, **QUICK).ends() == ""
         for config in (
             json.loads((workdir / "config.json").read_text()),
             checkpoint.read_metadata(workdir / "checkpoints", 9 * epochs)["config"],
@@ -263,7 +264,7 @@ def test_a_broken_restore_would_be_noticed(reference, interrupted, program, tmp_
 def test_a_second_ctrl_c_ends_a_long_call_at_once(program, tmp_path, tally):
     """Python's own handlers would wait for the compiled program, and would merge the two signals."""
     with tally("interruptions"):
-        process = program(tmp_path, "--config.run.save_every=1", fault=("slow", 3))
+        process = program(tmp_path, "--config.run.save_every=1", fault=("slow", 3), **QUICK)
         process.wait_for(lambda: process.stdout == "waiting\n")
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)

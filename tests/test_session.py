@@ -498,13 +498,13 @@ class Device:
 
 
 def test_a_training_larger_than_the_device_is_refused_with_its_size(config):
-    """Counted: the images, and for each seed four copies of the weights and of a batch of decoded images."""
+    """It holds the images, four copies of each seed's weights, and the images decoded from its share of a batch."""
     job = session.build(config | {"seeds": 3})
     weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(job.init, jax.random.key(0))))
     for decodes in (1, 50):
         larger = job._replace(decodes_per_example=decodes)
-        decoded = 512 * decodes * 28 * 28
-        needed = 1797 * 28 * 28 + 3 * 4 * (4 * weights + decoded)
+        decoded = 512 * decodes * 28 * 28 // jax.device_count()
+        needed = 1797 * 28 * 28 + 4 * (3 * 4 * weights + decoded)
         session.check_fits(larger, Device(needed))
         message = rf"3 models of {weights:,} weights and the data .* need \d\.\d GiB of memory, but small GPU has"
         with pytest.raises(ValueError, match=message) as error:

@@ -204,6 +204,26 @@ def test_classifier_seeds_in_one_program_equal_each_alone(classifier):
         assert_trees_close(one, (alone.params, alone.model_state), atol=1e-5)
 
 
+def test_the_objective_sees_the_step_the_axis_and_the_examples_keys():
+    calls = []
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        calls.append((train, axis_name))
+        noise = jax.vmap(jax.random.normal)(keys)
+        step = jnp.broadcast_to(step, noise.shape).astype(jnp.float32)
+        return {"loss": 0 * variables["params"] + step, "noise": noise}, {}
+
+    optimizer = optax.sgd(0.01)
+    state, batch = init_state({"params": jnp.zeros(())}, optimizer, jax.random.key(0)), make_batch()
+    step = by_vmap(make_train_step(objective, optimizer, "devices"))
+    for i in range(3):
+        state, metrics = step(state, batch)
+        assert metrics["loss"].mean == i and state.step == i + 1
+        noise = jax.vmap(jax.random.normal)(example_keys(jax.random.key(0), i, batch.index))
+        assert metrics["noise"].mean == pytest.approx(float(noise.mean()), abs=1e-6)
+    assert set(calls) == {(True, "devices")}
+
+
 def test_total_counts_each_example_with_both_weights():
     value, weight, own = (
         jnp.array([1.0, 2.0, 4.0, 8.0]),

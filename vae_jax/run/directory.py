@@ -51,8 +51,9 @@ def read_config(path: str) -> dict | None:
     another = "name another with --workdir"
     if not isinstance(config, dict) or not SECTIONS.keys() <= config.keys():
         raise FileExistsError(f"the work directory {path} is not empty and has no config.json of a run: {another}")
-    if config.pop("format", 1) != FORMAT:
-        raise FileExistsError(f"the run in {path} {OLD_FORMAT}: {another}")
+    if (number := config.pop("format", 1)) != FORMAT:
+        what = OLD_FORMAT if number == 1 else f"has format {number}, but this version of vae_jax reads {FORMAT}"
+        raise FileExistsError(f"the run in {path} {what}: {another}")
     if not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
         raise FileExistsError(f"{path}/config.json is damaged: restore it, or {another}")
     return config

@@ -179,17 +179,16 @@ def fingerprint(dataset: Dataset) -> dict:
 def check_fits(job: Job, device) -> None:
     """Raise ValueError if a training surely exceeds the device's memory.
 
-    It holds the images, and for each seed four copies of the weights (gradients and Adam's two averages among them) and
-    the decoded images of a batch.
+    It holds the images, for each seed four copies of the weights (gradients and Adam's two averages among them), and four
+    bytes for each pixel that the decoder makes of its share of a batch.
     """
     shapes = jax.eval_shape(job.init, jax.random.key(0))
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    decoded = job.batch_size * job.decodes_per_example
-    decoded *= math.prod(job.dataset.image_shape)
+    decoded = job.batch_size * job.decodes_per_example * math.prod(job.dataset.image_shape) // jax.device_count()
     images = sum(split.image.nbytes for split in job.dataset.splits.values())
     check_memory(
         f"{len(job.seeds)} models of {weights:,} weights and the data set's images",
-        images + 4 * len(job.seeds) * (4 * weights + decoded),
+        images + 4 * (4 * len(job.seeds) * weights + decoded),
         device=device,
         way_out="take fewer or smaller images, a smaller model or batch, or fewer seeds",
     )
