@@ -25,7 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds in which a process ends that has nothing more to do
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # for processes whose numbers nobody compares
+# Tests compile for longer than they compute, so by default XLA does not optimize; flags from outside take precedence.
+OUTSIDE = os.environ.get("XLA_FLAGS", "")
+QUICK = f"--xla_backend_optimization_level=0 {OUTSIDE}"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",
     "matplotlib.backends.backend_agg",
@@ -96,9 +98,8 @@ class Process:
 
 
 def environment(**variables) -> dict[str, str]:
-    """The environment of a process: that of the tests, without their eight devices."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return env | {"PYTHONPATH": str(ROOT)} | variables
+    """The environment of a process: that of pytest, and these variables."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": OUTSIDE} | variables
 
 
 def fresh(*arguments, cwd=ROOT, **variables) -> Process:
@@ -108,7 +109,7 @@ def fresh(*arguments, cwd=ROOT, **variables) -> Process:
 
 
 class Forks:
-    """`forks(*arguments)` starts the command line that `fresh(*arguments)` starts, without its imports.
+    """`forks(*arguments)` starts the command line that `fresh(*arguments)` starts, without its imports, and compiles it quickly.
 
     Args:
         variables: environment variables that JAX reads when it is imported.
@@ -125,7 +126,7 @@ class Forks:
 
     def __call__(self, *arguments, cwd=ROOT, **variables) -> Process:
         assert not any(name.startswith("JAX_") for name in variables), "JAX has read its variables"
-        return Process(self._start, arguments, cwd, variables)
+        return Process(self._start, arguments, cwd, {"XLA_FLAGS": QUICK} | variables)
 
     def _start(self, arguments, *, cwd, env, stdin, stdout, stderr):
         reader, writer = os.pipe()

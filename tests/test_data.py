@@ -2,15 +2,15 @@
 
 import functools
 import gzip
-import hashlib
 import http.server
 import io
-import struct
 import threading
 import types
 
 import numpy as np
 import pytest
+import small_mnist
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from vae_jax import batch, data
@@ -83,13 +83,9 @@ def test_order_is_a_function_of_seed_and_epoch():
     np.testing.assert_array_equal(data.epoch_order(3, 1, 100, shuffle=False), np.arange(100))
 
 
-def idx(array):
-    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
 def test_read_idx():
     array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-    np.testing.assert_array_equal(named.read_idx(io.BytesIO(idx(array))), array)
+    np.testing.assert_array_equal(named.read_idx(io.BytesIO(small_mnist.idx(array))), array)
 
 
 @pytest.mark.parametrize(
@@ -104,24 +100,14 @@ def test_read_idx():
 )
 def test_damaged_idx_is_refused(damage):
     with pytest.raises(ValueError, match="not an idx file"):
-        named.read_idx(io.BytesIO(damage(idx(np.zeros((2, 3), np.uint8)))))
+        named.read_idx(io.BytesIO(damage(small_mnist.idx(np.zeros((2, 3), np.uint8)))))
 
 
 @pytest.fixture
 def tiny_mnist(tmp_path, monkeypatch):
     """A folder with four small files that TFDS takes for those of fashion_mnist."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    infos = {}
-    for part, count in [("train", 6), ("t10k", 3)]:
-        for kind, array in [
-            ("images-idx3", np.ones((count, 28, 28), np.uint8)),
-            ("labels-idx1", np.arange(count, dtype=np.uint8)),
-        ]:
-            content = gzip.compress(idx(array))
-            filename = f"{part}-{kind}-ubyte.gz"
-            (tmp_path / filename).write_bytes(content)
-            info = tfds.core.download.checksums.UrlInfo(len(content), hashlib.sha256(content).hexdigest(), filename)
-            infos[f"http://127.0.0.1:9/{filename}"] = info
+    small_mnist.write(tmp_path, train=6, test=3)
+    infos = small_mnist.url_infos(tmp_path)
     monkeypatch.setattr(tfds.builder_cls("fashion_mnist"), "url_infos", infos)
     return tmp_path
 
@@ -152,7 +138,6 @@ def test_no_network(tiny_mnist, monkeypatch):
 @pytest.fixture
 def served_mnist(tiny_mnist, monkeypatch):
     """The same files, served on loopback and not downloaded yet."""
-    import tensorflow_datasets as tfds
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
@@ -205,7 +190,6 @@ def test_a_silent_network_is_given_up_in_time(tiny_mnist, monkeypatch):
 @pytest.fixture
 def prepared_cifar10(monkeypatch):
     """A prepared CIFAR-10, with 7 random images in each split."""
-    tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("array_record")
     splits = {name: types.SimpleNamespace(num_examples=7) for name in ("train", "test")}
     monkeypatch.setattr(tfds.core.DatasetInfo, "splits", splits)
@@ -244,8 +228,6 @@ def test_unknown_data_set_suggests_the_nearest(name, near):
 def test_an_error_of_many_lines_is_reported_in_one(monkeypatch):
     def fail(*arguments):
         raise AssertionError("no folder /x.\n\nPlease get the file.\n")
-
-    import tensorflow_datasets as tfds
 
     monkeypatch.setattr(named, "_check_network", lambda *names: None)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)

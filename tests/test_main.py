@@ -9,12 +9,18 @@ import sys
 import termios
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from program import QUICK, ROOT, environment, fresh
 
 MAIN = ("-m", "vae_jax.main")
 SMOKE = (*MAIN, "--config=configs/vae.py:smoke")
+CACHED = {  # fresh processes with these share their compiled programs with the forks
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "XLA_FLAGS": QUICK,
+}
 SMALL = (*SMOKE, "--config.model.encoder_features=4,4", "--config.model.decoder_features=4,4")
 
 
@@ -67,12 +73,12 @@ def test_neither_cache_nor_steps_per_call_change_the_numbers(digits, tmp_path):
     assert last_row(tmp_path) | {"seconds": 0} == last_row(digits[0]) | {"seconds": 0}
 
 
-def test_modes_need_only_the_run_directory(digits):
+def test_modes_need_only_the_run_directory(digits, forks):
     workdir, _ = digits
     evaluated = fresh(*MAIN, "--mode=evaluate", f"--workdir={workdir}")
     assert evaluated.ends() == ""
     assert f"test/loss {last_row(workdir)['test/loss']:.6g}\n" in evaluated.stdout
-    sampled = fresh(*MAIN, "--mode=sample", "--count=3", f"--workdir={workdir}")
+    sampled = forks(*MAIN, "--mode=sample", "--count=3", f"--workdir={workdir}")
     assert sampled.ends() == ""
     picture, arrays = map(Path, sampled.stdout.split())
     assert picture.exists() and arrays.exists()
@@ -80,7 +86,7 @@ def test_modes_need_only_the_run_directory(digits):
 
 def test_a_run_can_have_more_epochs(tmp_path, forks):
     for epochs in (1, 2):
-        process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}", **QUICK)
+        process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}")
         assert process.ends() == "" and f"epoch {epochs}/{epochs}" in process.stdout
         assert last_row(tmp_path)["step"] == 2 * epochs
 
@@ -89,13 +95,12 @@ def test_a_run_can_have_more_epochs(tmp_path, forks):
 def test_a_stopped_program_saves_and_continues(tmp_path, forks, number, code):
     command = [*SMALL, "--config.epochs=4", "--config.batch_size=64"]
     command += ["--config.run.steps_per_call=1", f"--workdir={tmp_path}"]
-    start = fresh if number == signal.SIGINT else forks
-    process = start(*command, **QUICK)
+    process = fresh(*command, **CACHED) if number == signal.SIGINT else forks(*command)
     rows = tmp_path / "metrics.jsonl"
     process.wait_for(lambda: rows.exists() and rows.read_text())
     process.send_signal(number)
     assert "of 88: the same command continues" in process.refuses(code)
-    assert start(*command, **QUICK).ends() == ""
+    assert forks(*command).ends() == ""
     steps = [json.loads(row) for row in rows.read_text().splitlines()]
     steps = [row["step"] for row in steps if "train/loss" in row]
     assert steps == [*range(1, 89)]
@@ -107,7 +112,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *SMALL, f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT,
-        env=environment(**QUICK),
+        env=environment(**CACHED),
         stdout=subprocess.DEVNULL,
         stderr=writer,
     )
@@ -128,7 +133,7 @@ def test_own_images_of_another_size(tmp_path, forks):
     path, workdir = tmp_path / "own.npz", tmp_path / "run"
     command = [*SMALL, f"--config.data.name={path}", "--config.batch_size=16", f"--workdir={workdir}"]
     np.savez(path, image=np.random.default_rng(0).random((40, 32, 32, 3)))
-    assert forks(*command, **QUICK).ends() == ""
+    assert forks(*command).ends() == ""
     assert (workdir / "figures" / "reconstructions.png").exists()
     before = (workdir / "config.json").read_text()
     np.savez(path, image=np.zeros((40, 32, 32, 3)))
@@ -175,7 +180,7 @@ BAD_COMMAND_LINES = [
 def test_bad_input_is_refused_in_one_line(tmp_path, forks, arguments, code, message):
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
-    assert message in forks(*MAIN, *arguments, **QUICK).refuses(code)
+    assert message in forks(*MAIN, *arguments).refuses(code)
     assert message == "at step" or not (tmp_path / "run").exists()
 
 

@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from program import ROOT
+from program import QUICK, ROOT
 
 from vae_jax import main
 from vae_jax.families import FAMILIES
@@ -51,7 +51,7 @@ def folder(tmp_path_factory, forks):
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet_runs(snippet, folder, forks):
-    forks("-c", snippet, cwd=folder, XLA_FLAGS="--xla_force_host_platform_device_count=8").ends()
+    forks("-c", snippet, cwd=folder, XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}").ends()
 
 
 TRACE = """

@@ -5,8 +5,8 @@ An objective is a pure function
     objective(variables, batch, keys, train, step, axis_name=None) -> (metrics, model_state)
 
 `metrics` is a dict of `[batch]` arrays, and `metrics["loss"]` is minimised. A metric that counts some examples more than
-others is a pair `(value, weight)` of such arrays. `step` is None in evaluation: schedules then stand at their end.
-Steps and evaluation reduce the metrics; an objective never does.
+others is a pair `(value, weight)` of such arrays, whose values are finite even where the weight is 0. `step` is None in
+evaluation: schedules then stand at their end. Steps and evaluation reduce the metrics; an objective never does.
 """
 
 import math
