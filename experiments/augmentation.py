@@ -35,10 +35,9 @@ from vae_jax.run.config import changes
 from vae_jax.run.directory import FORMAT, OwnedDirectory
 from vae_jax.run.evaluate import map_examples
 from vae_jax.run.files import atomic_file, local_path, read_json_lines
-from vae_jax.run.loop import make_run_steps
 from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.run.session import fingerprint
-from vae_jax.steps import init_state, make_train_step
+from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 SWEPT = 10_000  # images that each noise of the sweep is applied to
 LEFTOVERS = {"lock", "settings.tmp"}  # of a study that was killed in its first moment

@@ -20,8 +20,7 @@ from vae_jax.likelihoods import unit_gaussian
 from vae_jax.objectives import Objective
 from vae_jax.priors import standard_normal
 from vae_jax.run.evaluate import map_examples
-from vae_jax.run.loop import make_run_steps
-from vae_jax.steps import TrainState, init_state, jit_train_step, make_eval_step, make_train_step
+from vae_jax.steps import TrainState, init_state, jit_train_step, make_eval_step, make_run_steps, make_train_step
 
 IMAGE_SHAPE, CLASSES = (28, 28, 1), 10
 MODELS = ("vae", "classifier")

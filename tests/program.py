@@ -26,7 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds in which a process ends that has nothing more to do
 # Tests compile for longer than they compute, so by default XLA does not optimize; flags from outside take precedence.
-OUTSIDE = os.environ.get("XLA_FLAGS", "")
+# pytest's own workers inherit the flags of the tests, so the ones from outside have a variable of their own.
+OUTSIDE = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
 QUICK = f"--xla_backend_optimization_level=0 {OUTSIDE}"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",

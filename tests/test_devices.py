@@ -13,8 +13,7 @@ from configs import classifier, vae
 from vae_jax.run import session
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import map_examples
-from vae_jax.run.loop import make_run_steps
-from vae_jax.steps import init_state, make_eval_step, make_train_step
+from vae_jax.steps import init_state, make_eval_step, make_run_steps, make_train_step
 
 
 def sgd_job(config, **changes):

@@ -15,8 +15,8 @@ from vae_jax.run import session
 from vae_jax.run.checkpoint import Checkpoints, select, steps
 from vae_jax.run.directory import OwnedDirectory, RunDirectory, read_config
 from vae_jax.run.files import read_json_lines
-from vae_jax.run.loop import make_run_steps
 from vae_jax.run.progress import Progress
+from vae_jax.steps import make_run_steps
 
 
 def read_rows(path):

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from vae_jax.batch import Batch, example_keys
+from vae_jax.batch import Batch, example_keys, make_batch
 from vae_jax.objectives import Objective
 
 
@@ -131,6 +131,35 @@ def jit_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
     """`make_train_step`, jitted for one device. The given state is donated: use only the returned one."""
     return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
+
+
+def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int = 1) -> Callable:
+    """`run_steps(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
+
+    It runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, which is at most
+    `most`, may differ between calls of one compiled program. `history` holds each step's metrics, [most]. Of each batch
+    it takes share number `shard` of `shards` equal ones; `train_step` must sum over them.
+    """
+    share = batch_size // shards
+    train_step = jax.jit(train_step)  # so that it is traced once
+
+    def run_steps(state, order, first, count, image, label, shard=0):
+        weight = jnp.ones(share)
+
+        def one_step(i, carry):
+            state, history = carry
+            start = (first + i) * batch_size + shard * share
+            rows = lax.dynamic_slice(order, (start,), (share,))
+            batch = make_batch(image[rows], label[rows], weight, rows)
+            state, metrics = train_step(state, batch)
+            return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
+
+        batch = make_batch(image[:share], label[:share], weight, order[:share])
+        shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
+        history = jax.tree.map(lambda leaf: jnp.zeros(most, leaf.dtype), shapes)
+        return lax.fori_loop(0, count, one_step, (state, history))
+
+    return run_steps
 
 
 def make_eval_step(

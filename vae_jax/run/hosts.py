@@ -1,18 +1,23 @@
 """Several hosts: how they join, agree, and stop together."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from vae_jax.run.config import flatten
+from vae_jax.run.directory import versions
 
 
 class NotPrimary:
@@ -123,6 +128,24 @@ def check_hosts_agree(facts: dict[str, Any]) -> None:
         ]
         if differences:
             raise ValueError(f"the hosts differ: {'; '.join(differences)}")
+
+
+def host_facts(config: Mapping, device_limit: int) -> dict:
+    """What all hosts must agree on: the config, the versions, the package's source, the devices."""
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        source.update(file.read_bytes())
+    device = jax.local_devices()[0].device_kind
+    return (
+        {f"config field {name}": value for name, value in flatten(config).items()}
+        | versions()
+        | {
+            "config field data.manual_dir": "",  # it may differ
+            "the source of vae_jax": source.hexdigest()[:12],
+            "--devices": device_limit,
+            "a host's devices": f"{jax.local_device_count()} of {device}",
+        }
+    )
 
 
 class Stop:

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
-from vae_jax.batch import Dataset, make_batch
+from vae_jax.batch import Dataset
 from vae_jax.data import epoch_order
 from vae_jax.families import Model, Probes
 from vae_jax.objectives import Objective
@@ -23,7 +21,7 @@ from vae_jax.run.directory import RunDirectory
 from vae_jax.run.evaluate import make_evaluate
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
-from vae_jax.steps import Total, TrainState, init_state, make_train_step
+from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
 
 PROFILED = range(1, 4)  # calls since the start; the first one compiles
 
@@ -84,35 +82,6 @@ class Job(NamedTuple):
             self.decodes_per_example,
             devices,
         )
-
-
-def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int = 1) -> Callable:
-    """`run_steps(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
-
-    It runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, which is at most
-    `most`, may differ between calls of one compiled program. `history` holds each step's metrics, [most]. Of each batch
-    it takes share number `shard` of `shards` equal ones; `train_step` must sum over them.
-    """
-    share = batch_size // shards
-    train_step = jax.jit(train_step)  # so that it is traced once
-
-    def run_steps(state, order, first, count, image, label, shard=0):
-        weight = jnp.ones(share)
-
-        def one_step(i, carry):
-            state, history = carry
-            start = (first + i) * batch_size + shard * share
-            rows = lax.dynamic_slice(order, (start,), (share,))
-            batch = make_batch(image[rows], label[rows], weight, rows)
-            state, metrics = train_step(state, batch)
-            return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
-
-        batch = make_batch(image[:share], label[:share], weight, order[:share])
-        shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
-        history = jax.tree.map(lambda leaf: jnp.zeros(most, leaf.dtype), shapes)
-        return lax.fori_loop(0, count, one_step, (state, history))
-
-    return run_steps
 
 
 def train(

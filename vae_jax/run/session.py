@@ -28,13 +28,12 @@ from vae_jax.run.config import (
     choose,
     fields,
     fill_in,
-    flatten,
     nearest,
     signatures,
     split_fields,
 )
 from vae_jax.run.devices import Devices
-from vae_jax.run.directory import FIELDS, RunDirectory, read_config, versions
+from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.files import check_reachable
 from vae_jax.run.loop import Job, train
 from vae_jax.run.memory import check_memory
@@ -236,7 +235,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
     cannot be used, and FloatingPointError for numbers that are not finite.
     """
     folder = epath.Path(workdir).expanduser() / "checkpoints"
-    hosts.check_hosts_agree(host_facts(config, device_limit))
+    hosts.check_hosts_agree(hosts.host_facts(config, device_limit))
     with hosts.raise_on_all_hosts():
         devices = Devices(device_limit)
         check_reachable(workdir)
@@ -282,24 +281,6 @@ def open_run(job: Job, workdir: str, folder, config: Mapping) -> tuple:
     checkpoints = Checkpoints(folder, job.metadata, job.run.keep, job.best)
     images = job.steps * job.batch_size * len(job.seeds)
     return directory, checkpoints, Progress(images, job.epochs)
-
-
-def host_facts(config: Mapping, device_limit: int) -> dict:
-    """What all hosts must agree on: the config, the versions, the package's source, the devices."""
-    source = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        source.update(file.read_bytes())
-    device = jax.local_devices()[0].device_kind
-    return (
-        {f"config field {name}": value for name, value in flatten(config).items()}
-        | versions()
-        | {
-            "config field data.manual_dir": "",  # it may differ
-            "the source of vae_jax": source.hexdigest()[:12],
-            "--devices": device_limit,
-            "a host's devices": f"{jax.local_device_count()} of {device}",
-        }
-    )
 
 
 def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
