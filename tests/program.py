@@ -25,10 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds in which a process ends that has nothing more to do
-# Tests compile for longer than they compute, so by default XLA does not optimize; flags from outside take precedence.
-# pytest's own workers inherit the flags of the tests, so the ones from outside have a variable of their own.
-OUTSIDE = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
-QUICK = f"--xla_backend_optimization_level=0 {OUTSIDE}"
+# Tests compile for longer than they compute, so XLA generates code quickly for them, and as for a user where they ask for
+# USUAL. With XLA_FLAGS=--xla_backend_optimization_level=3 pytest runs all of them as for a user. Its workers inherit what
+# conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.
+USUAL = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
+QUICK = f"--xla_backend_optimization_level=0 {USUAL}"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",
     "matplotlib.backends.backend_agg",
@@ -100,7 +101,7 @@ class Process:
 
 def environment(**variables) -> dict[str, str]:
     """The environment of a process: that of pytest, and these variables."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": OUTSIDE} | variables
+    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK} | variables
 
 
 def fresh(*arguments, cwd=ROOT, **variables) -> Process:

@@ -12,14 +12,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from program import QUICK, ROOT, environment, fresh
+from program import ROOT, environment, fresh
 
 MAIN = ("-m", "vae_jax.main")
 SMOKE = (*MAIN, "--config=configs/vae.py:smoke")
 CACHED = {  # fresh processes with these share their compiled programs with the forks
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    "XLA_FLAGS": QUICK,
 }
 SMALL = (*SMOKE, "--config.model.encoder_features=4,4", "--config.model.decoder_features=4,4")
 

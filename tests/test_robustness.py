@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import small_mnist
-from program import OUTSIDE
+from program import QUICK, USUAL
 
 from vae_jax.run import checkpoint
 
@@ -37,11 +37,11 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def program(forks):
-    """Starts a training in a work directory, optimized as for a user, perhaps with a fault from faulty.py."""
+    """Starts a training in a work directory, compiled as for a user, perhaps with a fault from faulty.py."""
 
-    def program(workdir, *flags, fault=(), epochs=EPOCHS):
+    def program(workdir, *flags, fault=(), epochs=EPOCHS, compiled=USUAL):
         start = ["tests/faulty.py", *map(str, fault)] if fault else ["-m", "vae_jax.main"]
-        return forks(*start, *FLAGS, f"--config.epochs={epochs}", *flags, f"--workdir={workdir}", XLA_FLAGS=OUTSIDE)
+        return forks(*start, *FLAGS, f"--config.epochs={epochs}", *flags, f"--workdir={workdir}", XLA_FLAGS=compiled)
 
     return program
 
@@ -246,7 +246,7 @@ def test_files_that_were_moved_are_recorded(program, tmp_path):
     moved.symlink_to(original)
     for epochs, folder in [(1, original), (2, moved)]:
         flags = "--config.data.name=mnist", f"--config.data.manual_dir={folder}"
-        assert program(workdir, *flags, fault=("small_mnist_in", folder), epochs=epochs).ends() == ""
+        assert program(workdir, *flags, fault=("small_mnist_in", folder), epochs=epochs, compiled=QUICK).ends() == ""
         for config in (
             json.loads((workdir / "config.json").read_text()),
             checkpoint.read_metadata(workdir / "checkpoints", 9 * epochs)["config"],
@@ -266,7 +266,7 @@ def test_a_broken_restore_would_be_noticed(reference, interrupted, program, tmp_
 def test_a_second_ctrl_c_ends_a_long_call_at_once(program, tmp_path, tally):
     """Python's own handlers would wait for the compiled program, and would merge the two signals."""
     with tally("interruptions"):
-        process = program(tmp_path, "--config.run.save_every=1", fault=("slow", 3))
+        process = program(tmp_path, "--config.run.save_every=1", fault=("slow", 3), compiled=QUICK)
         process.wait_for(lambda: process.stdout == "waiting\n")
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)

@@ -126,7 +126,7 @@ def choose(section: str, choices: Mapping, values: Mapping) -> tuple[Any, dict]:
     """The entry of `choices` that a section's `name` selects, and the section's other values."""
     values = dict(values)
     name = values.pop("name", None)
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise ValueError(f"unknown {section}.name {name!r}: {nearest(str(name), choices)}")
     return choices[name], values
 
