@@ -88,7 +88,7 @@ class Trainer:
             state, _ = run_steps(state, order, 0, self._steps, image, label)
             return state.variables
 
-        return jax.jit(map_seeds(program, 3))
+        return jax.jit(map_seeds(program, 3, len(self._seeds)))
 
     def __call__(self, image, label, rows: list[np.ndarray], augmented: bool) -> dict:
         """Variables of all seeds; each seed reads its own rows, and its own labels if `label` is [seeds, images]."""

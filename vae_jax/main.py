@@ -41,7 +41,8 @@ TABLE = (  # kind, name, default, help
         integer,
         "count",
         None,
-        "Number of images. Default: 100 for sample, 10 for reconstruct, 11 in a row for the others.",
+        "Number of images; in a row for interpolate and traverse. Default: "
+        + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
     ),
     (seed, "sample_seed", 0, "Seed of --mode=sample."),
     (items, "images", None, "Positions in the split: two for interpolate (3,18), one for traverse."),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jaxtyping import Float, Int
 from vae_jax import generate
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run.checkpoint import read_metadata, restore_variables, select, steps
-from vae_jax.run.config import bind, choose, fill_in
+from vae_jax.run.config import bind, choose, fill_in, make_title
 from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
@@ -94,8 +93,7 @@ class Pretrained:
     @property
     def title(self) -> str:
         """Family and data set, for people."""
-        family = FAMILIES[self.config["model"]["name"]]
-        return f"{family.NAME} on {Path(self.config['data']['name']).name}"
+        return make_title(FAMILIES[self.config["model"]["name"]], self.config["data"]["name"])
 
     def encode(self, image) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""

@@ -44,13 +44,6 @@ class Model(NamedTuple):
     apply: Any = ABSENT
 
 
-def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
-    """The entry of a name that a config's field gives. Raises ValueError for another name."""
-    if name not in choices:
-        raise ValueError(f"model.{field} is {name!r}, but must be one of {', '.join(choices)}")
-    return choices[name]
-
-
 class Metric(NamedTuple):
     """What a metric says. `better` is "lower" or "higher"; "" where neither is."""
 

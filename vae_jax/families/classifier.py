@@ -14,7 +14,7 @@ from vae_jax import figures
 from vae_jax.augment import augment
 from vae_jax.evaluation.classification import class_accuracy, confusion_matrix, expected_calibration_error
 from vae_jax.families import Metric, Model, Probes
-from vae_jax.nn.networks import Classifier, check_pooling, check_precision, check_sizes
+from vae_jax.nn.networks import PRECISIONS, Classifier, check_pooling, check_sizes, choose
 from vae_jax.objectives import cross_entropy
 
 NAME = "Classifier"
@@ -50,7 +50,7 @@ def make(
     if num_classes < 2:
         raise ValueError(f"the classifier needs labels of at least 2 classes, but the data have {num_classes}")
     check_pooling(image_shape, len(features) - 1, "features")
-    network = Classifier(num_classes, tuple(features), check_precision(precision))
+    network = Classifier(num_classes, tuple(features), choose(PRECISIONS, "precision", precision))
 
     def probabilities(variables, image):
         logits: Any = network.apply(variables, image)

@@ -16,16 +16,17 @@ from vae_jax import figures, generate
 from vae_jax.batch import first_of_each_label
 from vae_jax.evaluation.baselines import linear_vae_baselines
 from vae_jax.evaluation.latents import active_units
-from vae_jax.families import Metric, Model, Probes, choose
+from vae_jax.families import Metric, Model, Probes
 from vae_jax.likelihoods import LIKELIHOODS, distortion
 from vae_jax.nn.networks import (
+    PRECISIONS,
     Autoencoder,
     Decoder,
     Encoder,
     check_doublings,
     check_pooling,
-    check_precision,
     check_sizes,
+    choose,
 )
 from vae_jax.objectives import importance_weighted_bound, log_normal, negative_elbo, reparameterize, warm_up
 from vae_jax.priors import PRIORS
@@ -39,7 +40,6 @@ METRICS = {
     "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
     "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
 }
-
 PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
 
 
@@ -78,7 +78,7 @@ def make(
         check_pooling(image_shape, len(encoder_features), "encoder_features")
     p_x = choose(LIKELIHOODS, "likelihood", likelihood)()
     p_z = choose(PRIORS, "prior", prior)(latent_dim)
-    dtype = check_precision(precision)
+    dtype = choose(PRECISIONS, "precision", precision)
     *size, channels = image_shape
     network = Autoencoder(
         Encoder(latent_dim, tuple(encoder_features), pooling, dtype),

@@ -1,6 +1,7 @@
 """The networks of the post (its Tables 1, 2 and 4), and checks of the sizes they are asked for."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -119,11 +120,11 @@ def check_sizes(**fields: tuple[int, ...]) -> None:
             raise ValueError(f"model.{name} is {value if len(value) != 1 else value[0]}, but must be at least 1")
 
 
-def check_precision(precision: str) -> Any:
-    """The dtype that a precision names. Raises ValueError for another name."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"model.precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
+    """The entry of a name that a config's field gives. Raises ValueError for another name."""
+    if name not in choices:
+        raise ValueError(f"model.{field} is {name!r}, but must be one of {', '.join(choices)}")
+    return choices[name]
 
 
 def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:

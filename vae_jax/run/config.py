@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import docstring_parser
@@ -147,6 +148,11 @@ def fill_in(function: Callable, **known: Any) -> Any:
     """`function` called with those of the known values that its parameters name."""
     wanted = inspect.signature(function).parameters
     return function(**{name: known[name] for name in known if name in wanted})
+
+
+def make_title(family: Any, data_name: str) -> str:
+    """Family and data set, for people."""
+    return f"{family.NAME} on {Path(data_name).name}"
 
 
 def nearest(name: str, known: Collection[str]) -> str:

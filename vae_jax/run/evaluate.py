@@ -54,7 +54,7 @@ def map_examples(
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
         return jax.tree.map(lambda values: values[:size], arrays)
 
-    compiled = devices.compile(map_seeds(run, 2) if seeds > 1 else run)
+    compiled = devices.compile(map_seeds(run, 2, seeds))
     return lambda variables, key: jax.device_get(compiled(variables, key, *arguments))
 
 

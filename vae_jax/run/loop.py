@@ -57,8 +57,8 @@ class Job(NamedTuple):
         return self.epochs * self.steps_per_epoch
 
     def map_seeds(self, function: Callable, seeded: int) -> Callable:
-        """`function` itself for one seed, else mapped over the seeds."""
-        return function if len(self.seeds) == 1 else map_seeds(function, seeded)
+        """`map_seeds` over the job's seeds."""
+        return map_seeds(function, seeded, len(self.seeds))
 
     def root(self):
         """The root key; with several seeds one for each, [seeds]."""
@@ -123,37 +123,33 @@ class Loop:
         job, checkpoints = self.job, self.checkpoints
         state = self.restore()
         step = saved = int(np.max(state.step))
-        profile = Profile(self) if job.run.profile and self.devices.is_primary else None
         order = unread = None
-        while step < job.steps:
-            epoch, first = divmod(step, self.per_epoch)
-            if order is None or first == 0:
-                order = self.devices.replicate(job.order(epoch + 1))
-            count = min(self.most, self.per_epoch - first)
-            if profile:
+        with Profile(self) as profile:
+            while step < job.steps:
+                epoch, first = divmod(step, self.per_epoch)
+                if order is None or first == 0:
+                    order = self.devices.replicate(job.order(epoch + 1))
+                count = min(self.most, self.per_epoch - first)
                 profile.before_call()
-            state, history = self.run_steps(state, order, first, count, *self.arrays)
-            if unread:  # one call late, while the device is busy with the next one
-                self.read(*unread)
-            step += count
-            unread = (step, count, history)
-            if profile:
+                state, history = self.run_steps(state, order, first, count, *self.arrays)
+                if unread:  # one call late, while the device is busy with the next one
+                    self.read(*unread)
+                step += count
+                unread = (step, count, history)
                 profile.after_call(state)
 
-            epoch_ended, stopping = step % self.per_epoch == 0, stop()
-            due = stopping or step == job.steps or step - saved >= job.run.save_every
-            if epoch_ended or due:
-                self.read(*unread)
-                unread = None
-            tested = self.end_epoch(epoch + 1, state) if epoch_ended else {}
-            if due or checkpoints.is_best(tested):
-                self.directory.upload()
-                checkpoints.save(step, state, tested)
-                saved = step
-            if stopping:
-                break
-        if profile:
-            profile.close()
+                epoch_ended, stopping = step % self.per_epoch == 0, stop()
+                due = stopping or step == job.steps or step - saved >= job.run.save_every
+                if epoch_ended or due:
+                    self.read(*unread)
+                    unread = None
+                tested = self.end_epoch(epoch + 1, state) if epoch_ended else {}
+                if due or checkpoints.is_best(tested):
+                    self.directory.upload()
+                    checkpoints.save(step, state, tested)
+                    saved = step
+                if stopping:
+                    break
         return state
 
     def restore(self) -> TrainState:
@@ -257,25 +253,32 @@ class Loop:
 
 
 class Profile:
-    """A trace of a few calls of the compiled program, written to profile/ in the run directory."""
+    """With `run.profile`, a trace of a few calls of the compiled program, written to profile/ in the run directory."""
 
     def __init__(self, loop: Loop):
-        self._path, self._note = loop.directory.path / "profile", loop.progress.note
-        self._calls = 0
+        self._enabled = loop.job.run.profile and loop.devices.is_primary
+        self._loop, self._calls, self._tracing = loop, 0, False
+
+    def __enter__(self):
+        return self
 
     def before_call(self) -> None:
-        if self._calls == PROFILED.start:
-            jax.profiler.start_trace(self._path)
+        if self._enabled and self._calls == PROFILED.start:
+            jax.profiler.start_trace(self._loop.directory.path / "profile")
+            self._tracing = True
         self._calls += 1
 
     def after_call(self, state: TrainState) -> None:
-        if self._calls == PROFILED.stop:
+        if self._tracing and self._calls == PROFILED.stop:
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
+            self._stop()
 
-    def close(self) -> None:
-        """End a trace that the training was too short for."""
-        if PROFILED.start < self._calls < PROFILED.stop:
-            jax.profiler.stop_trace()
-        elif self._calls <= PROFILED.start:
-            self._note("too few calls for a profile: lower run.steps_per_call")
+    def _stop(self):
+        jax.profiler.stop_trace()
+        self._tracing = False
+
+    def __exit__(self, error, *_):
+        if self._tracing:  # the training ended or failed before the last call to trace
+            self._stop()
+        elif self._enabled and error is None and self._calls <= PROFILED.start:
+            self._loop.progress.note("too few calls for a profile: lower run.steps_per_call")

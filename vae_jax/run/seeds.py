@@ -16,12 +16,15 @@ def root_keys(seeds: range):
     return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
 
 
-def map_seeds(function: Callable, seeded: int) -> Callable:
-    """Map `function` over a leading seed axis of its first `seeded` arguments and of its results.
+def map_seeds(function: Callable, seeded: int, seeds: int) -> Callable:
+    """Map `function` over a leading seed axis of its first `seeded` arguments and of its results; for one seed `function` itself.
 
     This is `jax.vmap`, but on the CPU one seed runs after the other in the same program: that is faster there, and each
     seed ends with the bits it has alone.
     """
+
+    if seeds == 1:
+        return function
 
     def mapped(*arguments):
         own, shared = arguments[:seeded], arguments[seeded:]

@@ -28,6 +28,7 @@ from vae_jax.run.config import (
     choose,
     fields,
     fill_in,
+    make_title,
     nearest,
     signatures,
     split_fields,
@@ -87,7 +88,7 @@ def make_job(
     known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= fields_of_objective | {"image": dataset.splits["train"].image}
-    title, samples = f"{family.NAME} on {Path(data['name']).name}", named_key(jax.random.key(seed), "samples")
+    title, samples = make_title(family, data["name"]), named_key(jax.random.key(seed), "samples")
     job = Job(
         title=title,
         seeds=range(seed, seed + seeds),
@@ -231,8 +232,9 @@ class Outcome(NamedTuple):
 def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[], Any]) -> Outcome | None:
     """Train, or continue, in a run directory; None if the training there is finished already.
 
-    On several hosts all call this. `make_stop()` gives `hosts.Stop` or its like once the training is about to start. Raises ValueError or OSError, in one line, for bad input and for a directory that
-    cannot be used, and FloatingPointError for numbers that are not finite.
+    On several hosts all call this. `make_stop()` gives `hosts.Stop` or its like once the training is about to start.
+    Raises ValueError or OSError, in one line, for bad input and for a directory that cannot be used, and
+    FloatingPointError for numbers that are not finite.
     """
     folder = epath.Path(workdir).expanduser() / "checkpoints"
     hosts.check_hosts_agree(hosts.host_facts(config, device_limit))
