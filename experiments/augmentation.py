@@ -34,7 +34,7 @@ from vae_jax.pretrained import Pretrained
 from vae_jax.run.config import changes
 from vae_jax.run.directory import FORMAT, OwnedDirectory
 from vae_jax.run.evaluate import map_examples
-from vae_jax.run.files import atomic_file, local_path, read_json_lines
+from vae_jax.run.files import atomic_file, local_path, read_json_lines, write_atomically
 from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.run.session import fingerprint
 from vae_jax.steps import init_state, make_run_steps, make_train_step
@@ -202,22 +202,25 @@ def open_study(path: Path, settings: dict) -> OwnedDirectory:
 
     Raises OSError if another process works there, or if it holds other files or a study with other settings.
     """
-    file, another = path / "settings.json", "name another with --workdir"
-
-    def read_settings():
-        if file.exists():
-            return json.loads(file.read_text("utf-8"))
-        if {entry.name for entry in path.iterdir()} - LEFTOVERS:
-            raise OSError(f"{path} is not empty and holds no study: {another}")
-        return None
-
-    def check(stored):
-        if different := changes(stored, settings):
-            raise OSError(f"{path} holds another study ({'; '.join(different)}): {another}")
-
-    study = OwnedDirectory(path, settings, file.name, "results.jsonl", read_settings, check)
+    study = OwnedDirectory(path, "results.jsonl")
+    try:
+        write_settings(path, settings)
+    except OSError:
+        study.close()
+        raise
     study.keep(read_json_lines(path / "results.jsonl"))
     return study
+
+
+def write_settings(path: Path, settings: dict) -> None:
+    """Write settings.json. Raises OSError if the directory holds other files or a study with other settings."""
+    file, another = path / "settings.json", "name another with --workdir"
+    if file.exists():
+        if different := changes(json.loads(file.read_text("utf-8")), settings):
+            raise OSError(f"{path} holds another study ({'; '.join(different)}): {another}")
+    elif {entry.name for entry in path.iterdir()} - LEFTOVERS:
+        raise OSError(f"{path} is not empty and holds no study: {another}")
+    write_atomically(file, json.dumps(settings, indent=2) + "\n")
 
 
 def compute_once(study: OwnedDirectory, stage: str, compute: Callable[..., dict], **fields) -> dict:

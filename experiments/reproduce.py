@@ -1,7 +1,7 @@
 """The post, reproduced: every table and figure with our numbers next to the post's, in one report.
 
     python -m experiments.reproduce --workdir=runs/post            MNIST
-    python -m experiments.reproduce --workdir=runs/quick --quick   the bundled digits, in about 12 minutes
+    python -m experiments.reproduce --workdir=runs/quick --quick   the bundled digits, in about 15 minutes
 
 It runs commands of this project. Each of them can be run, stopped and resumed alone, and so can the reproduction. The
 report is report.html, one self-contained file, and report.md with its figures in report/.
@@ -41,7 +41,7 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
     """{part: its commands}"""
     vae, classifier = (launch.config_for(model, name) for model in ("vae", "classifier"))
     epochs = {"epochs": 40} if quick else {}
-    variants = ablations.commands(workdir / "ablations", vae, {"epochs": 10}, manual_dir)
+    variants = ablations.commands(workdir / "ablations", vae, {"epochs": 40 if quick else 10}, manual_dir)
     study = ["python", "-m", "experiments.augmentation", f"--data={name}", f"--workdir={workdir / 'augmentation'}"]
     study += ["--steps=100", "--seeds=3", "--percentages=20,100"] if quick else []
     study += [f"--manual_dir={manual_dir}"] if manual_dir else []

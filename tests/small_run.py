@@ -28,6 +28,5 @@ def run_job(job, config, path, stop=lambda: False, devices=None):
         progress = Progress(1, job.epochs)
         state = train(job, directory, checkpoints, progress, stop, devices)
     finally:
-        checkpoints.close()
         directory.close()
     return state, directory

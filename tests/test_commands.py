@@ -151,8 +151,8 @@ def test_without_a_choice_the_first_images_are_taken(run):
             "no split 'tset': this run has train, test, validation",
         ),
         (
-            lambda run: commands.reconstruct(*run[:2], "", "test", 101),
-            "--count is 101, but can be at most 100 for test",
+            lambda run: commands.reconstruct(*run[:2], "", "test", 361),
+            "--count is 361, but test has 360 images",
         ),
         (lambda run: commands.sample(run[0], "9", 3, 0), "no checkpoint '9'"),
     ],

@@ -50,7 +50,7 @@ def test_the_steps_in_a_call_do_not_change_the_numbers(finished, tmp_path):
 def test_the_run_directory(finished):
     _, directory, config = finished
     stored = json.loads((directory.path / "config.json").read_text())
-    assert stored == {"format": 2} | json.loads(json.dumps(config))
+    assert stored == {"format": 2, "saved": True} | json.loads(json.dumps(config))
     rows = read_rows(directory.path)
     assert rows == directory.history
     assert [row["epoch"] for row in rows] == [1, 1, 2, 2]
@@ -195,10 +195,10 @@ def check_best(path, directory, metric, most):
     values = {row["step"]: row[metric] for row in directory.history if metric in row}
     best, last = most(values, key=values.get), max(values)
     assert min(values.values()) < max(values.values())  # or any epoch would do
-    assert select(path / "checkpoints", "best") == select(path / "checkpoints") == best
+    assert select(path / "checkpoints", "best")["step"] == select(path / "checkpoints")["step"] == best
     assert set(steps(path / "checkpoints")) == {best, last}
     summary = (path / "summary.md").read_text()
-    assert f"| best step, used by default | {best} |" in summary
+    assert f"| best step | {best} |" in summary
     assert f"| at the best step: {metric} | {values[best]:.4g} |" in summary
 
 
@@ -332,7 +332,7 @@ def test_a_directory_that_holds_something_else_or_is_in_use_is_refused(tmp_path)
         check_refused(tmp_path / "run", text, "config.json is damaged: restore it, or name another with --workdir")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(OSError, match="work directory .* name another with --workdir") as error:
+        with pytest.raises(OSError, match=f"{tmp_path}/file.*: name another with --workdir") as error:
             RunDirectory(str(path), {}, "")
         assert "\n" not in str(error.value)
 
@@ -367,21 +367,12 @@ def test_an_old_run_is_refused_whatever_else_its_config_says(tmp_path):
         read_config(str(tmp_path))
 
 
-def open_owned(path, settings, check=lambda stored: None):
-    def read_settings():
-        file = path / "settings.json"
-        return json.loads(file.read_text()) if file.exists() else None
-
-    return OwnedDirectory(path, settings, "settings.json", "rows.jsonl", read_settings, check)
-
-
-def test_an_owned_directory_keeps_settings_and_rows(tmp_path):
+def test_an_owned_directory_keeps_rows(tmp_path):
     path = tmp_path / "deep" / "study"
-    directory = open_owned(path, {"size": 3}, check=lambda stored: pytest.fail("there are none yet"))
+    directory = OwnedDirectory(path, "rows.jsonl")
     assert directory.rows == [] and not (path / "rows.jsonl").exists()
     for number in range(3):
         directory.append({"number": number})
-    assert json.loads((path / "settings.json").read_text()) == {"size": 3}
     assert read_json_lines(path / "rows.jsonl") == directory.rows == [{"number": n} for n in range(3)]
     directory.keep(directory.rows[:1])
     directory.append({"number": 7})
@@ -391,28 +382,29 @@ def test_an_owned_directory_keeps_settings_and_rows(tmp_path):
 
 
 def test_an_owned_directory_has_one_owner(tmp_path):
-    first = open_owned(tmp_path, {})
+    first = OwnedDirectory(tmp_path, "rows.jsonl")
     with pytest.raises(OSError, match="another process is working in .*: wait for it, or name another") as error:
-        open_owned(tmp_path, {})
+        OwnedDirectory(tmp_path, "rows.jsonl")
     assert "\n" not in str(error.value)
     first.close()
-    open_owned(tmp_path, {}).close()
+    OwnedDirectory(tmp_path, "rows.jsonl").close()
 
 
-def test_settings_that_do_not_fit_stay_and_release_the_directory(tmp_path):
-    open_owned(tmp_path, {"size": 3}).close()
-    stored = []
-
-    def check(settings):
-        stored.append(settings)
-        raise ValueError("another study")
-
-    with pytest.raises(ValueError, match="another study"):
-        open_owned(tmp_path, {"size": 4}, check)
-    assert stored == [{"size": 3}]
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"size": 3}
-    open_owned(tmp_path, {"size": 5}).close()  # not locked
-    assert json.loads((tmp_path / "settings.json").read_text()) == {"size": 5}
+def test_a_lost_lock_stops_the_one_that_lost_it(tmp_path):
+    first = OwnedDirectory(tmp_path, "rows.jsonl")
+    first.append({"number": 1})
+    (tmp_path / "lock").unlink()
+    with pytest.raises(OSError, match="the file lock in .* was deleted or replaced") as error:
+        first.append({"number": 2})
+    assert "\n" not in str(error.value)
+    second = OwnedDirectory(tmp_path, "rows.jsonl")
+    second.append({"number": 3})
+    for write in (lambda: first.append({"number": 2}), lambda: first.keep([])):
+        with pytest.raises(OSError, match="the file lock in"):
+            write()
+    assert [row["number"] for row in read_json_lines(tmp_path / "rows.jsonl")] == [1, 3]
+    for directory in (first, second):
+        directory.close()
 
 
 def test_progress_without_a_terminal_prints_lines(capsys):

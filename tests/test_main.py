@@ -158,7 +158,7 @@ BAD_COMMAND_LINES = [
     (["--config=configs/vae.py:smoke", "extra"], 2, "unexpected argument 'extra'"),
     (["--mode=smaple", "--config=configs/vae.py"], 1, "should be one of <train|"),
     (["--mode=sample"], 1, "there is no run in "),
-    (["--mode=sample", "--count=0"], 1, "--count is 0, but must be at least 1"),
+    (["--mode=sample", "--count=0"], 1, "--count is 0, but must be 1 to 10,000"),
     (["--mode=sample", "--split=test"], 2, "--split has no meaning with --mode=sample"),
     (["--mode=sample", "--workdir="], 2, "--config is required"),
     (["--config.epochs=3"], 2, "--config.epochs needs a config to change"),

@@ -59,7 +59,7 @@ def test_samples(vae):
     assert np.abs(sample - vae.sample(5, seed=4)).max() > 0
     z = jax.random.normal(jax.random.key(3), (5, 20))
     np.testing.assert_array_equal(sample, vae.decode(z))
-    with pytest.raises(ValueError, match="count is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="count is 0, but must be an integer from 1 to 1000000"):
         vae.sample(0)
 
 
@@ -78,9 +78,9 @@ def test_samples(vae):
         ),
         (
             np.full((2, 28, 28), 255.0),
-            r"images lie in \[255, 255\], but floats must lie in",
+            r"images has the value 255.0, but must lie in \[0, 1\]",
         ),
-        (np.full((2, 28, 28), np.nan), "floats must lie in"),
+        (np.full((2, 28, 28), np.nan), "images has the value nan, but must lie in"),
     ],
 )
 def test_bad_images(vae, image, message):
@@ -110,9 +110,9 @@ def test_what_a_family_lacks_is_named(vae):
         with pytest.raises(ValueError, match="a model of the family vae has no classes"):
             use(image)
     model = classifier.make((28, 28, 1), 10, features=(2,))
-    config = {"model": {"name": "classifier"}}
-    variables = jax.jit(model.init)(jax.random.key(0))
-    digits = Pretrained(model, variables, (28, 28, 1), step=0, config=config, data={})
+    config = {"model": {"name": "classifier", "features": [2]}, "data": {"name": "digits"}}
+    metadata = {"config": config, "step": 0, "data": {}, "image_shape": [28, 28, 1], "num_classes": 10}
+    digits = Pretrained(metadata, jax.jit(model.init)(jax.random.key(0)))
     label, probability = digits.predict(image)
     assert label.shape == probability.shape == (2,)
     np.testing.assert_array_equal(probability, digits.probabilities(image).max(axis=1))

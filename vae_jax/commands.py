@@ -11,17 +11,17 @@ import numpy as np
 from vae_jax import data, figures, generate
 from vae_jax.batch import Dataset, Split
 from vae_jax.pretrained import Pretrained, load, load_variables
-from vae_jax.run.config import bind
+from vae_jax.run.config import bind, changes
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
 from vae_jax.run.session import build, fingerprint
 
-MOST_SHOWN = 100  # images beside their reconstructions
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
 
 
 def evaluate(workdir: str, config: dict, checkpoint: str, split: str) -> dict[str, Any]:
     """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images."""
     metadata, variables = load_variables(workdir, checkpoint)
+    check_config_file(workdir, metadata["config"], config)
     job = build(config)
     check_trained_on(metadata["data"], job.metadata["data"])
     choose_split(job.dataset, split)
@@ -46,9 +46,8 @@ def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
 def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: int) -> list[Path]:
     """The first `count` images of a split beside their reconstructions."""
     vae, examples = load_with_split(workdir, config, checkpoint, split)
-    most = min(MOST_SHOWN, len(examples.label))
-    if count > most:
-        raise ValueError(f"--count is {count}, but can be at most {most} for {split}")
+    if count > len(examples.label):
+        raise ValueError(f"--count is {count}, but {split} has {len(examples.label)} images")
     image, label = examples.image[:count], examples.label[:count]
     reconstruction = vae.reconstruct(image)
     return save(
@@ -167,9 +166,18 @@ def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> 
     """The model of a run, with encoder and decoder, and a split of the data that it was trained on."""
     vae = load_able(workdir, checkpoint, "encode", "encoder")
     vae.check_has("decode_raw", "decoder")
+    check_config_file(workdir, vae.config, config)
     dataset = bind("data", data.load, config["data"])()
     check_trained_on(vae.data, fingerprint(dataset))
     return vae, choose_split(dataset, split)
+
+
+def check_config_file(workdir: str, trained: dict, config: dict) -> None:
+    """Raise ValueError, naming the fields, if config.json is not the config that a checkpoint was trained with."""
+    if changed := changes(trained | {"epochs": config["epochs"]}, config):
+        raise ValueError(
+            f"config.json in {workdir} is not what the checkpoint was trained with ({'; '.join(changed)}): restore it"
+        )
 
 
 def check_trained_on(expected: dict, found: dict) -> None:

@@ -20,6 +20,11 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def set_title(figure: "Figure", title: str) -> None:
+    """Title a figure; the text may hold the name of someone's data, which is no formula, so $ is a plain character."""
+    figure.suptitle(title.replace("$", r"\$"))
+
+
 def whole_numbers(**options):
     """Axis ticks at integers."""
     from matplotlib.ticker import MaxNLocator
@@ -58,7 +63,7 @@ def training_curve(
     _draw_baselines(axes["loss"], baselines)
     axes["loss"].set_ylabel("nats per image")
     axes["loss"].legend(frameon=False)
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -123,7 +128,7 @@ def reconstructions(
         if column == 0:
             above.set_ylabel("input")
             below.set_ylabel("reconstruction")
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -134,16 +139,14 @@ def image_rows(
     title: str,
 ) -> "Figure":
     """Images in labelled rows and columns."""
-    rows, columns = image.shape[:2]
+    rows, columns, height, width, channels = image.shape
     figure = new_figure(0.75 * columns + 1.5, 0.75 * rows + 1)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row in range(rows):
-        for column in range(columns):
-            show_image(axes[row, column], image[row, column])
-        axes[row, 0].set_ylabel(row_labels[row], rotation=0, ha="right", va="center")
-    for column in range(columns):
-        axes[0, column].set_title(column_labels[column], fontsize=10)
-    figure.suptitle(title)
+    ax = figure.subplots()
+    show_image(ax, mosaic(image.reshape(-1, height, width, channels), columns, margin=1, fill=1.0))
+    ax.set_xticks((np.arange(columns) + 0.5) * (width + 2) - 0.5, column_labels, fontsize=10)
+    ax.set_yticks((np.arange(rows) + 0.5) * (height + 2) - 0.5, row_labels)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    set_title(figure, title)
     return figure
 
 
@@ -169,7 +172,7 @@ def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -
     rows = -(-len(image) // columns)
     figure = new_figure(7.0, 7 * rows / columns + 0.5)
     show_image(figure.subplots(), mosaic(image, columns, margin=1, fill=0.5))
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -195,7 +198,7 @@ def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figur
     bar = figure.colorbar(image, shrink=0.6, label="errors")
     bar.ax.yaxis.set_major_locator(whole_numbers())
     bar.outline.set_visible(False)
-    figure.suptitle(f"{title}\n{errors.sum():,} errors in {counts.sum():,} images")
+    set_title(figure, f"{title}\n{errors.sum():,} errors in {counts.sum():,} images")
     return figure
 
 
@@ -221,7 +224,7 @@ def mistakes(
         )
     if not len(image):
         axes[columns // 2].set_title("none")
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 

@@ -10,6 +10,8 @@ from typing import NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
+from vae_jax.run.output import survive_closed_streams
+
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
     "evaluate": "checkpoint split",
@@ -25,6 +27,7 @@ reconstructions. interpolate: images between two. traverse: one latent moved at 
 CONFIG = """A file in configs/ and, after a colon, its variant: configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes
 other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
+MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # that one picture can show
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS
@@ -99,6 +102,8 @@ def train(config: dict, workdir: str) -> None:
     except FloatingPointError as error:
         fail(str(error), 1)
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            hosts.exit_now("out of memory: try a smaller batch_size or model; the same command continues", 1)
         if not several:
             raise
         hosts.exit_now(f"a host was lost ({error})".splitlines()[0], 1)
@@ -120,8 +125,9 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     from vae_jax.run.session import check_same_config
 
     count = COUNTS.get(mode) if FLAGS.count is None else FLAGS.count
-    if count is not None and count < 1:
-        raise ValueError(f"--count is {count}, but must be at least 1")
+    if count is not None and not 1 <= count <= MOST[mode]:
+        more = "more do not fit in one picture; vae_jax.load makes as many as you like"
+        raise ValueError(f"--count is {count}, but must be 1 to {MOST[mode]:,}: {more}")
     if is_remote(workdir):
         way_out = f"copy {workdir} here (gcloud storage cp -r) and name the copy"
         raise ValueError(f"--mode={mode} takes a run on this machine: {way_out}")
@@ -136,7 +142,10 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}
     result = fill_in(getattr(commands, mode), **known, **chosen, count=count, seed=FLAGS.sample_seed)
     lines = [f"{name} {show(value)}" for name, value in result.items()] if mode == "evaluate" else map(str, result)
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    error = getattr(sys.stdout, "error", None)
+    if error and not isinstance(error, BrokenPipeError):  # whoever closed the pipe has read enough
+        fail(f"cannot print the results ({error})", 1)
 
 
 def show(value) -> str:
@@ -232,6 +241,7 @@ def check_field_names(argv: list[str]) -> None:
 
 def run() -> None:
     """The program."""
+    survive_closed_streams()
     app.run(main, flags_parser=parse_flags)
 
 

@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 
 from vae_jax import generate
 from vae_jax.families import FAMILIES, Model
-from vae_jax.run.checkpoint import read_metadata, restore_variables, select, steps
+from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, choose, fill_in, make_title
 from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
+LARGEST_LATENT = 1e4  # far outside any prior; beyond it the decoder's float32 would overflow
 
 
 def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
@@ -30,36 +31,27 @@ def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "
     metadata, variables = load_variables(workdir, checkpoint)
     first, count = metadata["config"]["seed"], metadata["config"]["seeds"]
     seed = first if seed is None else seed
+    check_integer("seed", seed, 0, 2**32 - 1)
     if seed not in range(first, first + count):
         last = f" to {first + count - 1}" if count > 1 else ""
         raise ValueError(f"seed {seed} was not trained in {workdir}: give {first}{last}")
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
-    return Pretrained(
-        model=make_model(metadata),
-        variables=jax.device_put(variables),
-        image_shape=tuple(metadata["image_shape"]),
-        step=metadata["step"],
-        config=metadata["config"],
-        data=metadata["data"],
-    )
+    return Pretrained(metadata, jax.device_put(variables))
 
 
 def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis."""
-    folder = local_path(workdir) / "checkpoints"
-    step = select(folder, which)
-    try:
-        metadata = read_metadata(folder, step)
-    except ValueError as error:
-        others = [str(other) for other in steps(folder) if other != step]
-        hint = f", or choose another checkpoint: {', '.join(others)}" if others else ""
-        raise ValueError(f"{error}; train again{hint}") from error
+    return checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
+
+
+def seeded_shapes(metadata: dict) -> dict:
+    """The shapes of a checkpoint's variables, with a leading seed axis if there are several seeds."""
     like = jax.eval_shape(make_model(metadata).init, jax.random.key(0))
     seeds = metadata["config"]["seeds"]
-    if seeds > 1:
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like)
-    return metadata, restore_variables(folder, metadata["step"], like)
+    if seeds == 1:
+        return like
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like)
 
 
 def make_model(metadata: dict) -> Model:
@@ -74,26 +66,51 @@ def make_model(metadata: dict) -> Model:
     return fill_in(make, image_shape=shape, num_classes=metadata["num_classes"])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
     """A trained model. The functions of `model`, which take `variables` first, are the pure ones below each method.
 
     Images are [n, height, width, channel], or without the channel axis if there is one channel: uint8, or float in
     [0, 1]. Results are NumPy arrays. Every method raises ValueError for input that does not fit, and if the model's family
-    has no such method.
+    has no such method. It can be pickled.
     """
 
-    model: Model
+    metadata: dict  # of its checkpoint
     variables: dict
-    image_shape: tuple[int, int, int]
-    step: int
-    config: dict
-    data: dict  # number of images it was trained on, and their SHA-256
+
+    @functools.cached_property
+    def model(self) -> Model:
+        return make_model(self.metadata)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.metadata["image_shape"]
+        return height, width, channels
+
+    @property
+    def step(self) -> int:
+        return self.metadata["step"]
+
+    @property
+    def config(self) -> dict:
+        return self.metadata["config"]
+
+    @property
+    def data(self) -> dict:
+        """The number of images of each split that it was trained with, and their SHA-256."""
+        return self.metadata["data"]
 
     @property
     def title(self) -> str:
         """Family and data set, for people."""
         return make_title(FAMILIES[self.config["model"]["name"]], self.config["data"]["name"])
+
+    def __repr__(self):
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+        return f"<{self.title}: step {self.step}, {size:,} parameters>"
+
+    def __reduce__(self):
+        return Pretrained, (self.metadata, jax.device_get(self.variables))
 
     def encode(self, image) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""
@@ -103,16 +120,13 @@ class Pretrained:
     def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
         """Mean images of p(x | z), in [0, 1]."""
         self.check_has("decode_raw", "decoder")
-        z = np.asarray(z, np.float32)
-        if z.ndim != 2 or z.shape[1] != self.model.latent_dim or len(z) == 0:
-            raise ValueError(f"z has shape {z.shape}, but must be [n, {self.model.latent_dim}]")
-        return self._map("decode", z)
+        return self._map("decode", check_latents(z, self.model.latent_dim))
 
     def sample(self, count: int, seed: int = 0) -> Float[np.ndarray, "count height width channel"]:
-        """Mean images of `count` draws z ~ p(z), in [0, 1]; count is at least 1."""
+        """Mean images of `count` draws z ~ p(z), in [0, 1]; count is 1 to a million, seed at most 2**32 - 1."""
         self.check_has("decode_raw", "decoder")
-        if count < 1:
-            raise ValueError(f"count is {count}, but must be at least 1")
+        check_integer("count", count, 1, 1_000_000)
+        check_integer("seed", seed, 0, 2**32 - 1)
         z = self.model.prior.sample(self.variables, jax.random.key(seed), count)
         return self.decode(z)
 
@@ -169,6 +183,29 @@ def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "
         return image / np.float32(255)
     if not np.issubdtype(image.dtype, np.floating):
         raise ValueError(f"images are {image.dtype}, but must be uint8, or float in [0, 1]")
-    if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(f"images lie in [{image.min():.4g}, {image.max():.4g}], but floats must lie in [0, 1]")
+    check_range("images", image, 0.0, 1.0)
     return image.astype(np.float32)
+
+
+def check_latents(z: Any, latent_dim: int) -> Float[np.ndarray, "n latent"]:
+    """Latents as float32. Raises ValueError, naming shape, type or value, for what a decoder does not take."""
+    z = np.asarray(z)
+    if z.ndim != 2 or z.shape[1] != latent_dim or len(z) == 0:
+        raise ValueError(f"z has shape {z.shape}, but must be [n, {latent_dim}]")
+    if z.dtype.kind not in "iuf":
+        raise ValueError(f"z is {z.dtype}, but must be real numbers")
+    check_range("z", z, -LARGEST_LATENT, LARGEST_LATENT)
+    return z.astype(np.float32)
+
+
+def check_range(name: str, values: np.ndarray, least: float, most: float) -> None:
+    """Raise ValueError, naming the first value that is not a number in [least, most]."""
+    wrong = values[~((values >= least) & (values <= most))]  # NaN is not either
+    if wrong.size:
+        raise ValueError(f"{name} has the value {wrong[0]}, but must lie in [{least:g}, {most:g}]")
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise ValueError unless `value` is an integer in [least, most]; a boolean is none."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, but must be an integer from {least} to {most}")

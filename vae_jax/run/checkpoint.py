@@ -1,14 +1,16 @@
 """Checkpoints of a run, written by Orbax, which no other file imports.
 
-A checkpoint holds `state`, which training needs to continue; `variables`, which suffice for inference; and `metadata`: the
-config, the data, and the cost that ranks the checkpoint. Orbax does not detect a flipped bit, so each checkpoint also
-lists the SHA-256 of its files.
+A checkpoint is a folder named by its step. It holds `state`, which training needs to continue; `variables`, which suffice
+for inference; and `metadata`: the config, the data, which checkpoint is the best so far, the rows of metrics.jsonl that
+belong to it. Orbax does not detect a flipped bit, so the folder also lists the SHA-256 of its files. It gets its name when
+the list is complete, and loses it before it is deleted: a folder named by a step is whole, or it was damaged.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,10 +23,12 @@ from etils import epath
 
 from vae_jax.run.devices import unwrap_keys
 from vae_jax.run.directory import OLD_FORMAT
+from vae_jax.run.environment import differences
 from vae_jax.run.files import describe_error
 from vae_jax.steps import TrainState
 
 DIGESTS = "sha256.json"
+DATA = ("image_shape", "num_classes", "data")  # of the metadata: what must be the same when a training continues
 OVERHEAD = 2**20  # bytes of a checkpoint besides its arrays
 BLOCK = bytes(2**16)
 PRIMARY = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="primary")
@@ -41,36 +45,28 @@ class Checkpoints:
         keep: number of latest checkpoints to keep.
         best: the metric that ranks checkpoints and its better direction, such as ("validation/loss", "lower"); with None
             there is no best checkpoint.
+
+    Attributes:
+        restored: the metadata of the checkpoint that training continues from; None if it starts.
+        kept: the steps of the undamaged checkpoints when training continued.
+        best: {"step", "cost"} of the best checkpoint so far, damaged or not; None if there is none.
     """
+
+    restored: dict | None = None
+    kept: tuple[int, ...] = ()
+    best: dict | None = None
 
     def __init__(self, folder, metadata: dict, keep: int, best: tuple[str, str] | None = None):
         self._folder = absolute(folder)
         self._metadata, self._keep, self._metric = metadata, keep, best
-        self._costs = _read_costs(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            create=False,  # Orbax refuses to create a folder for one host of several
-            multiprocessing_options=PRIMARY,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
-            preservation_policy=self,
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
-
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Orbax's PreservationPolicy. Orbax's own BestN would rank by files that nothing has verified."""
-        oldest = len(checkpoints) - self._keep
-        return [i >= oldest or info.step == self.best for i, info in enumerate(checkpoints)]
-
-    @property
-    def best(self) -> int | None:
-        """The step of the best checkpoint."""
-        return _lowest(self._costs)
+        for leftover in self._folder.glob("*.tmp*"):  # of a killed process
+            leftover.rmtree()
 
     def is_best(self, metrics: dict) -> bool:
         """Whether a checkpoint with these metrics would become the best one; a tie does not."""
         cost = self._cost(metrics)
-        return cost is not None and cost < min(self._costs.values(), default=math.inf)
+        return cost is not None and (self.best is None or cost < self.best["cost"])
 
     def _cost(self, metrics):
         """The ranking metric with the sign that makes lower better; None if it was not evaluated."""
@@ -82,38 +78,50 @@ class Checkpoints:
     def restore(self, like: TrainState, note: Callable[[str], None]) -> TrainState | None:
         """The latest state, in the shapes of `like`, as NumPy arrays and the root key; None if there is no checkpoint.
 
-        A damaged checkpoint is reported in one line through `note` and renamed, and the one before it is restored. Raises
-        OSError if all are damaged, or if the checkpoint was trained on other data.
+        Every damaged checkpoint is reported in one line through `note` and renamed; the latest of the others is restored.
+        Raises OSError if all are damaged, and if the checkpoint is of other data or does not fit `like`.
         """
-        damaged: list[int] = []
-        for step in steps(self._folder):
-            try:
-                metadata = read_metadata(self._folder, step)
-                state = _restore(self._folder, step, "state", jax.eval_shape(unwrap_keys, like))
-            except ValueError as error:
-                note(f"{error}; trying an earlier one")
-                damaged.append(step)
-                continue
-            check_same_data(metadata, self._metadata)
-            if damaged:
-                self._rename(damaged)
-            return state.replace(key=jax.random.wrap_key_data(state.key))
-        if damaged:
+        kept, damaged = survey(self._folder)
+        if damaged and not kept:
             raise OSError(
-                f"no checkpoint in {self._folder} can be read: move them away to start again, or name another --workdir"
+                f"no checkpoint in {self._folder} can be read ({next(iter(damaged.values()))}): "
+                "move them away to start again, or name another --workdir"
             )
-        return None
+        for step, problem in damaged.items():
+            note(f"{problem}; renamed {self._set_aside(step).name}")
+        if not kept:
+            return None
+        step, self.restored = next(iter(kept.items()))
+        self.kept, self.best = tuple(kept), self.restored["best"]
+        check_same_data(self.restored, self._metadata)
+        if self.best and self.best["step"] not in kept:
+            note(f"the best checkpoint, of step {self.best['step']}, is lost; a later one is the best if it is better")
+        if changed := differences(self.restored.get("environment", {}), self._metadata.get("environment", {})):
+            note(f"since checkpoint {step} {changed}: from here on the numbers are the same only up to rounding")
+        try:
+            state = _restore(self._folder, step, "state", jax.eval_shape(unwrap_keys, like))
+        except ValueError as error:
+            raise OSError(
+                f"{error}: move it away to continue from an earlier one, or name another --workdir"
+            ) from error
+        return state.replace(key=jax.random.wrap_key_data(state.key))
 
-    def _rename(self, damaged):
-        """Rename damaged checkpoints: training will save these steps again, and Orbax saves no step below the latest."""
-        for step in damaged:
-            names = (self._folder / f"damaged-{step}-{i}" for i in itertools.count(1))
-            (self._folder / str(step)).rename(next(name for name in names if not name.exists()))
-            self._costs.pop(step, None)
-        self._manager.reload()
+    def restore_evaluated(self, step: int, like: TrainState) -> dict:
+        """The variables that were evaluated at `step`, NumPy arrays in the shapes of a state's."""
+        return restore_variables(self._folder, step, like.eval_variables)
 
-    def save(self, step: int, state: TrainState, metrics: dict) -> None:
-        """Write the checkpoint of `step` atomically; `metrics` are those of its evaluation, {} if there was none.
+    def _set_aside(self, step):
+        """Rename a damaged checkpoint; returns its new path."""
+        names = (self._folder / f"damaged-{step}-{i}" for i in itertools.count(1))
+        path = next(name for name in names if not name.exists())
+        return (self._folder / str(step)).rename(path)
+
+    def save(self, step: int, state: TrainState, metrics: dict, log: dict | None = None) -> None:
+        """Write the checkpoint of `step` atomically, then delete those that are no longer kept.
+
+        Args:
+            metrics: those of its evaluation, {} if there was none.
+            log: what tells whether the rows up to `step` are complete, as `RunDirectory.log_digest` returns it.
 
         Raises FloatingPointError if a value is not finite, and OSError if the checkpoint cannot be written.
         """
@@ -123,22 +131,35 @@ class Checkpoints:
             if not np.isfinite(leaf).all():
                 raise FloatingPointError(f"{name} is not finite at step {step}: try a lower optimizer.learning_rate")
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables))))
-        cost = self._cost(metrics)
-        if cost is not None:
-            self._costs[step] = cost
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            variables=ocp.args.StandardSave(variables),
-            metadata=ocp.args.JsonSave(self._metadata | {"step": step, "cost": cost}),
-        )
+        best = {"step": step, "cost": self._cost(metrics)} if self.is_best(metrics) else self.best
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "variables": ocp.args.StandardSave(variables),
+            "metadata": ocp.args.JsonSave(self._metadata | {"step": step, "best": best, "log": log}),
+        }
+        part = self._folder / f"{step}.tmp"
         try:
-            if not self._manager.save(step, args=items):
-                raise FileExistsError("there is a later one")
-            _write_digests(self._folder / str(step))
+            with _checkpointer() as checkpointer:
+                checkpointer.save(part, ocp.args.Composite(**items))
+            (part / DIGESTS).write_text(json.dumps(_digests(part), indent=1))
+            part.rename(self._folder / str(step))
         except Exception as error:  # a full disk can raise almost anything
             raise OSError(
                 f"checkpoint {step} was not saved ({describe_error(error)}): the same command continues from the one before"
             ) from error
+        self.best = best
+        for old in steps(self._folder)[self._keep :]:
+            if best is None or old != best["step"]:
+                self._delete(old)
+
+    def _delete(self, step):
+        path = self._folder / str(step)
+        if not os.path.isdir(path):  # on gs:// renaming would copy it
+            path.rmtree()
+            return
+        with contextlib.suppress(BlockingIOError), locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            # While someone reads it, it stays; a later save deletes it.
+            path.rename(self._folder / f"{step}.deleted.tmp").rmtree()
 
     def _check_room(self, nbytes):
         """Raise the system's OSError if the disk is full, by writing as many bytes: Orbax would print a hundred lines."""
@@ -148,10 +169,6 @@ class Checkpoints:
             for _ in range(0, nbytes + OVERHEAD, len(BLOCK)):
                 file.write(BLOCK)
 
-    def close(self) -> None:
-        """Release Orbax's resources."""
-        self._manager.close()
-
 
 def steps(folder) -> list[int]:
     """The steps of the checkpoints in `folder`, latest first."""
@@ -160,56 +177,114 @@ def steps(folder) -> list[int]:
     return sorted(found, reverse=True)
 
 
-def select(folder, which: str | int = "") -> int:
-    """The step named by `which`: "best", "latest", a step, or "" for the best if there is one, else the latest.
+def select(folder, which: str | int = "") -> dict:
+    """The metadata of a checkpoint: "best", "latest", a step, or "" for the best if there is one, else the latest.
 
-    Raises ValueError if there is no such checkpoint.
+    Raises ValueError if there is no such checkpoint, or if it is damaged or lost.
     """
     found = steps(folder)
+
+    def read(step):
+        try:
+            return read_metadata(folder, step)
+        except ValueError as error:
+            others = ", ".join(str(other) for other in found if other != step)
+            raise ValueError(f"{error}; train again{others and f', or choose another checkpoint: {others}'}") from error
+
     if not found:
         raise ValueError(f"there is no checkpoint in {folder}: train first")
-    names = {"latest": found[0]} | {str(step): step for step in found}
-    if which in ("", "best"):
-        best = _lowest(_read_costs(folder))
-        if which and best is None:
-            raise ValueError(
-                f"no checkpoint in {folder} is the best yet: that takes an epoch with validation images (data.validation)"
-            )
-        names |= {"best": best, "": found[0] if best is None else best}
-    if str(which) not in names:
+    if str(which) in map(str, found):
+        return read(int(which))
+    if which not in ("", "best", "latest"):
         raise ValueError(
             f"there is no checkpoint {which!r} in {folder}: give latest, best, or one of {', '.join(map(str, found))}"
         )
-    return names[str(which)]
+    latest = read(found[0])
+    best = latest["best"]
+    if which == "best" and best is None:
+        raise ValueError(
+            f"no checkpoint in {folder} is the best yet: that takes an epoch with validation images (data.validation)"
+        )
+    if which == "latest" or best is None or best["step"] == found[0]:
+        return latest
+    if best["step"] not in found:
+        raise ValueError(
+            f"the best checkpoint, of step {best['step']}, is lost from {folder}: "
+            f"train again, or choose another checkpoint: {', '.join(map(str, found))}"
+        )
+    return read(best["step"])
+
+
+def load(folder, which: str | int, shapes: Callable[[dict], Any]) -> tuple[dict, dict]:
+    """The metadata of the checkpoint that `select` names, and its variables in the shapes that `shapes(metadata)` gives.
+
+    A training may save and delete checkpoints meanwhile.
+    """
+    while True:
+        before = steps(folder)
+        try:
+            metadata = select(folder, which)
+            with locked(absolute(folder) / str(metadata["step"]), fcntl.LOCK_SH):
+                return metadata, restore_variables(folder, metadata["step"], shapes(metadata))
+        except (ValueError, FileNotFoundError):
+            if steps(folder) == before:
+                raise
+            # What was chosen has been deleted: choose again.
+
+
+@contextlib.contextmanager
+def locked(path, kind: int) -> Iterator[None]:
+    """Lock a local folder, for reading or for deleting. Raises FileNotFoundError if it has gone."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, kind)
+        os.stat(path)  # who deletes it renames it first
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def survey(folder) -> tuple[dict[int, dict], dict[int, str]]:
+    """{step: metadata} of the undamaged checkpoints and {step: what is wrong} of the others, both latest first."""
+    kept, damaged = {}, {}
+    for step in steps(folder):
+        try:
+            kept[step] = read_metadata(folder, step)
+        except ValueError as error:
+            damaged[step] = str(error)
+    return kept, damaged
 
 
 def read_metadata(folder, step: int) -> dict:
-    """The metadata of a checkpoint. Raises ValueError, naming the file, unless every file is as it was saved."""
+    """The metadata of a checkpoint, all of whose files are as they were saved.
+
+    Raises ValueError, naming the file, for damage, and OSError where this user may not read.
+    """
     path = absolute(folder) / str(step)
     if (path / "about").exists():
         raise ValueError(f"checkpoint {step} in {folder} {OLD_FORMAT}")
     file = path / DIGESTS
     try:
-        if file in path.iterdir():  # a run killed before it wrote the list leaves a good checkpoint
-            for name, digest in json.loads(file.read_text()).items():
-                file = path / name
-                if _sha256(file) != digest:
-                    raise ValueError("not as it was saved")
+        listed = json.loads(file.read_text())
+        for name in sorted({*listed, *_names(path)}):
+            file = path / name
+            if listed.get(name) != _sha256(file):
+                raise ValueError("not as it was saved")
         file = path / "metadata" / "metadata"
-        return json.loads(file.read_text())
+        metadata = json.loads(file.read_text())
+        if metadata["step"] != step:
+            raise ValueError(f"this is checkpoint {metadata['step']}: rename its folder")
+    except PermissionError as error:
+        raise OSError(f"checkpoint {step} cannot be read: {file} ({error.strerror}): let this user read it") from error
     except Exception as error:  # damage can raise almost anything
         raise ValueError(f"checkpoint {step} is damaged: {file} ({describe_error(error)})") from error
-
-
-def latest_metadata(folder) -> dict | None:
-    """The metadata of the latest undamaged checkpoint; None if there is none."""
-    return next((metadata for _, metadata in _undamaged(folder)), None)
+    return metadata
 
 
 def check_same_data(stored: dict, metadata: dict) -> None:
-    """Raise OSError if a checkpoint's metadata differ from `metadata` anywhere but in the config."""
-    for name, value in metadata.items():
-        if name != "config" and stored.get(name) != json.loads(json.dumps(value)):
+    """Raise OSError if a checkpoint was trained on other data than those that `metadata` describe."""
+    for name in DATA:
+        if stored.get(name) != json.loads(json.dumps(metadata.get(name))):
             raise OSError(
                 f"{name} is not what it was when checkpoint {stored['step']} was saved: give the same data, or name another --workdir"
             )
@@ -226,13 +301,15 @@ def absolute(folder):
     return path if path.is_absolute() else path.resolve()
 
 
+def _checkpointer():
+    handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(multiprocessing_options=PRIMARY))
+    return ocp.Checkpointer(handler, multiprocessing_options=PRIMARY)
+
+
 def _restore(folder, step, item, like):
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
-        handler = ocp.CompositeCheckpointHandler(
-            composite_options=ocp.CompositeOptions(multiprocessing_options=PRIMARY)
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=PRIMARY) as checkpointer:
+        with _checkpointer() as checkpointer:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
             tree = checkpointer.restore(absolute(folder) / str(step), args=args)[item]
     except Exception as error:  # damage can raise almost anything
@@ -250,32 +327,14 @@ def _named_leaves(tree):
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def _undamaged(folder) -> Iterator[tuple[int, dict]]:
-    """Step and metadata of each undamaged checkpoint, latest first."""
-    for step in steps(folder):
-        try:
-            metadata = read_metadata(folder, step)
-        except ValueError:
-            continue
-        yield step, metadata
+def _digests(path):
+    """The SHA-256 of each file of a checkpoint."""
+    return {name: _sha256(path / name) for name in _names(path)}
 
 
-def _read_costs(folder):
-    """{step: cost} of the undamaged checkpoints that have one."""
-    return {step: metadata["cost"] for step, metadata in _undamaged(folder) if metadata.get("cost") is not None}
-
-
-def _lowest(costs):
-    """The step of lowest cost, the first one on a tie; None if there is none."""
-    return min(costs, key=lambda step: (costs[step], step), default=None)
-
-
-def _write_digests(path):
-    """List the SHA-256 of every file of a checkpoint, atomically."""
-    digests = {str(file.relative_to(path)): _sha256(file) for file in _files(path)}
-    part = path / f"{DIGESTS}.tmp"
-    part.write_text(json.dumps(digests, indent=1))
-    part.rename(path / DIGESTS)
+def _names(path):
+    """The files of a checkpoint, without the list of SHA-256, as paths in it."""
+    return {str(file.relative_to(path)) for file in _files(path)} - {DIGESTS}
 
 
 def _files(path):

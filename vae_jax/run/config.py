@@ -13,6 +13,7 @@ import docstring_parser
 import numpy as np
 
 LARGEST = {int: 2**32, float: float(np.finfo(np.float32).max)}  # numbers in a config
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,13 +109,15 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
 
 
 def check_value(field: str, value: Any, annotation: Any) -> None:
-    """Raise ValueError unless a config's value is of the annotated type, and no number in it too large for that type."""
+    """Raise ValueError unless a config's value is of the annotated type, and its numbers are neither too large nor too small."""
     if not is_a(value, annotation):
         raise ValueError(f"config field {field} is {value!r}, but must be of type {type_name(annotation)}")
     for item in value if isinstance(value, tuple | list) else [value]:
         largest = LARGEST.get(type(item), math.inf)
         if isinstance(item, int | float) and abs(item) > largest:
             raise ValueError(f"config field {field} is {str(item)[:24]}, but must be at most {largest:.10g} in size")
+        if isinstance(item, float) and 0 < abs(item) < SMALLEST:
+            raise ValueError(f"config field {field} is {item}, but must be 0 or at least {SMALLEST:.3g} in size")
 
 
 def split_fields(function: Callable, values: Mapping) -> tuple[dict, dict]:
@@ -151,8 +154,8 @@ def fill_in(function: Callable, **known: Any) -> Any:
 
 
 def make_title(family: Any, data_name: str) -> str:
-    """Family and data set, for people."""
-    return f"{family.NAME} on {Path(data_name).name}"
+    """Family and data set, for people; a name that is not UTF-8 is shown with escapes."""
+    return f"{family.NAME} on {Path(data_name).name}".encode(errors="backslashreplace").decode()
 
 
 def nearest(name: str, known: Collection[str]) -> str:

@@ -2,21 +2,21 @@
 
 import contextlib
 import fcntl
-import importlib.metadata
+import hashlib
 import json
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
+from vae_jax.run.environment import environment, versions
 from vae_jax.run.files import (
     describe_error,
     is_remote,
@@ -33,7 +33,6 @@ SECTIONS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dic
 FIELDS = SECTIONS | dict.fromkeys(("epochs", "seed", "seeds"), int) | {"best": str}
 LEFTOVERS = {"lock", "config.tmp"}  # of a run killed in its first moment
 LARGEST = 1e300  # in metrics.jsonl; the limit also refuses NaN and infinity
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def read_config(path: str) -> dict | None:
@@ -41,6 +40,11 @@ def read_config(path: str) -> dict | None:
 
     Raises FileExistsError if it holds anything else, or a run of another format.
     """
+    return (read_settings(path) or {}).get("config")
+
+
+def read_settings(path: str) -> dict | None:
+    """What config.json says, as `RunDirectory` writes it, with the config's own fields in `config`. Raises as `read_config`."""
     folder = epath.Path(path).expanduser()
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= LEFTOVERS:
         return None
@@ -54,31 +58,19 @@ def read_config(path: str) -> dict | None:
     if (number := config.pop("format", 1)) != FORMAT:
         what = OLD_FORMAT if number == 1 else f"has format {number}, but this version of vae_jax reads {FORMAT}"
         raise FileExistsError(f"the run in {path} {what}: {another}")
+    saved = config.pop("saved", False)
     if not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
         raise FileExistsError(f"{path}/config.json is damaged: restore it, or {another}")
-    return config
+    return {"saved": saved, "config": config}
 
 
 class OwnedDirectory:
-    """A directory with a lock, a settings file and a log of JSON lines; one process at a time owns it.
-
-    Args:
-        settings: written to `settings_file`.
-        read_settings: returns the settings that the directory already has, or None.
-        check: `check(stored)` raises if those do not fit `settings`.
+    """A directory with a lock and a log of JSON lines; one process at a time owns it.
 
     Raises OSError if another process owns the directory, or it cannot be written to.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        settings: Mapping,
-        settings_file: str,
-        log_file: str,
-        read_settings: Callable[[], dict | None],
-        check: Callable[[dict], None],
-    ):
+    def __init__(self, path: Path, log_file: str):
         self.path = path
         self._log = path / log_file
         self.rows: list[dict] = []
@@ -90,21 +82,30 @@ class OwnedDirectory:
             except BlockingIOError as error:
                 another = "wait for it, or name another with --workdir"
                 raise OSError(f"another process is working in {path}: {another}") from error
-            if (stored := read_settings()) is not None:
-                check(stored)
-            write_atomically(path / settings_file, json.dumps(settings, indent=2) + "\n")
             on_error.pop_all()
 
     def keep(self, rows: list[dict]) -> None:
         """Rewrite the log with these rows."""
+        self.check_owned()
         self.rows = rows
         write_atomically(self._log, "".join(map(json_line, rows)))
 
     def append(self, row: dict) -> None:
         """Append a row to the log."""
+        self.check_owned()
         self.rows.append(row)
         with open(self._log, "a", encoding="utf-8") as file:
             file.write(json_line(row))
+
+    def check_owned(self) -> None:
+        """Raise OSError if the lock file was deleted or replaced: it no longer keeps other processes out."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path / "lock"), os.fstat(self._lock.fileno())):
+                return
+        raise OSError(
+            f"the file lock in {self.path} was deleted or replaced, so another process may be working there: "
+            "this one stops, and the same command continues"
+        )
 
     def close(self) -> None:
         """Release the lock."""
@@ -129,27 +130,39 @@ class RunDirectory:
     ):
         self.remote = epath.Path(path) if is_remote(path) else None
         self.path = local_path(tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path)
-        self.command = command
+        self.command, self._config = command, config
         self._open_board = _find_tensorboard() if tensorboard else None
         self._board = None
-        try:
-            self._owned = OwnedDirectory(
-                self.path,
-                {"format": FORMAT, **config},
-                "config.json",
-                "metrics.jsonl",
-                lambda: read_config(path),
-                lambda stored: check(stored, config),
-            )
-            (self.path / "figures").mkdir(exist_ok=True)
-        except OSError as error:
-            if error.strerror is None:  # one of ours, which already names the way out
-                raise
-            problem = f"cannot write to the work directory {path} ({error.strerror})"
-            if isinstance(error, FileExistsError):
-                problem = f"the work directory {path} is a file"
-            raise OSError(f"{problem}: name another with --workdir") from error
-        self.upload()
+        with contextlib.ExitStack() as on_error:
+            try:
+                self._owned = OwnedDirectory(self.path, "metrics.jsonl")
+                on_error.callback(self._owned.close)
+                stored = read_settings(path)
+                if stored is not None:
+                    check(stored["config"], config)
+                self._saved = bool(stored and stored["saved"])
+                self._write_settings()
+                (self.path / "figures").mkdir(exist_ok=True)
+            except OSError as error:
+                if error.strerror is None:  # one of ours, which already names the way out
+                    raise
+                problem = f"cannot write to the work directory {path} ({error.strerror}: {error.filename})"
+                if isinstance(error, FileExistsError):
+                    problem = f"{error.filename} is a file, but must be a folder"
+                raise OSError(f"{problem}: name another with --workdir") from error
+            self.upload()
+            on_error.pop_all()
+
+    def _write_settings(self):
+        settings = {"format": FORMAT, "saved": self._saved, **self._config}
+        write_atomically(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
+
+    def mark_saved(self) -> None:
+        """Record in config.json that the run has a checkpoint, so that it never starts again without one."""
+        if not self._saved:
+            self._saved = True
+            self._write_settings()
+            self.upload()
 
     @property
     def history(self) -> list[dict]:
@@ -161,29 +174,48 @@ class RunDirectory:
         """The path of summary.md."""
         return (self.remote or self.path) / "summary.md"
 
-    def rewind(self, step: int, note: Callable[[str], None]) -> None:
-        """Drop the rows after `step`, where training continues, and an incomplete last row.
+    def rewind(self, step: int, log: dict | None = None) -> bool:
+        """Drop the rows after `step`, where training continues, an incomplete last row, and rows that occur twice.
 
-        `note` reports missing rows up to `step`. Raises OSError, naming the line, for a damaged row.
+        `log` is the `log_digest` that was taken at `step`; returns whether the rows are still those.
+        Raises OSError, naming the line, for a damaged row, and if the run's checkpoints are gone.
         """
         rows = [row for row in read_rows(self.remote or self.path) if row["step"] <= step]
-        last = rows[-1]["step"] if rows else 0
-        if last < step:
-            note(f"metrics.jsonl has lost its rows after step {last}, up to {step}")
-        self._owned.keep(rows)
-        self._started = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+        if step == 0 and self._saved:
+            raise OSError(
+                f"the run in {self.remote or self.path} has lost its checkpoints: bring them back, or name another --workdir"
+            )
+        self._keep({(row["step"], *sorted(row)): row for row in reversed(rows)}.values())
+        self._started = time.time() - (self.history[-1]["seconds"] if rows else 0.0)
         if self._open_board:
             self._board = self._open_board(str(self.path / "tensorboard"), purge_step=step + 1)
+        return log is None or (len(rows) == log["rows"] and self.log_digest() == log)
+
+    def _keep(self, rows):
+        self._owned.keep(sorted(rows, key=lambda row: (row["step"], "test/loss" in row)))
+        self._digest = LogDigest(self.history)
+
+    def log_digest(self) -> dict:
+        """What a checkpoint stores of the log."""
+        return self._digest.value()
 
     def log(self, row: dict) -> None:
         """Append a row: `step`, `epoch` and metrics such as `train/loss`; this adds the seconds of training so far."""
-        seconds = round(time.time() - self._started, 2)
-        row = {"step": row["step"], "epoch": row["epoch"], "seconds": seconds} | row
+        row = self._timed(row, time.time() - self._started)
         self._owned.append(row)
+        self._digest.add(row)
         if self._board:
             for name, value in row.items():
                 if "/" in name and not isinstance(value, list):
                     self._board.add_scalar(name, value, row["step"])
+
+    def insert(self, row: dict) -> None:
+        """Put a row that was lost in its place; its time is that of the row before it."""
+        before = [other["seconds"] for other in self.history if other["step"] <= row["step"]]
+        self._keep([*self.history, self._timed(row, before[-1] if before else 0.0)])
+
+    def _timed(self, row, seconds):
+        return {"step": row["step"], "epoch": row["epoch"], "seconds": round(seconds, 2)} | row
 
     def save_figures(self, figures: Mapping[str, Callable]) -> None:
         """Draw each figure and write it to figures/NAME.png."""
@@ -201,14 +233,14 @@ class RunDirectory:
                 text += f" ± {numbers[f'{name}/interval']:.2g} (95 %)"
             lines.append(f"| {name} | {text} |")
         minutes, seconds = divmod(round(self.history[-1]["seconds"]), 60)
-        device = jax.devices()[0]
+        facts = environment(numbers["devices"])
         lines += [
             "",
             f"- command: `{self.command}`",
             f"- time: {minutes} min {seconds} s",
-            f"- device: {device.device_kind} ({device.platform}), {os.cpu_count()} CPU cores, {platform.platform()}",
+            f"- device: {facts['devices']}; {facts['CPU cores']} cores of {facts['processor']}, {platform.platform()}",
             f"- versions: {', '.join(map(' '.join, versions().items()))}",
-            f"- matmul precision: {jax.config.jax_default_matmul_precision or 'default'}",
+            f"- matmul precision: {facts['matmul precision']}",
             "",
         ]
         lines += [f"![{path.stem}](figures/{path.name})\n" for path in sorted((self.path / "figures").glob("*.png"))]
@@ -243,9 +275,20 @@ class RunDirectory:
             shutil.rmtree(self.path)
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that decide the numbers."""
-    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+class LogDigest:
+    """Number and SHA-256 of the rows of metrics.jsonl, without their seconds."""
+
+    def __init__(self, rows: Iterable[dict]):
+        self._count, self._sha256 = 0, hashlib.sha256()
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict) -> None:
+        self._count += 1
+        self._sha256.update(json_line({name: value for name, value in row.items() if name != "seconds"}).encode())
+
+    def value(self) -> dict:
+        return {"rows": self._count, "sha256": self._sha256.hexdigest()}
 
 
 def read_rows(path: Path | epath.Path) -> list[dict]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,8 +21,14 @@ def is_remote(path: str) -> bool:
 
 
 def check_reachable(path: str) -> None:
-    """Raise ValueError if `path` is remote and this machine cannot reach it."""
+    """Raise ValueError if `path` is remote and this machine cannot reach it, or local and Orbax cannot write there."""
     if not is_remote(path):
+        try:
+            os.path.abspath(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the work directory {path!a} is not UTF-8, which checkpoints need: name another"
+            ) from None
         return
     try:
         epath.Path(path).exists()
@@ -44,14 +51,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file through `atomic_file`."""
+    """Write a text file through `atomic_file`; names that are not UTF-8 are written as escapes."""
     with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_figure(figure, path: Path) -> None:
     """Write a PNG through `atomic_file`."""
-    with atomic_file(path) as part:
+    with atomic_file(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
         figure.savefig(part, format="png", dpi=110)
 
 

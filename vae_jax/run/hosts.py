@@ -17,14 +17,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vae_jax.run.config import flatten
-from vae_jax.run.directory import versions
+from vae_jax.run.environment import versions
 
 
 class NotPrimary:
     """Stands in for run directory, checkpoints and progress on every host but the primary; its methods do nothing."""
 
-    summary = path = best = None
-    history: tuple = ()
+    summary = path = best = restored = None
+    history = kept = ()
 
     def restore(self, like, note):
         return None
@@ -32,8 +32,15 @@ class NotPrimary:
     def is_best(self, metrics):
         return False
 
-    def save(self, step, state, metrics): ...
-    def rewind(self, step, note): ...
+    def rewind(self, step, log):
+        return True
+
+    def log_digest(self):
+        return None
+
+    def save(self, step, state, metrics, log): ...
+    def mark_saved(self): ...
+    def insert(self, row): ...
     def log(self, row): ...
     def upload(self): ...
     def note(self, text): ...
@@ -149,7 +156,7 @@ def host_facts(config: Mapping, device_limit: int) -> dict:
 
 
 class Stop:
-    """Whether SIGTERM or Ctrl-C asked this process to stop; a second Ctrl-C ends it at once.
+    """Whether SIGTERM, SIGHUP or Ctrl-C asked this process to stop; a second Ctrl-C ends it at once.
 
     A thread receives the signals, because Python's own handlers wait until a compiled program returns.
     """
@@ -160,8 +167,9 @@ class Stop:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):

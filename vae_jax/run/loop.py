@@ -4,6 +4,7 @@ A step's logs reach the disk before its checkpoint does, so a resumed run equals
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from vae_jax.run.config import RunOptions
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
 from vae_jax.run.evaluate import make_evaluate
+from vae_jax.run.files import describe_error
+from vae_jax.run.hosts import gather, raise_on_all_hosts
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
@@ -146,7 +149,8 @@ class Loop:
                 tested = self.end_epoch(epoch + 1, state) if epoch_ended else {}
                 if due or checkpoints.is_best(tested):
                     self.directory.upload()
-                    checkpoints.save(step, state, tested)
+                    checkpoints.save(step, state, tested, self.directory.log_digest())
+                    self.directory.mark_saved()
                     saved = step
                 if stopping:
                     break
@@ -164,9 +168,33 @@ class Loop:
         state = devices.broadcast(lambda: self.checkpoints.restore(shapes, self.progress.note), shapes)
         state = devices.replicate(make_state(job.root()) if state is None else state)
         step = int(np.max(state.step))
-        self.directory.rewind(step, self.progress.note)
+        with raise_on_all_hosts():
+            log = self.checkpoints.restored and self.checkpoints.restored["log"]
+            intact = self.directory.rewind(step, log)
+        if not gather(intact)[0]:
+            self.repair_log(shapes, state, log)
         self.progress.skip(step * self.images_per_step)
         return state
+
+    def repair_log(self, shapes: TrainState, state: TrainState, log: dict | None) -> None:
+        """Log again the evaluations that metrics.jsonl has lost, where their checkpoints are kept; report what was done."""
+        directory, devices = self.directory, self.devices
+        evaluated = {row["step"] for row in directory.history if "test/loss" in row}
+        lost = [step for step in self.checkpoints.kept if step % self.per_epoch == 0 and step not in evaluated]
+        for step in gather(lost)[0]:
+            make = partial(self.checkpoints.restore_evaluated, step, shapes)
+            variables = devices.replicate(devices.broadcast(make, shapes.eval_variables))
+            tested, _ = self.evaluate(variables, state.key)
+            directory.insert({"step": step, "epoch": step / self.per_epoch, **tested})
+        if log is None:  # this is not the primary host
+            return
+        if directory.log_digest() == log:
+            self.progress.note("metrics.jsonl was not as the checkpoint left it: it is repaired")
+        else:
+            rows = f"{log['rows']} rows then, {len(directory.history)} now"
+            self.progress.note(
+                f"metrics.jsonl is not as the checkpoint left it ({rows}); the training does not depend on it"
+            )
 
     def read(self, end: int, count: int, history: dict[str, Total]) -> None:
         """Log the metrics of the `count` steps before `end`; this waits until the device has come so far."""
@@ -189,23 +217,31 @@ class Loop:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
             if not np.all(np.isfinite(value)):
-                raise FloatingPointError(f"{name} is {value} at step {step}: try a lower optimizer.learning_rate")
+                raise FloatingPointError(f"{name} is {value} at step {step}: {advice(step)}")
         self.directory.log({"step": step, "epoch": step / self.per_epoch, **metrics})
 
     def end_epoch(self, epoch: int, state: TrainState) -> dict[str, Any]:
         """Log and draw what belongs to the end of an epoch; returns the metrics of the splits that are not trained on."""
-        tested, arrays = {}, {}
-        for split, evaluate in self.evaluations.items():
-            numbers, arrays[split] = evaluate(state.eval_variables, state.key)
-            tested |= {f"{split}/{name}": value for name, value in numbers.items()}
+        tested, arrays = self.evaluate(state.eval_variables, state.key)
         self.log(epoch * self.per_epoch, tested)
         if self.devices.is_primary:
             trained = self.mean_over_epoch(epoch)
             self.progress.epoch_done(epoch, trained | tested)
             if epoch in (1, self.job.epochs) or epoch % self.job.run.figures_every == 0:
-                self.draw(state, arrays["test"])
-                self.summarize(epoch, trained, tested)
+                try:
+                    self.draw(state, arrays["test"])
+                    self.summarize(epoch, trained, tested)
+                except Exception as error:  # noqa: BLE001 - no picture is worth a training
+                    self.progress.note(f"the figures of epoch {epoch} could not be made ({describe_error(error)})")
         return tested
+
+    def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The metrics of the splits that are not trained on, and what the probes measured on each."""
+        tested, arrays = {}, {}
+        for split, evaluate in self.evaluations.items():
+            numbers, arrays[split] = evaluate(variables, key)
+            tested |= {f"{split}/{name}": value for name, value in numbers.items()}
+        return tested, arrays
 
     def mean_over_epoch(self, epoch: int) -> dict[str, float]:
         """The training metrics of an epoch, each row weighted by its steps."""
@@ -240,16 +276,24 @@ class Loop:
         self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:
-        """The step of the best checkpoint, which is used by default where there is one, and its metrics."""
+        """The step of the best checkpoint and its metrics."""
         if self.job.best is None:
             return {}
-        best = step if self.checkpoints.is_best(tested) else self.checkpoints.best
+        is_best = self.checkpoints.best is None or self.checkpoints.is_best(tested)
+        best = step if is_best else self.checkpoints.best["step"]
         metric, _ = self.job.best
         rows = [row for row in self.directory.history if row["step"] == best]
         row = next((row for row in rows if metric in row), {})  # {} if it was lost
-        return {"best step, used by default": best} | {
+        return {"best step": best} | {
             f"at the best step: {name}": row[name] for name in tested if name in row and "/seed" not in name
         }
+
+
+def advice(step: int) -> str:
+    """What to change after a number that is not finite. Before the first update the learning rate cannot be the cause."""
+    if step > 1:
+        return "try a lower optimizer.learning_rate"
+    return "no update had been made, so try smaller numbers in the sections objective and model"
 
 
 class Profile:

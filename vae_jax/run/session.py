@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax._src import compilation_cache
 
 from vae_jax.batch import Dataset, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
-from vae_jax.run.checkpoint import Checkpoints, check_same_data, latest_metadata
+from vae_jax.run.checkpoint import Checkpoints, check_same_data, survey
 from vae_jax.run.config import (
     RunOptions,
     argument_docs,
@@ -34,7 +36,8 @@ from vae_jax.run.config import (
     split_fields,
 )
 from vae_jax.run.devices import Devices
-from vae_jax.run.directory import FIELDS, RunDirectory, read_config
+from vae_jax.run.directory import FIELDS, LogDigest, RunDirectory, read_config, read_rows
+from vae_jax.run.environment import environment
 from vae_jax.run.files import check_reachable
 from vae_jax.run.loop import Job, train
 from vae_jax.run.memory import check_memory
@@ -245,17 +248,14 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
             check_same_config(workdir, stored, config)
         job = build(config)
         devices.check_divide(job.batch_size)
-        latest = latest_metadata(folder) if devices.is_primary else None
-        if latest is not None:
-            check_same_data(latest, job.metadata)
-        finished = latest is not None and latest["step"] >= job.steps
+        finished = devices.is_primary and is_finished(job, workdir, folder)
     if hosts.gather(finished)[0]:
         return None
     hosts.check_hosts_agree({"data": job.metadata["data"]})
     writers = [hosts.NotPrimary()] * 3
     with hosts.raise_on_all_hosts():
         if devices.is_primary:
-            writers = open_run(job, workdir, folder, config)
+            writers = open_run(job, workdir, folder, config, devices.count)
     directory, checkpoints, progress = writers
     try:
         if job.run.compilation_cache:
@@ -267,20 +267,38 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
         if error.strerror is None:  # ours, which already names the way out
             raise
         raise OSError(
-            f"cannot continue in the work directory {workdir} ({error.strerror}): the same command continues once it can be written to"
+            f"cannot continue in the work directory {workdir} ({error.strerror}: {error.filename}): "
+            "the same command continues once it can be written to"
         ) from error
     finally:
-        for writer in (progress, checkpoints, directory):
-            writer.close()
+        progress.close()
+        directory.close()
     return Outcome(int(state.step.max()), job.steps, directory.summary, stop.signal)
 
 
-def open_run(job: Job, workdir: str, folder, config: Mapping) -> tuple:
+def is_finished(job: Job, workdir: str, folder) -> bool:
+    """Whether a run's latest checkpoint is that of its last step, and nothing is damaged that a start would mend.
+
+    Raises ValueError or OSError if its checkpoints belong to another config or to other data.
+    """
+    kept, damaged = survey(folder)
+    if not kept:
+        return False
+    latest = next(iter(kept.values()))
+    check_same_data(latest, job.metadata)
+    check_same_config(workdir, latest["config"], job.metadata["config"])
+    if latest["step"] < job.steps or damaged:
+        return False
+    return LogDigest(read_rows(folder.parent)).value() == latest["log"]
+
+
+def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> tuple:
     """The run directory, its checkpoints, and the progress shown."""
     command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
     check = partial(check_same_config, workdir)
     directory = RunDirectory(workdir, config, command, job.run.tensorboard, check)
-    checkpoints = Checkpoints(folder, job.metadata, job.run.keep, job.best)
+    metadata = job.metadata | {"environment": environment(devices)}
+    checkpoints = Checkpoints(folder, metadata, job.run.keep, job.best)
     images = job.steps * job.batch_size * len(job.seeds)
     return directory, checkpoints, Progress(images, job.epochs)
 
@@ -294,8 +312,10 @@ def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in a folder of the user's, unless JAX already has one."""
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = Path.home() / ".cache" / "vae_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    """Keep compiled programs in a folder of the user's, unless JAX already has one or the user has no home."""
+    # JAX would write without a checksum where zstandard is installed, and one flipped bit then kills the process.
+    compilation_cache.zstd = compilation_cache.zstandard = None  # zlib, which checks what it reads
+    home = Path(os.path.expanduser("~"))
+    if jax.config.jax_compilation_cache_dir is None and home.is_absolute():
+        jax.config.update("jax_compilation_cache_dir", str(home / ".cache" / "vae_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,288 @@
+"""What an attacker tried against a run: its files changed, its environment hostile. Wrong numbers are never silent."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from small_run import run_job, small_job
+
+import vae_jax
+from vae_jax import commands, figures
+from vae_jax.pretrained import check_integer
+from vae_jax.run import session
+from vae_jax.run.checkpoint import steps
+from vae_jax.run.output import Output
+
+FLAGS = (
+    "--config=configs/vae.py:smoke",
+    "--config.batch_size=128",
+    "--config.model.encoder_features=4,4",
+    "--config.model.decoder_features=4,4",
+    "--config.run.steps_per_call=3",
+    "--config.run.save_every=4",
+)
+
+
+def validated(epochs):
+    """A training of nine steps an epoch in three rows, with validation images and a checkpoint at every best epoch."""
+    job, config = small_job({"epochs": epochs, "batch_size": 128, "best": "loss"}, steps_per_call=3, save_every=4)
+    config["data"]["validation"] = 200
+    job = session.build(config)
+    return job._replace(figures=lambda *_: {}), config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("finished")
+    run_job(*validated(2), path)
+    assert steps(path / "checkpoints") == [18, 15]
+    return path
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def lines_of(path):
+    return (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "change,repaired",
+    [
+        (lambda lines: lines[:-1], True),  # the last evaluation
+        (lambda lines: [*lines[:-1], lines[-1][:50]], True),
+        (lambda lines: [*lines[:3], lines[3], *lines[3:]], True),
+        (lambda lines: lines[:3] + lines[4:], False),  # an evaluation whose checkpoint is gone
+        (lambda lines: lines[1:], False),
+        (lambda lines: [line.replace('"train/loss": ', '"train/loss": 1') for line in lines], False),
+        (lambda lines: [], False),
+    ],
+)
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_changed_log_is_repaired_or_reported(finished, copy, capsys, change, repaired, epochs):
+    """Also in a run that has finished: 'finished already' is not said of damage."""
+    lines = lines_of(copy)
+    (copy / "metrics.jsonl").write_text("".join(change(lines)))
+    job, config = validated(epochs)
+    if epochs == 2:
+        assert not session.is_finished(job, str(copy), copy / "checkpoints")
+        assert session.is_finished(job, str(finished), finished / "checkpoints")
+    _, directory = run_job(job, config, copy)
+    (note,) = capsys.readouterr().err.splitlines()
+    assert ("it is repaired" in note) == repaired
+    before = [json.loads(line) for line in lines]
+    same = without_time(directory.history[: len(before)]) == without_time(before)
+    assert same == repaired
+
+
+def test_an_unchanged_log_is_not_mentioned(copy, capsys):
+    run_job(*validated(3), copy)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("remove", ["checkpoints", "checkpoints/*"])
+def test_a_run_that_has_lost_its_checkpoints_does_not_start_again(copy, remove):
+    for path in copy.glob(remove):
+        shutil.rmtree(path)
+    before = lines_of(copy)
+    with pytest.raises(OSError, match="has lost its checkpoints: bring them back, or name another") as error:
+        run_job(*validated(3), copy)
+    assert "\n" not in str(error.value) and lines_of(copy) == before
+
+
+@pytest.mark.parametrize("section,field,value", [("objective", "beta", 9.0), ("model", "latent_dim", 21)])
+def test_a_changed_config_file_is_noticed(copy, section, field, value):
+    file = copy / "config.json"
+    changed = json.loads(file.read_text())
+    changed[section][field] = value
+    file.write_text(json.dumps(changed))
+    given, (job, _) = session.read_config(str(copy)), validated(2)
+    for use in (
+        lambda: commands.evaluate(str(copy), given, "", "test"),
+        lambda: commands.reconstruct(str(copy), given, "", "test", 2),
+    ):
+        with pytest.raises(ValueError, match=f"config.json in .*{section}.{field} is .* there, {value} here") as error:
+            use()
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"holds another run .{section}.{field} is .* there, {value} here"):
+        session.is_finished(job._replace(metadata=job.metadata | {"config": given}), str(copy), copy / "checkpoints")
+
+
+def test_loading_beside_a_training_that_keeps_one_checkpoint(tmp_path):
+    """Whatever is deleted while it is read, the next latest is loaded."""
+    job, config = small_job({"epochs": 6}, steps_per_call=1, save_every=1, keep=1)
+    training = threading.Thread(target=run_job, args=(job, config, tmp_path))
+    training.start()
+    loaded = set()
+    while training.is_alive():
+        if steps(tmp_path / "checkpoints"):
+            loaded.add(vae_jax.load(str(tmp_path)).step)
+    training.join()
+    assert len(loaded) > 2
+
+
+def test_a_damaged_best_checkpoint_is_reported_by_every_reader(copy):
+    best = commands.evaluate(str(copy), validated(2)[1], "best", "test")["step"]
+    file = copy / "checkpoints" / str(best) / "variables" / "_METADATA"
+    file.write_bytes(file.read_bytes()[:-1])
+    for read in (
+        lambda: vae_jax.load(str(copy)),
+        lambda: commands.evaluate(str(copy), validated(2)[1], "", "test"),
+        lambda: commands.sample(str(copy), "best", 3, 0),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint {best} is damaged: .*or choose another checkpoint: 15"):
+            read()
+
+
+def test_a_loaded_model_is_a_value(finished):
+    vae = vae_jax.load(str(finished))
+    again = pickle.loads(pickle.dumps(vae))
+    np.testing.assert_array_equal(vae.sample(2), again.sample(2))
+    assert vae != again and len({vae, again, vae}) == 2
+    assert repr(vae) == f"<VAE on digits: step {vae.step}, {vae_size(vae):,} parameters>"
+
+
+def vae_size(vae):
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(vae.variables["params"]))
+
+
+@pytest.mark.parametrize(
+    "use,message",
+    [
+        (lambda vae: vae.sample(2, seed=2**32), "seed is 4294967296, but must be an integer from 0 to 4294967295"),
+        (lambda vae: check_integer("seed", "0", 0, 9), "seed is '0', but must be an integer from 0 to 9"),
+        (lambda vae: check_integer("seed", 1.0, 0, 9), "seed is 1.0, but must be an integer"),
+        (lambda vae: vae.sample(True), "count is True, but must be an integer"),
+        (lambda vae: vae.sample(2 * 10**9), "count is 2000000000, but must be an integer from 1 to 1000000"),
+        (lambda vae: vae.decode(np.full((1, 20), np.nan)), r"z has the value nan, but must lie in \[-10000, 10000\]"),
+        (lambda vae: vae.decode(np.full((1, 20), 1e300)), r"z has the value 1e\+300"),
+        (lambda vae: vae.decode(np.zeros((1, 20), complex)), "z is complex128, but must be real numbers"),
+        (lambda vae: vae.decode(np.full((1, 20), "a")), "z is <U1, but must be real numbers"),
+        (lambda vae: vae.encode(np.full((1, 28, 28), -0.5)), r"images has the value -0.5, but must lie in \[0, 1\]"),
+        (lambda vae: vae.encode(np.full((1, 28, 28), np.inf)), "images has the value inf"),
+    ],
+)
+def test_bad_input_to_a_loaded_model(finished, use, message):
+    with pytest.raises(ValueError, match=message) as error:
+        use(vae_jax.load(str(finished)))
+    assert "\n" not in str(error.value)
+
+
+START = """
+import os, runpy, signal, sys
+{}
+sys.argv[0] = "vae_jax"
+runpy.run_module("vae_jax.main", run_name="__main__", alter_sys=True)
+"""
+ENVIRONMENTS = {
+    "stderr is closed": "os.close(2); sys.stderr = None",
+    "stdout is closed": "os.close(1); sys.stdout = None",
+    "nobody reads": "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)",
+    "stdout is full": "full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1)",
+    "both are full": "full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); os.dup2(full, 2)",
+    "no home": "import pwd; os.environ.pop('HOME'); pwd.getpwuid = {}.__getitem__",
+    "no figures": "from vae_jax import figures; figures.training_curve = None",
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_hostile_environment_does_not_end_a_training(forks, tmp_path, name):
+    process = forks("-c", START.format(ENVIRONMENTS[name]), *FLAGS, f"--workdir={tmp_path}/run")
+    process.ends(0)
+    assert steps(tmp_path / "run" / "checkpoints")[0] == 11
+    assert (tmp_path / "run" / "summary.md").exists() != (name == "no figures")
+    if name == "no figures":
+        assert "the figures of epoch 1 could not be made (TypeError" in process.stderr
+
+
+def test_results_that_cannot_be_printed_are_an_error_but_a_closed_pipe_is_not(forks, copy):
+    evaluate = "--mode=evaluate", f"--workdir={copy}"
+    process = forks("-c", START.format(ENVIRONMENTS["stdout is full"]), *evaluate)
+    assert "cannot print the results ([Errno 28] No space left on device)" in process.refuses()
+    assert forks("-c", START.format(ENVIRONMENTS["nobody reads"]), *evaluate).ends(0) == ""
+
+
+def test_output_drops_what_cannot_be_written(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="ascii") as pipe:
+        output = Output(pipe)
+        assert output.write("lost") == 4
+        output.flush()
+        assert isinstance(output.error, BrokenPipeError)
+        output.write("lost too")
+        output.flush()
+        assert output.encoding == "ascii"
+
+
+def test_a_hangup_saves(forks, tmp_path):
+    process = forks("-m", "vae_jax.main", *FLAGS, "--config.epochs=500", f"--workdir={tmp_path}")
+    process.wait_for(lambda: (tmp_path / "checkpoints").is_dir() and steps(tmp_path / "checkpoints"))
+    process.send_signal(signal.SIGHUP)
+    assert "stopped and saved at step" in process.refuses(128 + signal.SIGHUP)
+
+
+@pytest.mark.parametrize(
+    "flag,message",
+    [
+        ("--config.objective.beta=1e-320", "objective.beta is 1e-320, but must be 0 or at least 1.18e-38 in size"),
+        ("--config.objective.beta=1e30", "at step 1: no update had been made, so try smaller numbers in the sections"),
+        ("--workdir=run\udcff", "the work directory 'run\\udcff' is not UTF-8, which checkpoints need"),
+    ],
+)
+def test_numbers_and_names_that_cannot_be_trained_with(forks, tmp_path, flag, message):
+    process = forks("-m", "vae_jax.main", *FLAGS, f"--workdir={tmp_path}/run", flag)
+    assert message in process.refuses()
+
+
+@pytest.mark.parametrize("name", ["ki$ng^{", "数字", "a\udcff", "$x_1$"])
+def test_a_title_is_text(tmp_path, name):
+    from vae_jax.families import FAMILIES
+    from vae_jax.run.config import make_title
+    from vae_jax.run.files import save_figure
+
+    title = make_title(FAMILIES["vae"], f"/data/{name}")
+    figure = figures.image_grid(np.zeros((1, 4, 4, 1)), title)
+    save_figure(figure, tmp_path / "figure.png")
+    assert figure.get_suptitle().replace(r"\$", "$") == title
+
+
+def test_a_damaged_compilation_cache_is_noticed(tmp_path):
+    """With zstandard installed JAX would keep programs without a checksum."""
+    pytest.importorskip("zstandard")
+    code = f"""
+import jax
+jax.config.update("jax_compilation_cache_dir", {str(tmp_path)!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+from vae_jax.run.session import enable_compilation_cache
+enable_compilation_cache()
+print(jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((3, 3)))[0, 0])
+"""
+
+    def start():
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout) == (0, "4.0\n"), result.stderr
+
+    start()
+    programs = [path for path in tmp_path.iterdir() if path.name.endswith("-cache")]
+    assert programs and all(path.read_bytes()[:1] == b"x" for path in programs)  # zlib's first byte
+    for path in programs:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+    start()

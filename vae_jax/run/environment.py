@@ -1,0 +1,52 @@
+"""What decides how a training's numbers are rounded, besides config and data."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+
+import jax
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that decide the numbers."""
+    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Versions, processor, cores, `devices` and settings, each of which changes how sums are rounded."""
+    device = jax.local_devices()[0]
+    return versions() | {
+        "devices": f"{devices} {device.device_kind} ({device.platform})",
+        "processor": processor(),
+        "CPU cores": str(cores()),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "matmul precision": str(jax.config.jax_default_matmul_precision or "default"),
+    }
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def differences(then: dict[str, str], now: dict[str, str]) -> str:
+    """The facts that differ, as "NAME was OLD, is NEW", separated by commas."""
+    return ", ".join(
+        f"{name} was {then.get(name) or 'unset'}, is {now.get(name) or 'unset'}"
+        for name in then | now
+        if then.get(name) != now.get(name)
+    )
