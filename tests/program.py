@@ -3,7 +3,8 @@
 Imports take more than half the time of a small training, and nearly all the time of a command line that is refused;
 `Forks` pays for them once. The forking process starts no JAX backend, because a backend's threads do not survive a fork.
 A fork gives the exit code, the output and the reaction to signals of a fresh process. It hides two faults, which tests
-with fresh processes must find: a missing import, and a complaint while Python tears itself down.
+with fresh processes must find: a missing import, and a complaint while Python tears itself down. Its figures are empty
+files unless the test asks for them, since drawing would take half the time of a small training.
 """
 
 import atexit
@@ -30,6 +31,7 @@ PATIENCE = 180  # seconds in which a process ends that has nothing more to do
 # conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.
 USUAL = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
 QUICK = f"--xla_backend_optimization_level=0 {USUAL}"
+DRAWN = "VAE_JAX_TESTS_DRAWN"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",
     "matplotlib.backends.backend_agg",
@@ -126,9 +128,9 @@ class Forks:
                 command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
 
-    def __call__(self, *arguments, cwd=ROOT, **variables) -> Process:
+    def __call__(self, *arguments, cwd=ROOT, drawn=False, **variables) -> Process:
         assert not any(name.startswith("JAX_") for name in variables), "JAX has read its variables"
-        return Process(self._start, arguments, cwd, {"XLA_FLAGS": QUICK} | variables)
+        return Process(self._start, arguments, cwd, {"XLA_FLAGS": QUICK, DRAWN: str(drawn)} | variables)
 
     def _start(self, arguments, *, cwd, env, stdin, stdout, stderr):
         reader, writer = os.pipe()
@@ -220,7 +222,15 @@ def serve(requests: socket.socket) -> list[str]:
         os.close(file)
     os.chdir(asked["cwd"])
     os.environ |= asked["env"]
+    if os.environ[DRAWN] == "False":
+        importlib.import_module("vae_jax.run.directory").RunDirectory.save_figures = touch_figures
     return asked["arguments"]
+
+
+def touch_figures(directory, figures) -> None:
+    """What `RunDirectory.save_figures` does, without a line drawn."""
+    for name in figures:
+        (directory.path / "figures" / f"{name}.png").touch()
 
 
 def execute(arguments: list[str]) -> None:

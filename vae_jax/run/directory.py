@@ -19,6 +19,7 @@ from etils import epath
 from vae_jax.run.environment import environment, versions
 from vae_jax.run.files import (
     describe_error,
+    describe_os_error,
     is_remote,
     json_line,
     local_path,
@@ -146,7 +147,7 @@ class RunDirectory:
             except OSError as error:
                 if error.strerror is None:  # one of ours, which already names the way out
                     raise
-                problem = f"cannot write to the work directory {path} ({error.strerror}: {error.filename})"
+                problem = f"cannot write to the work directory {path} ({describe_os_error(error)})"
                 if isinstance(error, FileExistsError):
                     problem = f"{error.filename} is a file, but must be a folder"
                 raise OSError(f"{problem}: name another with --workdir") from error

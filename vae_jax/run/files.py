@@ -42,6 +42,11 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
+def describe_os_error(error: OSError) -> str:
+    """The system's message, and the file where it names one."""
+    return f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path that replaces `path` when the block ends, so that no reader sees half a file."""

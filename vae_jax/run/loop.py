@@ -3,7 +3,8 @@
 A step's logs reach the disk before its checkpoint does, so a resumed run equals an uninterrupted one.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,12 +229,19 @@ class Loop:
             trained = self.mean_over_epoch(epoch)
             self.progress.epoch_done(epoch, trained | tested)
             if epoch in (1, self.job.epochs) or epoch % self.job.run.figures_every == 0:
-                try:
+                with self.reported(f"the figures of epoch {epoch}"):
                     self.draw(state, arrays["test"])
+                with self.reported(f"the summary of epoch {epoch}"):
                     self.summarize(epoch, trained, tested)
-                except Exception as error:  # noqa: BLE001 - no picture is worth a training
-                    self.progress.note(f"the figures of epoch {epoch} could not be made ({describe_error(error)})")
         return tested
+
+    @contextlib.contextmanager
+    def reported(self, what: str) -> Iterator[None]:
+        """Report any failure of the block, and go on: no picture is worth a training."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.progress.note(f"{what} could not be made ({describe_error(error)})")
 
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The metrics of the splits that are not trained on, and what the probes measured on each."""

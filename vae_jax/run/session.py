@@ -38,7 +38,7 @@ from vae_jax.run.config import (
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import FIELDS, LogDigest, RunDirectory, read_config, read_rows
 from vae_jax.run.environment import environment
-from vae_jax.run.files import check_reachable
+from vae_jax.run.files import check_reachable, describe_os_error
 from vae_jax.run.loop import Job, train
 from vae_jax.run.memory import check_memory
 from vae_jax.run.progress import Progress
@@ -267,7 +267,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
         if error.strerror is None:  # ours, which already names the way out
             raise
         raise OSError(
-            f"cannot continue in the work directory {workdir} ({error.strerror}: {error.filename}): "
+            f"cannot continue in the work directory {workdir} ({describe_os_error(error)}): "
             "the same command continues once it can be written to"
         ) from error
     finally:
