@@ -32,9 +32,10 @@ from vae_jax.objectives import Objective, reparameterize
 from vae_jax.optimizers import make_adam
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.config import changes
-from vae_jax.run.directory import FORMAT, OwnedDirectory
+from vae_jax.run.directory import FORMAT
 from vae_jax.run.evaluate import map_examples
 from vae_jax.run.files import atomic_file, local_path, read_json_lines, write_atomically
+from vae_jax.run.log import OwnedDirectory
 from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.run.session import fingerprint
 from vae_jax.steps import init_state, make_run_steps, make_train_step

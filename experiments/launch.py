@@ -10,7 +10,8 @@ from pathlib import Path
 
 from absl import app, logging
 
-from vae_jax.run.directory import read_config, read_rows
+from vae_jax.run.directory import read_config
+from vae_jax.run.log import read_rows
 
 PROGRAM = ("python", "-m", "vae_jax")
 LOCAL_FLAGS = ("--config.data.manual_dir=", "--manual_dir=")  # change no number

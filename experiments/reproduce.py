@@ -20,8 +20,8 @@ from experiments.report import markdown_table, to_html
 from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
-from vae_jax.run.directory import read_rows
 from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.log import read_rows
 
 PARTS = ("vae", "ablations", "classifier", "augmentation", "report")
 POST_LOSS, POST_ACCURACY = 18.5, 99.21

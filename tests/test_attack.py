@@ -19,8 +19,8 @@ import vae_jax
 from vae_jax import commands, figures
 from vae_jax.pretrained import check_integer
 from vae_jax.run import session
-from vae_jax.run.checkpoint import steps
 from vae_jax.run.output import Output
+from vae_jax.run.stored import steps
 
 FLAGS = (
     "--config=configs/vae.py:smoke",

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
-from vae_jax.run import checkpoint
-from vae_jax.run.checkpoint import Checkpoints, restore_variables, select
+from vae_jax.run import checkpoint, stored
+from vae_jax.run.checkpoint import Checkpoints, restore_variables
+from vae_jax.run.stored import select
 from vae_jax.steps import init_state
 
 OPTIMIZER = optax.adam(optax.cosine_decay_schedule(1.0, 10))
@@ -71,16 +73,16 @@ def test_the_restored_state_is_the_saved_one(tmp_path, ema_decay):
     assert_same(numbers(restored), numbers(state))
     variables = restore_variables(tmp_path, 3, jax.eval_shape(lambda: state.eval_variables))
     assert_same(variables, state.eval_variables)
-    assert checkpoint.read_metadata(tmp_path, 3)["config"] == {"seed": 1}
+    assert stored.read_metadata(tmp_path, 3)["config"] == {"seed": 1}
 
 
 def test_the_latest_and_the_best_are_kept_though_the_metric_worsens(tmp_path):
     write(tmp_path, {1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0, 5: None})
-    assert checkpoint.steps(tmp_path) == [5, 4, 2]
+    assert stored.steps(tmp_path) == [5, 4, 2]
     write(tmp_path, {6: 3.5, 7: 8.0})  # after a restart
-    assert checkpoint.steps(tmp_path) == [7, 6, 2]
+    assert stored.steps(tmp_path) == [7, 6, 2]
     write(tmp_path, {8: 2.0, 9: 7.0})
-    assert checkpoint.steps(tmp_path) == [9, 8]
+    assert stored.steps(tmp_path) == [9, 8]
     assert chosen(tmp_path) == chosen(tmp_path, "best") == 8
     assert chosen(tmp_path, "latest") == chosen(tmp_path, "9") == 9
 
@@ -91,9 +93,9 @@ def test_the_better_direction_is_the_given_one_whatever_the_name(tmp_path, name)
     for better, expected in [("higher", 2), ("lower", 3)]:
         folder = tmp_path / better
         write(folder, values, best=(name, better))
-        assert checkpoint.steps(folder) == [5, 4, expected] and chosen(folder) == expected
+        assert stored.steps(folder) == [5, 4, expected] and chosen(folder) == expected
         write(folder, {6: 0.55}, best=(name, better))  # after a restart
-        assert checkpoint.steps(folder) == [6, 5, expected] and chosen(folder) == expected
+        assert stored.steps(folder) == [6, 5, expected] and chosen(folder) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_only_a_better_value_is_the_best(tmp_path, best, value, better, worse):
 
 def test_without_a_best_one_the_latest_counts(tmp_path):
     write(tmp_path, {1: 5.0, 2: 1.0, 3: 4.0}, best=None)
-    assert checkpoint.steps(tmp_path) == [3, 2] and chosen(tmp_path) == 3
+    assert stored.steps(tmp_path) == [3, 2] and chosen(tmp_path) == 3
     with pytest.raises(ValueError, match="that takes an epoch with validation images"):
         select(tmp_path, "best")
     with pytest.raises(ValueError, match="'1' .* give latest, best, or one of 3, 2"):
@@ -126,7 +128,7 @@ def test_a_step_is_a_number_or_its_digits(tmp_path):
 
 def test_no_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        assert checkpoint.steps(folder) == []
+        assert stored.steps(folder) == []
         with pytest.raises(ValueError, match="there is no checkpoint in"):
             select(folder)
     assert not (tmp_path / "none").exists()
@@ -204,7 +206,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     write(tmp_path, {1: None, 2: None})
     for name in ("3.tmp", "3.tmp.orbax-checkpoint-tmp", "0.deleted.tmp"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
-    assert checkpoint.steps(tmp_path) == [2, 1]
+    assert stored.steps(tmp_path) == [2, 1]
     write(tmp_path, {3: None})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
@@ -213,21 +215,21 @@ def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(tmp_path, monke
     """Each call by which a save changes the disk raises in turn; what then has a step's name is whole."""
     write(tmp_path / "good", {1: None, 2: None}, keep=1)
     moments = [
-        (checkpoint, "_digests"),
+        (checkpoint, "digests"),
         (Checkpoints, "_delete"),
-        (checkpoint.epath.Path, "rename"),
-        (checkpoint.epath.Path, "rmtree"),
-        (checkpoint.epath.Path, "write_text"),
+        (epath.Path, "rename"),
+        (epath.Path, "rmtree"),
+        (epath.Path, "write_text"),
     ]
     for i, (owner, name) in enumerate(moments):
         folder = Path(shutil.copytree(tmp_path / "good", tmp_path / str(i)))
         checkpoints = Checkpoints(folder, {"config": {"seed": 1}}, 1)
         checkpoints.restore(jax.eval_shape(make_state), pytest.fail)
         with monkeypatch.context() as patch:
-            patch.setattr(type(checkpoints._folder) if owner is checkpoint.epath.Path else owner, name, stop)
+            patch.setattr(type(checkpoints._folder) if owner is epath.Path else owner, name, stop)
             with pytest.raises((KeyboardInterrupt, OSError)):
                 checkpoints.save(3, make_state(3), {})
-        found = checkpoint.steps(folder)
+        found = stored.steps(folder)
         assert found in ([2], [3, 2], [3])
         state, lines = restore(folder)
         assert lines == []
@@ -245,7 +247,7 @@ def test_nothing_starts_from_scratch_where_all_are_damaged(tmp_path):
         truncate(tmp_path / str(step) / "metadata" / "metadata")
     with pytest.raises(OSError, match="no checkpoint in .* can be read .*: move them away"):
         restore(tmp_path)
-    assert checkpoint.steps(tmp_path) == [2, 1]
+    assert stored.steps(tmp_path) == [2, 1]
 
 
 def test_training_continues_after_a_damaged_checkpoint(tmp_path):
@@ -258,7 +260,7 @@ def test_training_continues_after_a_damaged_checkpoint(tmp_path):
         if attempt == 1:
             checkpoints.save(4, make_state(4), {})
         checkpoints.save(5, make_state(5), {})
-        assert checkpoint.steps(tmp_path) == [5, 4, 3]
+        assert stored.steps(tmp_path) == [5, 4, 3]
         assert (tmp_path / f"damaged-5-{attempt}").is_dir()
     state, lines = restore(tmp_path)
     assert lines == []
@@ -269,7 +271,7 @@ def test_of_equal_metrics_the_first_is_the_best_after_a_restart_too(tmp_path):
     write(tmp_path, {1: 3.0, 2: 3.0}, keep=1)
     assert chosen(tmp_path) == 1
     write(tmp_path, {3: 3.0, 4: 5.0}, keep=1)
-    assert chosen(tmp_path) == 1 and checkpoint.steps(tmp_path) == [4, 1]
+    assert chosen(tmp_path) == 1 and stored.steps(tmp_path) == [4, 1]
 
 
 @pytest.mark.parametrize("name", ["state/_METADATA", "metadata/metadata", "sha256.json", ""])
@@ -314,7 +316,7 @@ def test_another_environment_is_reported(tmp_path):
         checkpoints.restore(jax.eval_shape(make_state), lines.append)
         assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
         if not expected:
-            step = (checkpoint.steps(tmp_path) or [0])[0] + 1
+            step = (stored.steps(tmp_path) or [0])[0] + 1
             checkpoints.save(step, make_state(step), {})
 
 
@@ -324,11 +326,11 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
     def refuse(file):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    monkeypatch.setattr(stored, "_sha256", refuse)
     for read in (select, restore):
         with pytest.raises(OSError, match=r"checkpoint 2 cannot be read: .* \(Permission denied\)"):
             read(tmp_path)
-    assert checkpoint.steps(tmp_path) == [2, 1]
+    assert stored.steps(tmp_path) == [2, 1]
 
 
 def test_other_data_are_refused(tmp_path):
@@ -340,11 +342,11 @@ def test_other_data_are_refused(tmp_path):
 
 def test_a_folder_on_gs_stays_there(tmp_path, monkeypatch):
     folder = "gs://bucket/run/checkpoints"
-    assert str(checkpoint.absolute(folder)) == folder
+    assert str(stored.absolute(folder)) == folder
     monkeypatch.chdir(tmp_path)
-    assert str(checkpoint.absolute("run")) == str(tmp_path / "run")
+    assert str(stored.absolute("run")) == str(tmp_path / "run")
     checkpoints = Checkpoints(tmp_path, {}, 1)
-    checkpoints._folder = checkpoint.absolute(folder)
+    checkpoints._folder = stored.absolute(folder)
     checkpoints._check_room(10)  # there is no disk to ask
 
 
@@ -373,10 +375,10 @@ def test_checkpoints_of_the_old_format_are_refused_and_stay(tmp_path):
         make_old(tmp_path, step)
     message = "checkpoint 2 in .* was written by an earlier format of vae_jax, which commit af11a1a reads"
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.read_metadata(tmp_path, 2)
+        stored.read_metadata(tmp_path, 2)
     assert "\n" not in str(error.value)
-    kept, damaged = checkpoint.survey(tmp_path)
+    kept, damaged = stored.survey(tmp_path)
     assert not kept and [*damaged] == [2, 1]
     with pytest.raises(OSError, match="no checkpoint in .* can be read .*: move them away"):
         restore(tmp_path)
-    assert checkpoint.steps(tmp_path) == [2, 1]  # not renamed as if they were damaged
+    assert stored.steps(tmp_path) == [2, 1]  # not renamed as if they were damaged

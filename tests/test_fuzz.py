@@ -29,7 +29,8 @@ from vae_jax import data
 from vae_jax.data import named
 from vae_jax.run import session
 from vae_jax.run.config import flatten
-from vae_jax.run.directory import RunDirectory, read_config, read_rows
+from vae_jax.run.directory import RunDirectory, read_config
+from vae_jax.run.log import read_rows
 
 
 def few_or(examples):

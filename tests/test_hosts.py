@@ -12,8 +12,9 @@ from program import QUICK, ROOT, fresh
 
 from vae_jax.run import directory as run_directory
 from vae_jax.run import files
-from vae_jax.run.checkpoint import steps
 from vae_jax.run.directory import RunDirectory
+from vae_jax.run.log import read_rows
+from vae_jax.run.stored import steps
 
 # The program, which in the end also writes this host's weights.
 PROGRAM = """
@@ -228,7 +229,7 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     assert not directory.path.exists()
     (board,) = (remote / "tensorboard").iterdir()
     assert b"train/loss" in board.read_bytes()
-    assert [row["step"] for row in run_directory.read_rows(remote)] == [1]
+    assert [row["step"] for row in read_rows(remote)] == [1]
 
     settings = {"config": {"epochs": 1}, "saved": False}
     monkeypatch.setattr(run_directory, "read_settings", lambda path: settings)

@@ -12,10 +12,12 @@ from small_run import run_job, small_job
 from configs import classifier
 from vae_jax import batch, data
 from vae_jax.run import session
-from vae_jax.run.checkpoint import Checkpoints, select, steps
-from vae_jax.run.directory import OwnedDirectory, RunDirectory, read_config
+from vae_jax.run.checkpoint import Checkpoints
+from vae_jax.run.directory import RunDirectory, read_config
 from vae_jax.run.files import read_json_lines
+from vae_jax.run.log import OwnedDirectory
 from vae_jax.run.progress import Progress
+from vae_jax.run.stored import select, steps
 from vae_jax.steps import make_run_steps
 
 
@@ -50,7 +52,7 @@ def test_the_steps_in_a_call_do_not_change_the_numbers(finished, tmp_path):
 def test_the_run_directory(finished):
     _, directory, config = finished
     stored = json.loads((directory.path / "config.json").read_text())
-    assert stored == {"format": 2, "saved": True} | json.loads(json.dumps(config))
+    assert stored == {"format": 3, "saved": True} | json.loads(json.dumps(config))
     rows = read_rows(directory.path)
     assert rows == directory.history
     assert [row["epoch"] for row in rows] == [1, 1, 2, 2]
@@ -328,7 +330,7 @@ def test_a_directory_that_holds_something_else_or_is_in_use_is_refused(tmp_path)
     for text in ("{", "{}", "[1]", "[" * 100_000):
         check_refused(tmp_path / "run", text, "has no config.json of a run")
     for lost in ({"epochs": None}, {"seed": "0"}, {"best": 1}, {"data": []}):
-        text = json.dumps({"format": 2} | config | lost)
+        text = json.dumps({"format": 3} | config | lost)
         check_refused(tmp_path / "run", text, "config.json is damaged: restore it, or name another with --workdir")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -346,12 +348,12 @@ def check_refused(path, text, message):
     assert (path / "config.json").read_text() == text
 
 
-@pytest.mark.parametrize("number", [{}, {"format": 1}, {"format": 3}, {"format": "2"}])
+@pytest.mark.parametrize("number", [{}, {"format": 1}, {"format": 2}, {"format": 4}, {"format": "3"}])
 def test_a_run_of_another_format_is_refused(tmp_path, number):
     """One without a number is of the format that came before numbers, which commit af11a1a reads."""
     config = small_job()[1]
     RunDirectory(str(tmp_path), config, "").close()
-    message = "af11a1a reads" if number.get("format", 1) == 1 else "has format .*, but this version of vae_jax reads 2"
+    message = "af11a1a reads" if number.get("format", 1) == 1 else "has format .*, but this version of vae_jax reads 3"
     check_refused(tmp_path, json.dumps(number | config), message)
     with pytest.raises(OSError, match="name another with --workdir"):
         session.run(config, str(tmp_path), 0, lambda: None)

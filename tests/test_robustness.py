@@ -17,7 +17,7 @@ import pytest
 import small_mnist
 from program import QUICK, USUAL
 
-from vae_jax.run import checkpoint
+from vae_jax.run import stored
 
 PER_EPOCH, EPOCHS = 10, 12
 STEPS = PER_EPOCH * EPOCHS
@@ -59,7 +59,7 @@ def without_time(rows):
 
 def saves(workdir):
     """The steps of the checkpoints, the latest first."""
-    return checkpoint.steps(workdir / "checkpoints")
+    return stored.steps(workdir / "checkpoints")
 
 
 def half_saves(workdir):
@@ -93,7 +93,7 @@ def assert_nothing_is_lost(workdir):
     """Every checkpoint is readable and finite, and the best one is kept along with the latest."""
     found = saves(workdir)
     for step in found:
-        assert checkpoint.read_metadata(workdir / "checkpoints", step)["step"] == step
+        assert stored.read_metadata(workdir / "checkpoints", step)["step"] == step
         for leaf in state_of(workdir, step).values():
             assert np.isfinite(leaf).all()
     divergence = {
@@ -101,7 +101,7 @@ def assert_nothing_is_lost(workdir):
     }
     if divergence:
         best = min(divergence, key=divergence.get)
-        assert checkpoint.select(workdir / "checkpoints", "best")["step"] == best
+        assert stored.select(workdir / "checkpoints", "best")["step"] == best
 
 
 def assert_same_end(workdir, reference):
@@ -109,7 +109,7 @@ def assert_same_end(workdir, reference):
     assert digest(workdir) == digest(reference)
     assert without_time(rows(workdir)) == without_time(rows(reference))
     assert_nothing_is_lost(workdir)
-    assert saves(workdir)[-1] == saves(reference)[-1] == checkpoint.select(workdir / "checkpoints")["step"]
+    assert saves(workdir)[-1] == saves(reference)[-1] == stored.select(workdir / "checkpoints")["step"]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_interrupted_in_every_other_way(reference, interrupted, program, tmp_pat
         # More epochs and other intervals are allowed, and recorded.
         for config in (
             json.loads((workdir / "config.json").read_text()),
-            checkpoint.read_metadata(workdir / "checkpoints", saved)["config"],
+            stored.read_metadata(workdir / "checkpoints", saved)["config"],
         ):
             assert (config["epochs"], config["run"]["save_every"]) == (EPOCHS, 3)
 
@@ -249,7 +249,7 @@ def test_files_that_were_moved_are_recorded(program, tmp_path):
         assert program(workdir, *flags, fault=("small_mnist_in", folder), epochs=epochs, compiled=QUICK).ends() == ""
         for config in (
             json.loads((workdir / "config.json").read_text()),
-            checkpoint.read_metadata(workdir / "checkpoints", 9 * epochs)["config"],
+            stored.read_metadata(workdir / "checkpoints", 9 * epochs)["config"],
         ):
             assert config["data"]["manual_dir"] == str(folder)
     assert_nothing_is_lost(workdir)

@@ -1,34 +1,28 @@
-"""Checkpoints of a run, written by Orbax, which no other file imports.
+"""Checkpoints of a run, written and read by Orbax, which no other file imports.
 
-A checkpoint is a folder named by its step. It holds `state`, which training needs to continue; `variables`, which suffice
-for inference; and `metadata`: the config, the data, which checkpoint is the best so far, the rows of metrics.jsonl that
-belong to it. Orbax does not detect a flipped bit, so the folder also lists the SHA-256 of its files. It gets its name when
-the list is complete, and loses it before it is deleted: a folder named by a step is whole, or it was damaged.
+A checkpoint holds `state`, which training needs to continue; `variables`, which suffice for inference; and `metadata`: the
+config, the data, which checkpoint is the best so far, and the rows of metrics.jsonl that belong to it.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
 from vae_jax.run.devices import unwrap_keys
-from vae_jax.run.directory import OLD_FORMAT
 from vae_jax.run.environment import differences
 from vae_jax.run.files import describe_error
+from vae_jax.run.stored import DIGESTS, absolute, check_same_data, digests, locked, select, steps, survey
 from vae_jax.steps import TrainState
 
-DIGESTS = "sha256.json"
-DATA = ("image_shape", "num_classes", "data")  # of the metadata: what must be the same when a training continues
 OVERHEAD = 2**20  # bytes of a checkpoint besides its arrays
 BLOCK = bytes(2**16)
 PRIMARY = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="primary")
@@ -141,7 +135,7 @@ class Checkpoints:
         try:
             with _checkpointer() as checkpointer:
                 checkpointer.save(part, ocp.args.Composite(**items))
-            (part / DIGESTS).write_text(json.dumps(_digests(part), indent=1))
+            (part / DIGESTS).write_text(json.dumps(digests(part), indent=1))
             part.rename(self._folder / str(step))
         except Exception as error:  # a full disk can raise almost anything
             raise OSError(
@@ -170,51 +164,6 @@ class Checkpoints:
                 file.write(BLOCK)
 
 
-def steps(folder) -> list[int]:
-    """The steps of the checkpoints in `folder`, latest first."""
-    folder = epath.Path(folder)
-    found = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-    return sorted(found, reverse=True)
-
-
-def select(folder, which: str | int = "") -> dict:
-    """The metadata of a checkpoint: "best", "latest", a step, or "" for the best if there is one, else the latest.
-
-    Raises ValueError if there is no such checkpoint, or if it is damaged or lost.
-    """
-    found = steps(folder)
-
-    def read(step):
-        try:
-            return read_metadata(folder, step)
-        except ValueError as error:
-            others = ", ".join(str(other) for other in found if other != step)
-            raise ValueError(f"{error}; train again{others and f', or choose another checkpoint: {others}'}") from error
-
-    if not found:
-        raise ValueError(f"there is no checkpoint in {folder}: train first")
-    if str(which) in map(str, found):
-        return read(int(which))
-    if which not in ("", "best", "latest"):
-        raise ValueError(
-            f"there is no checkpoint {which!r} in {folder}: give latest, best, or one of {', '.join(map(str, found))}"
-        )
-    latest = read(found[0])
-    best = latest["best"]
-    if which == "best" and best is None:
-        raise ValueError(
-            f"no checkpoint in {folder} is the best yet: that takes an epoch with validation images (data.validation)"
-        )
-    if which == "latest" or best is None or best["step"] == found[0]:
-        return latest
-    if best["step"] not in found:
-        raise ValueError(
-            f"the best checkpoint, of step {best['step']}, is lost from {folder}: "
-            f"train again, or choose another checkpoint: {', '.join(map(str, found))}"
-        )
-    return read(best["step"])
-
-
 def load(folder, which: str | int, shapes: Callable[[dict], Any]) -> tuple[dict, dict]:
     """The metadata of the checkpoint that `select` names, and its variables in the shapes that `shapes(metadata)` gives.
 
@@ -232,73 +181,9 @@ def load(folder, which: str | int, shapes: Callable[[dict], Any]) -> tuple[dict,
             # What was chosen has been deleted: choose again.
 
 
-@contextlib.contextmanager
-def locked(path, kind: int) -> Iterator[None]:
-    """Lock a local folder, for reading or for deleting. Raises FileNotFoundError if it has gone."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, kind)
-        os.stat(path)  # who deletes it renames it first
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def survey(folder) -> tuple[dict[int, dict], dict[int, str]]:
-    """{step: metadata} of the undamaged checkpoints and {step: what is wrong} of the others, both latest first."""
-    kept, damaged = {}, {}
-    for step in steps(folder):
-        try:
-            kept[step] = read_metadata(folder, step)
-        except ValueError as error:
-            damaged[step] = str(error)
-    return kept, damaged
-
-
-def read_metadata(folder, step: int) -> dict:
-    """The metadata of a checkpoint, all of whose files are as they were saved.
-
-    Raises ValueError, naming the file, for damage, and OSError where this user may not read.
-    """
-    path = absolute(folder) / str(step)
-    if (path / "about").exists():
-        raise ValueError(f"checkpoint {step} in {folder} {OLD_FORMAT}")
-    file = path / DIGESTS
-    try:
-        listed = json.loads(file.read_text())
-        for name in sorted({*listed, *_names(path)}):
-            file = path / name
-            if listed.get(name) != _sha256(file):
-                raise ValueError("not as it was saved")
-        file = path / "metadata" / "metadata"
-        metadata = json.loads(file.read_text())
-        if metadata["step"] != step:
-            raise ValueError(f"this is checkpoint {metadata['step']}: rename its folder")
-    except PermissionError as error:
-        raise OSError(f"checkpoint {step} cannot be read: {file} ({error.strerror}): let this user read it") from error
-    except Exception as error:  # damage can raise almost anything
-        raise ValueError(f"checkpoint {step} is damaged: {file} ({describe_error(error)})") from error
-    return metadata
-
-
-def check_same_data(stored: dict, metadata: dict) -> None:
-    """Raise OSError if a checkpoint was trained on other data than those that `metadata` describe."""
-    for name in DATA:
-        if stored.get(name) != json.loads(json.dumps(metadata.get(name))):
-            raise OSError(
-                f"{name} is not what it was when checkpoint {stored['step']} was saved: give the same data, or name another --workdir"
-            )
-
-
 def restore_variables(folder, step: int, like: Any) -> dict:
     """The evaluated variables of a checkpoint, NumPy arrays in the shapes of `like`. Raises ValueError for damage and misfits."""
     return _restore(folder, step, "variables", like)
-
-
-def absolute(folder):
-    """The absolute path, which Orbax needs. `resolve` would make a gs:// path a local one."""
-    path = epath.Path(folder)
-    return path if path.is_absolute() else path.resolve()
 
 
 def _checkpointer():
@@ -325,22 +210,3 @@ def _restore(folder, step, item, like):
 def _named_leaves(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _digests(path):
-    """The SHA-256 of each file of a checkpoint."""
-    return {name: _sha256(path / name) for name in _names(path)}
-
-
-def _names(path):
-    """The files of a checkpoint, without the list of SHA-256, as paths in it."""
-    return {str(file.relative_to(path)) for file in _files(path)} - {DIGESTS}
-
-
-def _files(path):
-    for child in path.iterdir():  # epath's `walk` returns paths without gs://
-        yield from _files(child) if child.is_dir() else [child]
-
-
-def _sha256(file):
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -4,11 +4,14 @@ Each device has a number, its shard, and takes that share of every batch. State 
 no other file has a device axis. Every host runs the same program, and the primary host writes for all.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import compilation_cache
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -118,3 +121,13 @@ def unwrap_keys(tree: Any) -> Any:
 
 def _is_key(leaf):
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in a folder of the user's, unless JAX already has one or the user has no home."""
+    # JAX would write without a checksum where zstandard is installed, and one flipped bit then kills the process.
+    compilation_cache.zstd = compilation_cache.zstandard = None  # zlib, which checks what it reads
+    home = Path(os.path.expanduser("~"))
+    if jax.config.jax_compilation_cache_dir is None and home.is_absolute():
+        jax.config.update("jax_compilation_cache_dir", str(home / ".cache" / "vae_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

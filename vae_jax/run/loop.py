@@ -3,8 +3,7 @@
 A step's logs reach the disk before its checkpoint does, so a resumed run equals an uninterrupted one.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,13 +20,11 @@ from vae_jax.run.config import RunOptions
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
 from vae_jax.run.evaluate import make_evaluate
-from vae_jax.run.files import describe_error
 from vae_jax.run.hosts import gather, raise_on_all_hosts
+from vae_jax.run.profile import Profile
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
-
-PROFILED = range(1, 4)  # calls since the start; the first one compiles
 
 
 class Job(NamedTuple):
@@ -128,7 +125,8 @@ class Loop:
         state = self.restore()
         step = saved = int(np.max(state.step))
         order = unread = None
-        with Profile(self) as profile:
+        traced = job.run.profile and self.devices.is_primary
+        with Profile(self.directory.path / "profile" if traced else None, self.progress.note) as profile:
             while step < job.steps:
                 epoch, first = divmod(step, self.per_epoch)
                 if order is None or first == 0:
@@ -229,19 +227,11 @@ class Loop:
             trained = self.mean_over_epoch(epoch)
             self.progress.epoch_done(epoch, trained | tested)
             if epoch in (1, self.job.epochs) or epoch % self.job.run.figures_every == 0:
-                with self.reported(f"the figures of epoch {epoch}"):
+                with self.progress.reported(f"the figures of epoch {epoch}"):
                     self.draw(state, arrays["test"])
-                with self.reported(f"the summary of epoch {epoch}"):
+                with self.progress.reported(f"the summary of epoch {epoch}"):
                     self.summarize(epoch, trained, tested)
         return tested
-
-    @contextlib.contextmanager
-    def reported(self, what: str) -> Iterator[None]:
-        """Report any failure of the block, and go on: no picture is worth a training."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001
-            self.progress.note(f"{what} could not be made ({describe_error(error)})")
 
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The metrics of the splits that are not trained on, and what the probes measured on each."""
@@ -302,35 +292,3 @@ def advice(step: int) -> str:
     if step > 1:
         return "try a lower optimizer.learning_rate"
     return "no update had been made, so try smaller numbers in the sections objective and model"
-
-
-class Profile:
-    """With `run.profile`, a trace of a few calls of the compiled program, written to profile/ in the run directory."""
-
-    def __init__(self, loop: Loop):
-        self._enabled = loop.job.run.profile and loop.devices.is_primary
-        self._loop, self._calls, self._tracing = loop, 0, False
-
-    def __enter__(self):
-        return self
-
-    def before_call(self) -> None:
-        if self._enabled and self._calls == PROFILED.start:
-            jax.profiler.start_trace(self._loop.directory.path / "profile")
-            self._tracing = True
-        self._calls += 1
-
-    def after_call(self, state: TrainState) -> None:
-        if self._tracing and self._calls == PROFILED.stop:
-            jax.block_until_ready(state)
-            self._stop()
-
-    def _stop(self):
-        jax.profiler.stop_trace()
-        self._tracing = False
-
-    def __exit__(self, error, *_):
-        if self._tracing:  # the training ended or failed before the last call to trace
-            self._stop()
-        elif self._enabled and error is None and self._calls <= PROFILED.start:
-            self._loop.progress.note("too few calls for a profile: lower run.steps_per_call")

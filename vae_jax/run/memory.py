@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import psutil
 
 
@@ -23,3 +24,21 @@ def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> No
 
 def gib(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**30 * 10) / 10:.1f} GiB"
+
+
+def check_fits(job: Any, device) -> None:
+    """Raise ValueError if a training surely exceeds the device's memory.
+
+    It holds the images, for each seed four copies of the weights (gradients and Adam's two averages among them), and four
+    bytes for each pixel that the decoder makes of its share of a batch.
+    """
+    shapes = jax.eval_shape(job.init, jax.random.key(0))
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    decoded = job.batch_size * job.decodes_per_example * math.prod(job.dataset.image_shape) // jax.device_count()
+    images = sum(split.image.nbytes for split in job.dataset.splits.values())
+    check_memory(
+        f"{len(job.seeds)} models of {weights:,} weights and the data set's images",
+        images + 4 * (4 * len(job.seeds) * weights + decoded),
+        device=device,
+        way_out="take fewer or smaller images, a smaller model or batch, or fewer seeds",
+    )

@@ -1,9 +1,13 @@
 """What the terminal shows during training."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm
+
+from vae_jax.run.files import describe_error
 
 
 class Progress:
@@ -33,6 +37,14 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line on stderr."""
         self._bar.write(f"vae_jax: {text}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def reported(self, what: str) -> Iterator[None]:
+        """Report any failure of the block, and go on: no picture is worth a training."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.note(f"{what} could not be made ({describe_error(error)})")
 
     def update(self, images: int, epoch: int, loss: float) -> None:
         """Count more training images; `epoch` counts from 1."""

@@ -2,26 +2,22 @@
 
 import hashlib
 import itertools
-import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jax._src import compilation_cache
 
 from vae_jax.batch import Dataset, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
-from vae_jax.run.checkpoint import Checkpoints, check_same_data, survey
+from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.config import (
     RunOptions,
     argument_docs,
@@ -35,13 +31,15 @@ from vae_jax.run.config import (
     signatures,
     split_fields,
 )
-from vae_jax.run.devices import Devices
-from vae_jax.run.directory import FIELDS, LogDigest, RunDirectory, read_config, read_rows
+from vae_jax.run.devices import Devices, enable_compilation_cache
+from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.files import check_reachable, describe_os_error
+from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import Job, train
-from vae_jax.run.memory import check_memory
+from vae_jax.run.memory import check_fits
 from vae_jax.run.progress import Progress
+from vae_jax.run.stored import check_same_data, survey
 
 
 def build(config: Mapping[str, Any]) -> Job:
@@ -179,24 +177,6 @@ def fingerprint(dataset: Dataset) -> dict:
     return sizes | {"sha256": total.hexdigest()}
 
 
-def check_fits(job: Job, device) -> None:
-    """Raise ValueError if a training surely exceeds the device's memory.
-
-    It holds the images, for each seed four copies of the weights (gradients and Adam's two averages among them), and four
-    bytes for each pixel that the decoder makes of its share of a batch.
-    """
-    shapes = jax.eval_shape(job.init, jax.random.key(0))
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    decoded = job.batch_size * job.decodes_per_example * math.prod(job.dataset.image_shape) // jax.device_count()
-    images = sum(split.image.nbytes for split in job.dataset.splits.values())
-    check_memory(
-        f"{len(job.seeds)} models of {weights:,} weights and the data set's images",
-        images + 4 * (4 * len(job.seeds) * weights + decoded),
-        device=device,
-        way_out="take fewer or smaller images, a smaller model or batch, or fewer seeds",
-    )
-
-
 def describe() -> list[tuple[str, str]]:
     """Every config field, and what the function that takes it says about it."""
     names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
@@ -309,13 +289,3 @@ def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
         raise ValueError(
             f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
         )
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in a folder of the user's, unless JAX already has one or the user has no home."""
-    # JAX would write without a checksum where zstandard is installed, and one flipped bit then kills the process.
-    compilation_cache.zstd = compilation_cache.zstandard = None  # zlib, which checks what it reads
-    home = Path(os.path.expanduser("~"))
-    if jax.config.jax_compilation_cache_dir is None and home.is_absolute():
-        jax.config.update("jax_compilation_cache_dir", str(home / ".cache" / "vae_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
