@@ -11,7 +11,7 @@ from small_run import run_job, small_job
 from vae_jax.batch import Batch, example_keys
 from vae_jax.families import Model, vae
 from vae_jax.likelihoods import unit_gaussian
-from vae_jax.objectives import importance_weighted_bound, log_normal, warm_up
+from vae_jax.objectives import free_bits_kl, importance_weighted_bound, log_normal, warm_up
 from vae_jax.priors import standard_normal
 from vae_jax.run import session
 
@@ -114,6 +114,138 @@ def test_two_epochs_and_one_more_equal_three(tmp_path, fields):
     run_job(*job_of(2), tmp_path / "parts")
     parts, _ = run_job(*job_of(3), tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, straight.params, parts.params)
+
+
+def trained(mean, variance):
+    """The linear-Gaussian model whose q has parameters phi = (mean, logvar) and whose decoder has w as theta."""
+    base = linear_gaussian(0.0, 1.0)
+
+    def encode(variables, image):
+        phi, n = variables["params"]["phi"], len(image)
+        return jnp.full((n, 1), phi[0]), jnp.full((n, 1), phi[1])
+
+    def decode_raw(variables, z):
+        return variables["params"]["theta"] * z.reshape(*z.shape[:-1], 1, 1, 1)
+
+    variables = {"params": {"phi": jnp.array([mean, math.log(variance)]), "theta": jnp.array(W)}}
+    return base._replace(encode=encode, decode_raw=decode_raw), variables
+
+
+def gradient(model, variables, n, **fields):
+    """Each image's gradient of the loss, {name: [n, ...]}, and the losses."""
+    objective = vae.make_objective(model, **fields)
+    keys = example_keys(jax.random.key(0), 0, jnp.arange(n))
+
+    def loss(params, key):
+        one = jax.tree.map(lambda leaf: leaf[:1], batch_of(1))
+        return objective({"params": params}, one, key[None], True, 0)[0]["loss"][0]
+
+    losses, grads = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0)))(variables["params"], keys)
+    return np.float64(losses), jax.tree.map(np.float64, grads)
+
+
+def test_the_doubly_reparameterised_gradient_of_q_is_zero_at_the_posterior():
+    model, variables = trained(*POSTERIOR)
+    _, plain = gradient(model, variables, 50, samples=5)
+    _, dreg = gradient(model, variables, 50, samples=5, estimator="dreg")
+    assert np.abs(dreg["phi"]).max() < 1e-5
+    assert np.abs(plain["phi"]).max() > 0.01
+
+
+def test_the_two_estimators_agree():
+    """Value and gradient of theta with the same noise, and the gradient of phi on average, at less variance."""
+    model, variables = trained(0.2, 0.6)
+    values, plain = gradient(model, variables, 100_000, samples=5)
+    same, dreg = gradient(model, variables, 100_000, samples=5, estimator="dreg")
+    np.testing.assert_allclose(values, same, rtol=1e-6)
+    np.testing.assert_allclose(dreg["theta"], plain["theta"], rtol=1e-4, atol=1e-5)
+    error = np.sqrt((plain["phi"].var(axis=0) + dreg["phi"].var(axis=0)) / 100_000)
+    assert (np.abs(plain["phi"].mean(axis=0) - dreg["phi"].mean(axis=0)) < 5 * error).all()
+    assert (dreg["phi"].var(axis=0) < plain["phi"].var(axis=0)).all()
+
+
+def test_the_reported_value_falls_along_the_negative_gradient():
+    for fields in ({}, {"samples": 5}, {"samples": 5, "estimator": "dreg"}):
+        model, variables = trained(0.2, 0.6)
+        before, grads = gradient(model, variables, 2000, **fields)
+        step = jax.tree.map(lambda leaf, grad: leaf - 0.05 * grad.mean(axis=0), variables["params"], grads)
+        step = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), step)
+        after, _ = gradient(model, {"params": step}, 2000, **fields)
+        assert after.mean() < before.mean() - 0.01
+
+
+def test_bounds_fall_with_the_samples():
+    """On average over images, with a model of random weights, and an estimated KL where the prior has none in closed form."""
+    for prior in ("standard_normal", "mixture", "vamp"):
+        model = vae.make(
+            (8, 8, 1), latent_dim=3, encoder_features=(4,), decoder_features=(4,), prior=prior, **some(prior)
+        )
+        variables = model.init(jax.random.key(0))
+        image = jax.random.uniform(jax.random.key(1), (400, 8, 8, 1))
+        batch = Batch(image, -jnp.ones(400, jnp.int32), jnp.ones(400), jnp.arange(400))
+        keys = example_keys(jax.random.key(2), 0, batch.index)
+        bounds = []
+        for samples in (1, 2, 8, 64):
+            metrics, _ = vae.make_objective(model, samples=samples)(variables, batch, keys, False, None)
+            assert all(value.shape == (400,) for value in metrics.values())
+            bounds.append(float(metrics["bound"].mean()))
+        assert bounds == sorted(bounds, reverse=True), prior
+
+
+def some(prior):
+    return {} if prior == "standard_normal" else {"components": 5}
+
+
+def test_free_bits_are_paid_by_the_mean_over_the_batch():
+    """sum_j max(least, mean_i KL_ij) in value, and in gradient only the latents above the least."""
+    kl = jnp.asarray(np.random.default_rng(0).gamma(1.0, [0.05, 0.3, 2.0], (6, 3)), jnp.float32)
+    weight = jnp.asarray([1.0, 1.0, 2.0, 1.0, 0.0, 1.0])
+    mean = np.average(kl, axis=0, weights=weight)
+    assert mean[0] < 0.25 < mean[1]
+    paid = free_bits_kl(kl, weight, 0.25)
+    assert np.average(paid, weights=weight) == pytest.approx(np.maximum(0.25, mean).sum(), rel=1e-5)
+    grads = jax.grad(lambda kl: jnp.sum(weight * free_bits_kl(kl, weight, 0.25)))(kl)
+    np.testing.assert_allclose(grads, np.outer(weight, [0.0, 1.0, 1.0]))
+    # Several devices: the mean is that of all.
+    split = jax.vmap(lambda kl, weight: free_bits_kl(kl, weight, 0.25, "device"), axis_name="device")
+    parts = split(kl.reshape(3, 2, 3), weight.reshape(3, 2))
+    np.testing.assert_allclose(parts.reshape(-1), paid, rtol=1e-6)
+
+
+def test_free_bits_count_in_the_training_loss_alone():
+    model = vae.make((8, 8, 1), latent_dim=3, encoder_features=(4,), decoder_features=(4,))
+    variables = model.init(jax.random.key(0))
+    image = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1))
+    batch = Batch(image, -jnp.ones(6, jnp.int32), jnp.ones(6), jnp.arange(6))
+    keys = example_keys(jax.random.key(2), 0, batch.index)
+    objective = vae.make_objective(model, free_bits=4.0)
+    for train in (True, False):
+        metrics, _ = objective(variables, batch, keys, train, 0 if train else None)
+        np.testing.assert_allclose(metrics["bound"], metrics["reconstruction"] + metrics["kl"], rtol=1e-5)
+        extra = metrics["loss"] - metrics["bound"]
+        np.testing.assert_allclose(extra, 12 - metrics["kl"] if train else 0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"estimator": "dreg"}, "with one sample is the ELBO without its score term"),
+        ({"estimator": "vimco"}, "objective.estimator is 'vimco', but must be one of iwae, dreg"),
+        ({"free_bits": -0.1}, "objective.free_bits is -0.1, but must be at least 0"),
+        ({"free_bits": 0.1, "samples": 2}, "only the ELBO has them: leave objective.samples at 1"),
+        ({"binarize": "dynamic"}, r"model.likelihood is a density on \[0, 1\], but data.binarize is 'dynamic'"),
+    ],
+)
+def test_fields_that_do_not_go_together(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        vae.make_objective(linear_gaussian(0.2, 0.6), **fields)
+    assert "\n" not in str(error.value)
+
+
+def test_free_bits_need_a_closed_kl():
+    model = vae.make((8, 8, 1), prior="mixture", components=2)
+    with pytest.raises(ValueError, match="this prior has no KL in closed form: leave it at 0"):
+        vae.make_objective(model, free_bits=0.1)
 
 
 @pytest.mark.parametrize("field,value,least", [("samples", 0, 1), ("warmup_steps", -1, 0), ("beta", -0.5, 0)])

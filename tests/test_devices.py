@@ -16,7 +16,7 @@ from vae_jax.run.evaluate import map_examples
 from vae_jax.steps import init_state, make_eval_step, make_run_steps, make_train_step
 
 
-def sgd_job(config, **changes):
+def sgd_job(config, model=None, objective=None, rate=1e-3, **changes):
     """Steps by plain SGD, whose updates are the gradients themselves: Adam hides a wrong scale.
 
     They are small: a pooled maximum that changes place by rounding moves the classifier's gradient by 1e-3.
@@ -25,10 +25,15 @@ def sgd_job(config, **changes):
     for name in config["model"]:
         if "features" in name:
             config["model"][name] = (4,)
-    return session.build(config)._replace(optimizer=optax.sgd(1e-3))
+    config["model"] |= model or {}
+    config["objective"] |= objective or {}
+    return session.build(config)._replace(optimizer=optax.sgd(rate))
 
 
 JOBS = {
+    "optimal variance, free bits": lambda: sgd_job(
+        vae, model={"likelihood": "optimal_gaussian"}, objective={"free_bits": 0.1}, rate=1e-7
+    ),
     "vae": lambda: sgd_job(vae),
     "classifier": lambda: sgd_job(classifier),
     "two seeds": lambda: sgd_job(vae, seeds=2),
@@ -78,7 +83,9 @@ def alone():
     return of
 
 
-@pytest.mark.parametrize("name,count", [("vae", 8), ("classifier", 8), ("two seeds", 2)])
+@pytest.mark.parametrize(
+    "name,count", [("vae", 8), ("classifier", 8), ("two seeds", 2), ("optimal variance, free bits", 8)]
+)
 def test_several_devices_equal_one(alone, name, count):
     """Parameters, BatchNorm's statistics and what evaluation gives; 360 test images are not divisible by 256."""
     state, arrays = alone(name)
@@ -114,7 +121,7 @@ def test_a_step_that_does_not_add_up_is_noticed(alone, name):
 def test_a_run_continues_on_other_devices(tmp_path):
     """From 1 to 8 and to 1 again, stopped after five of ten steps and after seven."""
     job, config = small_job(steps_per_call=2)
-    job = job._replace(optimizer=optax.sgd(1e-3))
+    job = job._replace(optimizer=optax.sgd(rate))
     uninterrupted, expected = run_job(job, config, tmp_path / "uninterrupted")
     for count, calls in [(1, 3), (8, 1), (1, 9)]:
         stop = itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
@@ -136,7 +143,7 @@ def weighted_job():
         weighted = {"few": (metrics["reconstruction"], few), "none": (metrics["kl"], 0 * few)}
         return metrics | weighted, model_state
 
-    return job._replace(objective=objective, optimizer=optax.sgd(1e-3)), config
+    return job._replace(objective=objective, optimizer=optax.sgd(rate)), config
 
 
 def test_metrics_with_weights_of_their_own_on_several_devices_equal_one(tmp_path):

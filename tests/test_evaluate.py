@@ -11,7 +11,15 @@ import scipy.stats
 
 from vae_jax import data, families
 from vae_jax.batch import Split
-from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_baselines, linear_vae_loss
+from vae_jax.evaluation.baselines import (
+    convert,
+    covariance_eigenvalues,
+    cross_entropy_baselines,
+    histogram_loss,
+    linear_vae_baselines,
+    linear_vae_loss,
+    ppca_loss,
+)
 from vae_jax.evaluation.classification import (
     class_accuracy,
     confusion_matrix,
@@ -315,6 +323,68 @@ def test_baselines_are_those_of_the_images_and_left_out_for_large_ones():
     assert linear_vae_baselines(image, 3, 0.05) == pytest.approx(expected)
     assert expected["best linear VAE"] < expected["collapsed model"]
     assert linear_vae_baselines(np.zeros((2, 65, 64, 1), np.uint8), 3, 1.0) == {}
+
+
+def test_a_given_scale_weighs_the_error_and_so_the_kl():
+    """1/s^2 (squared error / 2 + s^2 KL): the loss of beta = s^2, divided by s^2."""
+    image = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), np.uint8)
+    scaled = linear_vae_baselines(image, 3, 1.0, 0.5)
+    weighed = linear_vae_baselines(image, 3, 0.25)
+    assert scaled == pytest.approx({name: value / 0.25 for name, value in weighed.items()})
+
+
+def test_the_best_scale_of_a_linear_vae_is_that_of_probabilistic_pca():
+    """-log p of the data under the maximum-likelihood model, by SciPy, less ln(2 pi) / 2 a pixel."""
+    rng = np.random.default_rng(0)
+    image = np.clip(rng.normal(128, 1, (4000, 6)) + rng.normal(0, 30, (4000, 2)) @ rng.normal(0, 1, (2, 6)), 0, 255)
+    image = np.round(image).astype(np.uint8).reshape(4000, 2, 3, 1)
+    flat = image.reshape(4000, 6) / 255
+    values, vectors = np.linalg.eigh(np.cov(flat.T, bias=True))
+    noise = values[:4].mean()
+    covariance = vectors @ np.diag([noise] * 4 + [*values[4:]]) @ vectors.T
+    expected = -scipy.stats.multivariate_normal.logpdf(flat, flat.mean(axis=0), covariance).mean()
+    found = linear_vae_baselines(image, 2, scale=None)["best linear VAE"]
+    assert found == pytest.approx(expected - 3 * np.log(2 * np.pi), abs=2e-3)
+
+
+def test_cross_entropy_baselines():
+    """Two images of two pixels: (0, 255) and (255, 128)."""
+    image = np.array([[0, 255], [255, 128]], np.uint8).reshape(2, 1, 2, 1)
+    found = cross_entropy_baselines(image)
+    h = scipy.stats.bernoulli.entropy
+    assert found["collapsed model"] == pytest.approx(h(0.5) + h((255 + 128) / 510))
+    assert found["floor: the entropy of the pixels"] == pytest.approx(h(128 / 255) / 2)
+
+
+def test_the_histogram_of_each_pixel():
+    image = np.array([[0, 7], [0, 9]], np.uint8).reshape(2, 1, 2, 1)
+    assert histogram_loss(image) == pytest.approx(np.log(2))
+
+
+def test_conventions_convert_into_each_other():
+    """A uniform density on [0, 1] has 0 nats and 8 bits a dequantised dimension; a uniform mass on 256 levels has 8 bits."""
+    assert convert(0.0, "nats", 784)["bits a dequantised dimension"] == 8
+    assert convert(784 * np.log(256), "nats", 784)["bits a dimension"] == pytest.approx(8)
+    constant = 0.5 * np.log(2 * np.pi)
+    found = convert(18.5, "loss", 784, constant)
+    assert found["nats"] == pytest.approx(18.5 + 720.45, abs=0.01)
+    for source, value in found.items():
+        assert convert(value, source, 784, constant) == pytest.approx(found)
+    with pytest.raises(ValueError, match="there is no convention 'bpd': give one of loss, nats"):
+        convert(1.0, "bpd", 784)
+
+
+def test_other_baselines_of_mnist(mnist_dir):
+    """The figures of a computation of its own; 10,000 test images, and the training covariance for the Gaussians."""
+    splits = data.load(name="mnist", manual_dir=mnist_dir).splits
+    found = cross_entropy_baselines(splits["test"].image)
+    assert found["floor: the entropy of the pixels"] == pytest.approx(45.53, abs=0.005)
+    assert found["collapsed model"] == pytest.approx(205.97, abs=0.5)  # there with the training mean
+    assert histogram_loss(splits["train"].image) == pytest.approx(918.0, abs=5)
+    eigenvalues = covariance_eigenvalues(splits["train"].image)
+    for latent_dim, expected in [(0, 54.3), (2, -12.4), (5, -90.7), (10, -182.2), (20, -299.8), (50, -507.9)]:
+        normalised = convert(ppca_loss(eigenvalues, latent_dim), "loss", 784, 0.5 * np.log(2 * np.pi))["nats"]
+        assert normalised == pytest.approx(expected, abs=0.1)
 
 
 def test_baselines_of_mnist(mnist_dir):

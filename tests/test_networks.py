@@ -317,3 +317,50 @@ def test_bad_precision():
         match="model.precision is 'half', but must be one of float32, bfloat16",
     ):
         families.vae.make((28, 28, 1), precision="half")
+
+
+def test_the_dense_networks_have_the_sizes_of_the_iwae_paper():
+    """784-200-200-2x50 and back: the weights and biases, counted by hand."""
+    model = families.vae.make((28, 28, 1), network="mlp", latent_dim=50)
+    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+    encoder = 784 * 200 + 200 + 200 * 200 + 200 + 200 * 100 + 100
+    decoder = 50 * 200 + 200 + 200 * 200 + 200 + 200 * 784 + 784
+    assert [sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params[name])) for name in ("encoder", "decoder")] == [
+        encoder,
+        decoder,
+    ]
+    hidden = jax.eval_shape(families.vae.make((28, 28, 1), network="mlp", hidden=(30, 20)).init, jax.random.key(0))[
+        "params"
+    ]
+    assert hidden["encoder"]["fc1"]["kernel"].shape == (784, 30) and hidden["decoder"]["fc1"]["kernel"].shape == (
+        20,
+        20,
+    )
+
+
+def test_the_output_of_dense_networks_starts_at_the_mean_image():
+    mean = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8, 1)
+    model = families.vae.make((8, 8, 1), network="mlp", hidden=(5,), likelihood="bernoulli")
+    variables = model.init(jax.random.key(0), mean)
+    without = jax.tree.map(jnp.zeros_like, variables["params"]["decoder"]["fc"]["kernel"])
+    variables["params"]["decoder"]["fc"]["kernel"] = without
+    found = model.likelihood.mean(variables, model.decode_raw(variables, jnp.ones((3, 20))))
+    np.testing.assert_allclose(found, np.tile(np.clip(mean, 0.001, 0.999), (3, 1, 1, 1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"network": "resnet"}, "model.network is 'resnet', but must be one of conv, mlp"),
+        ({"network": "mlp", "hidden": ()}, "model.hidden is \\(\\), but must be at least 1"),
+        ({"network": "mlp", "pooling": True}, "model.pooling is True, but the network mlp has none: leave it at False"),
+        ({"scale": 2.0}, "model.scale is 2.0, but the likelihood unit_gaussian has none: leave it at 1.0"),
+        ({"components": 3}, "model.components is 3, but the prior standard_normal has none: leave it at 100"),
+        ({"prior": "mixture", "components": 0}, "model.components is 0, but must be at least 1"),
+        ({"likelihood": "gaussian", "scale": 0.0}, "model.scale is 0.0, but must be above 0"),
+    ],
+)
+def test_fields_that_mean_nothing_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        families.vae.make((8, 8, 1), **fields)
+    assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vae_jax.priors import PRIORS, standard_normal
+from vae_jax.priors import mixture, mixture_log_prob, standard_normal, vamp
 
 
 def test_log_prob_equals_scipy():
@@ -31,16 +31,78 @@ def test_kl_at_the_standard_normal_is_exactly_zero():
     np.testing.assert_array_equal(standard_normal(4).kl({}, jnp.zeros((2, 4)), jnp.zeros((2, 4))), 0)
 
 
+def encode(variables, image):
+    """A linear encoder of two pixels, whose weights are variables."""
+    flat = image.reshape(len(image), 2)
+    return flat @ variables["weights"], 0.3 * flat @ variables["weights"] - 0.5
+
+
+PRIORS = {
+    "standard_normal": standard_normal,
+    "mixture": lambda latent_dim: mixture(latent_dim, components=4),
+    "vamp": lambda latent_dim: vamp(latent_dim, encode, (1, 2, 1), components=4),
+}
+
+
 @pytest.fixture(params=PRIORS)
 def prior(request):
-    """A prior of three latents, and the variables that it reads."""
+    """A prior of three latents, and the variables that it reads; the vamp prior also reads the encoder's."""
     prior = PRIORS[request.param](3)
-    return prior, {"params": {"prior": prior.init(jax.random.key(0))}}
+    weights = jnp.array([[1.0, -2.0, 0.5], [0.3, 1.0, 1.0]])
+    own = jax.tree.map(lambda leaf: leaf * 2, prior.init(jax.random.key(0)))
+    return prior, {"weights": weights, "params": {"prior": own}}
 
 
-def test_kl_equals_monte_carlo(prior):
+def test_each_prior_integrates_to_one():
+    for name, make in PRIORS.items():
+        prior = make(1)
+        variables = {"weights": jnp.array([[1.5], [-0.7]]), "params": {"prior": prior.init(jax.random.key(3))}}
+        z = jnp.linspace(-15, 15, 20_001).reshape(-1, 1)
+        density = np.exp(np.float64(prior.log_prob(variables, z)))
+        assert np.trapezoid(density, z[:, 0]) == pytest.approx(1, abs=1e-5), name
+
+
+def test_a_mixture_equals_scipy():
+    rng = np.random.default_rng(0)
+    weight, mean, deviation = np.array([0.2, 0.8]), rng.normal(size=(2, 3)), rng.uniform(0.3, 2, (2, 3))
+    z = rng.normal(size=(4, 5, 3))
+    density = sum(w * scipy.stats.norm.pdf(z, m, d).prod(axis=-1) for w, m, d in zip(weight, mean, deviation))
+    parts = (jnp.asarray(part, jnp.float32) for part in (z, np.log(weight), mean, 2 * np.log(deviation)))
+    np.testing.assert_allclose(mixture_log_prob(*parts), np.log(density), rtol=1e-5)
+
+
+def test_a_vamp_prior_of_one_image_is_its_posterior():
+    """With q(z | u) = N(0, I) the one-sample KL has the mean of the closed form of the standard normal."""
+
+    def encode(variables, image):
+        return jnp.zeros((len(image), 3)), jnp.zeros((len(image), 3))
+
+    prior = vamp(3, encode, (2, 2, 1), components=1)
+    variables = {"params": {"prior": prior.init(jax.random.key(0))}}
+    z = jax.random.normal(jax.random.key(1), (7, 5, 3))
+    np.testing.assert_allclose(prior.log_prob(variables, z), standard_normal(3).log_prob({}, z), rtol=1e-6)
+    assert prior.kl is None
+
+
+def test_the_gradient_of_a_vamp_prior_reaches_images_and_encoder():
+    prior = PRIORS["vamp"](3)
+    variables = {"weights": jnp.ones((2, 3)), "params": {"prior": prior.init(jax.random.key(0))}}
+    grads = jax.grad(lambda variables: prior.log_prob(variables, jnp.ones((1, 3))).sum())(variables)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+    image = variables["params"]["prior"]["image"]
+    assert image.shape == (4, 1, 2, 1)
+    assert image.mean() == pytest.approx(0.05, abs=0.02) and image.std() < 0.05
+
+
+@pytest.mark.parametrize("make", [lambda: mixture(3, 0), lambda: vamp(3, encode, (1, 2, 1), 0)])
+def test_a_mixture_has_components(make):
+    with pytest.raises(ValueError, match="model.components is 0, but must be at least 1"):
+        make()
+
+
+def test_kl_equals_monte_carlo():
     """The mean of log q(z) - log p(z) over z ~ q, of each latent and of all together."""
-    prior, variables = prior
+    prior, variables = standard_normal(3), {}
     mean, logvar = jnp.array([[0.5, -1.0, 0.0]]), jnp.array([[0.2, -1.5, 0.0]])
     n = 200_000
     z = mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(1), (n, 3))

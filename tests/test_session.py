@@ -140,9 +140,9 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
         assert state.step == 2 and np.isfinite(metrics["loss"].mean)
 
 
-def test_only_matlab_does_not_shuffle():
+def test_only_two_recipes_do_not_shuffle():
     shuffled = {name: vae.get_config(name).data.shuffle for name in vae.VARIANTS}
-    assert [name for name, shuffle in shuffled.items() if not shuffle] == ["matlab"]
+    assert [name for name, shuffle in shuffled.items() if not shuffle] == ["matlab", "iwae_paper"]
 
 
 def test_the_schedule_spans_the_training(config):
@@ -163,11 +163,11 @@ def test_the_baselines_are_of_the_training_images_the_model_and_the_objective(co
     """The loss of a collapsed model is half the variance of the pixels."""
     given = []
 
-    def baselines(image, latent_dim, beta):
-        given.append((latent_dim, beta))
-        return linear_vae_baselines(image, latent_dim, beta)
+    def baselines(image, latent_dim, beta, scale):
+        given.append((latent_dim, beta, scale))
+        return linear_vae_baselines(image, latent_dim, beta, scale)
 
-    monkeypatch.setattr(families.vae, "linear_vae_baselines", baselines)
+    monkeypatch.setattr(families.reports, "linear_vae_baselines", baselines)
     config["data"]["validation"] = 100
     config["objective"]["beta"] = 2.0
     config["model"]["latent_dim"] = 7
@@ -177,7 +177,7 @@ def test_the_baselines_are_of_the_training_images_the_model_and_the_objective(co
     flat = job.dataset.splits["train"].image.reshape(1337, -1) / 255
     assert numbers["collapsed model"] == pytest.approx(flat.var(axis=0).sum() / 2, rel=1e-4)
     assert numbers["best linear VAE"] < numbers["collapsed model"]
-    assert job.baselines() is numbers and given == [(7, 2.0)]
+    assert job.baselines() is numbers and given == [(7, 2.0, 1.0)]
 
 
 def test_the_seeds_and_what_is_stored_with_a_checkpoint(config):
@@ -194,7 +194,7 @@ def test_the_seeds_and_what_is_stored_with_a_checkpoint(config):
 class FixedNetwork:
     """Encodes every image as N(1, e) in each of 20 latents, and decodes every z to a grey image."""
 
-    def __init__(self, encoder, decoder):
+    def __init__(self, **sizes):
         pass
 
     def init(self, key, image):
@@ -206,10 +206,14 @@ class FixedNetwork:
         return jnp.ones((len(array), 20)), jnp.ones((len(array), 20))
 
 
+def fixed_network(image_shape, latent_dim, channels, dtype, encoder_features, decoder_features, pooling):
+    return FixedNetwork()
+
+
 @pytest.fixture
 def terms(monkeypatch):
     """`terms(config)`: the metrics of the VAE's objective on two images, and the beta that they imply."""
-    monkeypatch.setattr(families.vae, "Autoencoder", FixedNetwork)
+    monkeypatch.setitem(families.vae.NETWORKS, "conv", fixed_network)
 
     def measure(config):
         job = session.build(config)

@@ -310,6 +310,25 @@ def learning_rates(optimizer, steps):
     return np.array(rates)
 
 
+def test_a_piecewise_rate_is_multiplied_at_its_boundaries():
+    fields = {"schedule": "piecewise", "boundaries": (0.3, 0.8), "factors": (0.5, 0.1)}
+    rates = learning_rates(make_adam(10, learning_rate=0.1, **fields), 10)
+    np.testing.assert_allclose(rates, [0.1] * 3 + [0.05] * 5 + [0.005] * 2, rtol=1e-4)
+
+
+def test_clip_norm_shrinks_large_gradients_only():
+    """Adam divides by the size of the gradients, so the first two steps show how they were changed."""
+    for first, second in [((30.0, 40.0), (3.0, 4.0)), ((3.0, 4.0), (3.0, 4.0))]:
+        clipped, plain = make_adam(10, clip_norm=5.0), make_adam(10)
+        states = [optimizer.init(jnp.zeros(2)) for optimizer in (clipped, plain)]
+        given = [jnp.array(first), jnp.array(second)]
+        update, states[0] = clipped.update(given[0], states[0])
+        update, _ = clipped.update(given[1], states[0])
+        _, states[1] = plain.update(given[0] * min(1, 5 / np.hypot(*first)), states[1])
+        expected, _ = plain.update(given[1], states[1])
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
 def test_schedules():
     np.testing.assert_allclose(learning_rates(make_adam(10), 10), 0.001, rtol=1e-4)
     cosine = learning_rates(make_adam(10, schedule="cosine", learning_rate=0.1), 10)
@@ -369,6 +388,10 @@ def test_weight_decay_is_decoupled(weight_decay):
         ({"learning_rate": np.inf}, "learning_rate is inf"),
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0, but must be at least 0"),
+        ({"boundaries": (0.5,)}, "factors is \\(\\), but must be a number above 0 a boundary"),
+        ({"boundaries": (0.5,), "factors": (0.1,)}, "left out unless the schedule is piecewise"),
+        ({"schedule": "piecewise", "boundaries": (0.5, 0.2), "factors": (1.0, 1.0)}, "increasing numbers in"),
         ({"base_batch_size": -1}, "base_batch_size is -1, but must be at least 0"),
         ({"scaling": "square"}, "scaling is 'square', but must be one of sqrt, linear"),
     ],

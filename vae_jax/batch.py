@@ -1,7 +1,7 @@
 """Examples: a data set in memory, the batch of one step, and the random keys of each example."""
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,24 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]
     num_classes: int  # 0 = unlabelled
     shuffle: bool
+    binarize: str = "none"
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether a model sees only the pixels 0 and 1."""
+        image = self.splits["train"].image
+        return self.binarize != "none" or not ((image > 0) & (image < 255)).any()
+
+    def pixel_mean(self) -> Float[np.ndarray, "height width channel"]:
+        """The mean training image, in [0, 1]."""
+        return (self.splits["train"].image.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.splits["train"].image.shape[1:]
+
+
+BINARIZE = ("none", "dynamic", "threshold")
 
 
 class Batch(NamedTuple):
@@ -40,6 +54,21 @@ class Batch(NamedTuple):
 def make_batch(image: UInt8[Array, "batch height width channel"], label, weight, index) -> Batch:
     """A batch of float images in [0, 1] from stored bytes in 0..255."""
     return Batch(image.astype(jnp.float32) / 255, label, weight, index)
+
+
+def binarize(batch: Batch, keys: Key[Array, " batch"], how: str) -> Batch:
+    """The batch with binary pixels: "dynamic" draws each one from Bernoulli(x), "threshold" rounds it; "none" changes nothing.
+
+    The draws come from each example's stream "binarize", afresh in each training step and always the same in evaluation.
+    Source of "dynamic": Salakhutdinov & Murray 2008; Burda et al. 2016, section 5.
+    """
+    if how == "none":
+        return batch
+    threshold: Any = 0.5
+    if how == "dynamic":
+        shape = batch.image.shape[1:]
+        threshold = jax.vmap(lambda key: jax.random.uniform(key, shape))(named_key(keys, "binarize"))
+    return batch._replace(image=(threshold < batch.image).astype(batch.image.dtype))
 
 
 def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:

@@ -12,6 +12,7 @@ from vae_jax import data, figures, generate
 from vae_jax.batch import Dataset, Split
 from vae_jax.pretrained import Pretrained, load, load_variables
 from vae_jax.run.config import bind, changes
+from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
 from vae_jax.run.session import build, fingerprint
 
@@ -27,7 +28,9 @@ def evaluate(workdir: str, config: dict, checkpoint: str, split: str) -> dict[st
     choose_split(job.dataset, split)
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
-    return {"step": metadata["step"]} | named | job.baselines()
+    ledger = job.ledger({f"test/{name}": value for name, value in numbers.items()})
+    ledger = {name.replace("test/", f"{split}/"): value for name, value in ledger.items()}
+    return {"step": metadata["step"]} | named | ledger | job.baselines()
 
 
 def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
@@ -169,7 +172,7 @@ def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> 
     check_config_file(workdir, vae.config, config)
     dataset = bind("data", data.load, config["data"])()
     check_trained_on(vae.data, fingerprint(dataset))
-    return vae, choose_split(dataset, split)
+    return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
 
 
 def check_config_file(workdir: str, trained: dict, config: dict) -> None:

@@ -1,4 +1,8 @@
-"""p(x | decoder output) as values. An image's negative log-likelihood is the sum of `energy + constant` over its pixels."""
+"""p(x | decoder output) as values. An image's negative log-likelihood is the sum of `energy + constant` over its pixels.
+
+A likelihood measures one of three things, and numbers of different kinds cannot be compared: a mass on {0, 1} for
+binary pixels, a density on [0, 1], or a mass on the 256 grey levels 0..255, which are the pixels times 255.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,11 +10,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Key
+
+BINARY, DENSITY, LEVELS = "mass on {0, 1}", "density on [0, 1]", "mass on 0..255"
+ABSENT: Any = None
+LARGEST_LOGIT = math.log((1 - 1e-4) / 1e-4)  # of the continuous Bernoulli: lambda lies in [1e-4, 1 - 1e-4]
+DECAY = 0.99  # of the moving average of the optimal variance, a step
+SMALLEST_VARIANCE = 1e-6
 
 
 class Likelihood(NamedTuple):
-    """Pure functions that take the model's `variables` first and read only `params/likelihood`.
+    """Pure functions that take the model's `variables` first and read only their parts named `likelihood`.
 
     Attributes:
         support: what the number measures: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
@@ -21,6 +32,10 @@ class Likelihood(NamedTuple):
         constant: nats per pixel. Reports add it; a loss never does, since in float32 it would cost digits.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).
+        init_state: () -> the state beside the parameters, ABSENT where there is none.
+        update: (variables, raw, image, weight, axis_name) -> (variables, state): in training, the variables with which
+            this batch's energy is computed, and the new state; ABSENT where there is no state.
+        scale: variables -> the scale that was learned, a standard deviation for Gaussians; ABSENT where none is learned.
     """
 
     support: str
@@ -30,34 +45,273 @@ class Likelihood(NamedTuple):
     constant: float
     mean: Callable[[Any, Any], Float[Array, "*samples h w c"]]
     sample: Callable[[Any, Any, Any], Float[Array, "*samples h w c"]]
+    init_state: Callable[[], dict] = ABSENT
+    update: Callable[..., tuple[Any, dict]] = ABSENT
+    scale: Callable[[Any], Float[Array, ""]] = ABSENT
+
+
+def nothing(key) -> dict:
+    """The parameters of a likelihood that has none."""
+    return {}
+
+
+def sigmoid_mean(variables, raw: Float[Array, "*samples h w c"]) -> Float[Array, "*samples h w c"]:
+    """The mean, or the location, sigmoid(raw)."""
+    return jax.nn.sigmoid(raw)
+
+
+def align(image: Float[Array, "batch h w c"], raw: Float[Array, "*samples batch h w c"]) -> Array:
+    """The image with the leading sample axes of `raw`, of size 1."""
+    return image.reshape((1,) * (raw.ndim - image.ndim) + image.shape)
 
 
 def unit_gaussian() -> Likelihood:
     """N(x; sigmoid(raw), 1): energy (x - mean)^2 / 2, constant ln(2 pi) / 2 (the post's squared error)."""
-
-    def mean(variables, raw):
-        return jax.nn.sigmoid(raw)
 
     def energy(
         variables,
         raw: Float[Array, "*samples batch h w c"],
         image: Float[Array, "batch h w c"],
     ) -> Float[Array, "*samples batch h w c"]:
-        image = image.reshape((1,) * (raw.ndim - image.ndim) + image.shape)
-        return 0.5 * (image - mean(variables, raw)) ** 2
+        return 0.5 * (align(image, raw) - sigmoid_mean(variables, raw)) ** 2
 
     def sample(variables, key: Key[Array, ""], raw: Float[Array, "*samples h w c"]):
-        return mean(variables, raw) + jax.random.normal(key, raw.shape, raw.dtype)
+        return sigmoid_mean(variables, raw) + jax.random.normal(key, raw.shape, raw.dtype)
 
     return Likelihood(
-        support="density on [0, 1]",
+        support=DENSITY,
         channels=1,
-        init=lambda key: {},
+        init=nothing,
         energy=energy,
         constant=0.5 * math.log(2 * math.pi),
-        mean=mean,
+        mean=sigmoid_mean,
         sample=sample,
     )
+
+
+def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
+    """N(x; sigmoid(raw), s^2): energy (x - mean)^2 / (2 s^2), with one s, given or learned, for all pixels.
+
+    A fixed s is a weight of 1 / s^2 on the squared error, or of s^2 on the KL. A learned one adds ln s to the energy.
+    Source of the learned one: Rybkin et al. 2021, section 3.1.
+    """
+    kind = scaled(scale, learn_scale)
+
+    def energy(variables, raw, image):
+        s, log_s = kind.at(variables)
+        return 0.5 * ((align(image, raw) - sigmoid_mean(variables, raw)) / s) ** 2 + log_s
+
+    def sample(variables, key, raw):
+        return sigmoid_mean(variables, raw) + kind.at(variables)[0] * jax.random.normal(key, raw.shape, raw.dtype)
+
+    return Likelihood(
+        support=DENSITY,
+        channels=1,
+        init=kind.init,
+        energy=energy,
+        constant=0.5 * math.log(2 * math.pi) + kind.constant,
+        mean=sigmoid_mean,
+        sample=sample,
+        scale=kind.learned,
+    )
+
+
+def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
+    """Laplace(x; sigmoid(raw), b): energy |x - location| / b, constant ln 2, with one b, given or learned."""
+    kind = scaled(scale, learn_scale)
+
+    def energy(variables, raw, image):
+        b, log_b = kind.at(variables)
+        return jnp.abs(align(image, raw) - sigmoid_mean(variables, raw)) / b + log_b
+
+    def sample(variables, key, raw):
+        return sigmoid_mean(variables, raw) + kind.at(variables)[0] * jax.random.laplace(key, raw.shape, raw.dtype)
+
+    return Likelihood(
+        support=DENSITY,
+        channels=1,
+        init=kind.init,
+        energy=energy,
+        constant=math.log(2) + kind.constant,
+        mean=sigmoid_mean,
+        sample=sample,
+        scale=kind.learned,
+    )
+
+
+def optimal_gaussian() -> Likelihood:
+    """N(x; sigmoid(raw), s^2) with the s^2 that is best for the batch: the mean squared error of its pixels.
+
+        energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w), over all devices and samples
+
+    By the envelope theorem s needs no gradient. Evaluation uses the debiased moving average that training has kept, so that
+    an image's number does not depend on the others. Source: Rybkin et al. 2021 (sigma-VAE), equation 6.
+    """
+
+    def variance(variables):
+        state = variables.get("likelihood", {"total": 0.0, "weight": 0.0})
+        known = state["weight"] > 0
+        return jnp.maximum(
+            jnp.where(known, state["total"] / jnp.where(known, state["weight"], 1.0), 1.0), SMALLEST_VARIANCE
+        )
+
+    def energy(variables, raw, image):
+        s2 = variance(variables)
+        return 0.5 * ((align(image, raw) - sigmoid_mean(variables, raw)) ** 2 / s2 + jnp.log(s2))
+
+    def sample(variables, key, raw):
+        s = jnp.sqrt(variance(variables))
+        return sigmoid_mean(variables, raw) + s * jax.random.normal(key, raw.shape, raw.dtype)
+
+    def update(variables, raw, image, weight: Float[Array, " batch"], axis_name: str | None):
+        errors = jnp.mean((align(image, raw) - sigmoid_mean(variables, raw)) ** 2, axis=(-3, -2, -1))
+        errors = errors.reshape(-1, len(weight)).mean(axis=0)
+        sums = jnp.sum(weight * errors), jnp.sum(weight)
+        total, count = lax.stop_gradient(sums if axis_name is None else lax.psum(sums, axis_name))
+        before, best = variables["likelihood"], total / count
+        state = {
+            "total": DECAY * before["total"] + (1 - DECAY) * best,
+            "weight": DECAY * before["weight"] + (1 - DECAY),
+        }
+        return {**variables, "likelihood": {"total": best, "weight": jnp.ones(())}}, state
+
+    return Likelihood(
+        support=DENSITY,
+        channels=1,
+        init=nothing,
+        energy=energy,
+        constant=0.5 * math.log(2 * math.pi),
+        mean=sigmoid_mean,
+        sample=sample,
+        init_state=lambda: {"total": jnp.zeros(()), "weight": jnp.zeros(())},
+        update=update,
+        scale=lambda variables: jnp.sqrt(variance(variables)),
+    )
+
+
+def bernoulli() -> Likelihood:
+    """Bernoulli(x; sigmoid(raw)): energy softplus(raw) - x raw (Kingma & Welling 2013, appendix C.1).
+
+    For pixels between 0 and 1 this is the cross-entropy, the mean over binary images drawn from them, and no likelihood.
+    """
+
+    def energy(variables, raw, image):
+        return jax.nn.softplus(raw) - align(image, raw) * raw
+
+    def sample(variables, key, raw):
+        return (jax.random.uniform(key, raw.shape) < jax.nn.sigmoid(raw)).astype(raw.dtype)
+
+    return Likelihood(BINARY, 1, nothing, energy, 0.0, sigmoid_mean, sample)
+
+
+def continuous_bernoulli() -> Likelihood:
+    """p(x) = C(l) l^x (1 - l)^(1 - x) on [0, 1] with l = sigmoid(a), a = raw within +-ln 9999.
+
+        energy = log((e^a - 1) / a) - x a,    mean = 1 / (1 - e^-a) - 1 / a
+
+    Without a limit on a, images of pixels 0 and 1 would have unbounded densities; as in the authors' code, l lies in
+    [1e-4, 1 - 1e-4]. Source: Loaiza-Ganem & Cunningham 2019.
+    """
+
+    def logit(raw):
+        return jnp.clip(raw, -LARGEST_LOGIT, LARGEST_LOGIT)
+
+    def energy(variables, raw, image):
+        a = logit(raw)
+        return jnp.maximum(a, 0) + log_mean_exp(jnp.abs(a)) - align(image, raw) * a
+
+    def mean(variables, raw):
+        a = logit(raw)
+        small = jnp.abs(a) < 1e-2
+        safe = jnp.where(small, 1.0, a)
+        return jnp.where(small, 0.5 + a / 12, -1 / jnp.expm1(-safe) - 1 / safe)
+
+    def sample(variables, key, raw):
+        """By the inverse of the distribution function, for -|a|, where nothing overflows."""
+        a = logit(raw)
+        u = jax.random.uniform(key, raw.shape, raw.dtype)
+        small = jnp.abs(a) < 1e-4
+        safe = jnp.where(small, -1.0, -jnp.abs(a))
+        x = jnp.where(small, u, jnp.log1p(u * jnp.expm1(safe)) / safe)
+        return jnp.where(a > 0, 1 - x, x)
+
+    return Likelihood(DENSITY, 1, nothing, energy, 0.0, mean, sample)
+
+
+def log_mean_exp(t: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log((1 - e^-t) / t), the log of the mean of e^-s over s in [0, t], for t >= 0."""
+    small = t < 1e-2
+    safe = jnp.where(small, 1.0, t)
+    return jnp.where(small, -t / 2 + t**2 / 24, jnp.log(-jnp.expm1(-safe) / safe))
+
+
+def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
+    """The mass that Logistic(255 sigmoid(raw), 255 s) puts on each grey level; 0 and 255 take the tails.
+
+        energy = -log(F((c + 1/2 - m) / 255 s) - F((c - 1/2 - m) / 255 s)),    c = 255 x,    F = sigmoid
+
+    in a form without cancellation. `mean` is the mean of the clipped logistic, within half a grey level of the exact one.
+    Source: Kingma et al. 2016 (IAF), section 5.1, and Salimans et al. 2017 for the tails.
+    """
+    kind = scaled(scale, learn_scale)
+
+    def energy(variables, raw, image):
+        s, _ = kind.at(variables)
+        s = 255 * s
+        level = jnp.round(255 * align(image, raw))
+        location = 255 * jax.nn.sigmoid(raw)
+        above, below = (level + 0.5 - location) / s, (level - 0.5 - location) / s
+        # F(b) - F(a) = F(b) F(-a) (1 - e^(a - b)); the lowest level has F(-a) = 1 and no last factor, the highest F(b) = 1.
+        lowest, highest = level <= 0, level >= 255
+        low = jnp.where(highest, 0.0, jax.nn.log_sigmoid(above))
+        high = jnp.where(lowest, 0.0, jax.nn.log_sigmoid(-below))
+        inside = jnp.where(lowest | highest, 0.0, jnp.log(-jnp.expm1(-1 / s)))
+        return -(low + high + inside)
+
+    def mean(variables, raw):
+        s, _ = kind.at(variables)
+        m = jax.nn.sigmoid(raw)
+        return jnp.clip(s * (jax.nn.softplus(m / s) - jax.nn.softplus((m - 1) / s)), 0, 1)
+
+    def sample(variables, key, raw):
+        s, _ = kind.at(variables)
+        drawn = jax.nn.sigmoid(raw) + s * jax.random.logistic(key, raw.shape, raw.dtype)
+        return jnp.clip(jnp.round(255 * drawn), 0, 255) / 255
+
+    return Likelihood(
+        support=LEVELS,
+        channels=1,
+        init=kind.init,
+        energy=energy,
+        constant=0.0,
+        mean=mean,
+        sample=sample,
+        scale=kind.learned,
+    )
+
+
+class Scale(NamedTuple):
+    """One scale for all pixels: `at(variables)` is (s, what ln s adds to the energy), and `constant` what it adds to the constant."""
+
+    init: Callable[[Any], dict]
+    at: Callable[[Any], tuple[Any, Any]]
+    constant: float
+    learned: Callable[[Any], Float[Array, ""]] = ABSENT
+
+
+def scaled(scale: float, learned: bool) -> Scale:
+    """A given scale, or one that is learned from it on. Raises ValueError unless it is above 0."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"model.scale is {scale}, but must be above 0")
+    if not learned:
+        return Scale(nothing, lambda variables: (scale, 0.0), math.log(scale))
+
+    def at(variables):
+        log_scale = variables["params"]["likelihood"]["log_scale"]
+        return jnp.exp(log_scale), log_scale
+
+    init = {"log_scale": jnp.full((), math.log(scale), jnp.float32)}
+    return Scale(lambda key: init, at, 0.0, lambda variables: at(variables)[0])
 
 
 def distortion(
@@ -70,4 +324,12 @@ def distortion(
     return jnp.sum(likelihood.energy(variables, raw, image), axis=(-3, -2, -1))
 
 
-LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {"unit_gaussian": unit_gaussian}
+LIKELIHOODS: dict[str, Callable[..., Likelihood]] = {
+    "unit_gaussian": unit_gaussian,
+    "gaussian": gaussian,
+    "optimal_gaussian": optimal_gaussian,
+    "laplace": laplace,
+    "bernoulli": bernoulli,
+    "continuous_bernoulli": continuous_bernoulli,
+    "discretised_logistic": discretised_logistic,
+}

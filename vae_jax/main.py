@@ -149,7 +149,9 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
 
 
 def show(value) -> str:
-    """A number, or nested lists of numbers, in one line."""
+    """A number, nested lists of numbers, or a text, in one line."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
         return f"[{', '.join(map(show, value))}]"
     return f"{value:.6g}"

@@ -86,6 +86,40 @@ def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Arr
     return -(jax.nn.logsumexp(log_w, axis=0) - math.log(len(log_w)))
 
 
+def doubly_reparameterized(
+    at_fixed_z: Float[Array, "samples batch"], along_z: Float[Array, "samples batch"]
+) -> Float[Array, " batch"]:
+    """The importance-weighted bound, with the doubly reparameterised gradient (DReG).
+
+    Both arguments are log w_k. In `at_fixed_z` the z are constants, so its gradient is that of the parameters theta of p;
+    in `along_z` everything but the z is, so its gradient reaches the parameters phi of q through z alone:
+
+        theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k u_k^2 d log w_k / d z_k  d z_k / d phi,    u = softmax(log w)
+
+    Source: Tucker et al. 2019, equations 7 and 8.
+    """
+    u = jax.lax.stop_gradient(jax.nn.softmax(at_fixed_z, axis=0))
+    surrogate = -jnp.sum(u * at_fixed_z + u**2 * along_z, axis=0)
+    return surrogate + jax.lax.stop_gradient(importance_weighted_bound(at_fixed_z) - surrogate)
+
+
+def free_bits_kl(
+    kl: Float[Array, "batch latent"],
+    weight: Float[Array, " batch"],
+    least: float,
+    axis_name: str | None = None,
+) -> Float[Array, " batch"]:
+    """The KL, of which each latent pays `least` while its mean over the batch is below: sum_j max(least, mean_i KL_ij).
+
+    Per example it is sum_j (KL_ij if mean_i KL_ij > least else least), whose mean over the batch, of all devices, and whose
+    gradient are those of the sum above. Source: Kingma et al. 2016, section 3.2 and appendix C.8.
+    """
+    sums = jnp.sum(weight[:, None] * kl, axis=0), jnp.sum(weight)
+    total, count = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    paid = jax.lax.stop_gradient(total / count) > least
+    return jnp.sum(jnp.where(paid, kl, least), axis=-1)
+
+
 def warm_up(weight: float, step: Int[Array, ""] | int | None, warmup_steps: int) -> float | Float[Array, ""]:
     """A weight that rises linearly, weight (t + 1) / warmup_steps at step t; the weight itself in evaluation.
 

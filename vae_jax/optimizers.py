@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules, as optax transformations."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import optax
 
@@ -19,6 +20,9 @@ def make_adam(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+    boundaries: tuple[float, ...] = (),
+    factors: tuple[float, ...] = (),
 ) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015).
 
@@ -30,12 +34,16 @@ def make_adam(
         scaling: "sqrt", by the root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who also
             scale beta1, beta2 and eps, which stay here), or "linear" (Goyal et al. 2017, for SGD).
         schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); or "onecycle",
-            which rises from a 25th of the rate and falls to almost nothing, along half cosines (Smith & Topin 2018).
+            which rises from a 25th of the rate and falls to almost nothing, along half cosines (Smith & Topin 2018); or
+            "piecewise", whose rate is multiplied by each of `factors` from the boundary at the same place on.
         warmup: share of the steps, in [0, 1), during which the rate rises: linearly from zero, except for "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.
         eps: added to the root of that average.
         weight_decay: each step also shrinks every parameter by this times the rate (AdamW, Loshchilov & Hutter 2019).
+        clip_norm: the gradients of a step are shrunk to this global norm where theirs is larger; 0 never shrinks them.
+        boundaries: of "piecewise": increasing shares of the steps, in (0, 1).
+        factors: of "piecewise": one for each boundary.
 
     Raises ValueError for a value out of range.
     """
@@ -46,6 +54,20 @@ def make_adam(
         ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
         ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
         ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0"),
+        ("clip_norm", clip_norm, 0 <= clip_norm < math.inf, "at least 0"),
+        ("boundaries", boundaries, is_increasing((0.0, *boundaries, 1.0)), "increasing numbers in (0, 1)"),
+        (
+            "factors",
+            factors,
+            len(factors) == len(boundaries) and min(factors, default=1) > 0,
+            "a number above 0 a boundary",
+        ),
+        (
+            "boundaries",
+            boundaries,
+            not boundaries or schedule == "piecewise",
+            "left out unless the schedule is piecewise",
+        ),
         ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
         ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
         ("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
@@ -54,18 +76,29 @@ def make_adam(
             raise ValueError(f"optimizer.{name} is {value!r}, but must be {rule}")
     if base_batch_size:
         learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
-    rate = SCHEDULES[schedule](learning_rate, steps, warmup)
-    if not weight_decay:
-        return optax.adam(rate, beta1, beta2, eps)
-    return optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
+    rate = SCHEDULES[schedule](learning_rate, steps, warmup, dict(zip(boundaries, factors)))
+    adam = optax.adam(rate, beta1, beta2, eps)
+    if weight_decay:
+        adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
+
+
+def is_increasing(values: Sequence[float]) -> bool:
+    """Whether each value is above the one before."""
+    return all(before < after for before, after in itertools.pairwise(values))
+
+
+def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> Callable:
+    """`rate` times the product of the factors {share of the steps: factor} whose shares are behind."""
+    return optax.piecewise_constant_schedule(rate, {round(share * steps): factor for share, factor in cuts.items()})
 
 
 def warmed_up(schedule: Callable) -> Callable:
-    """`schedule(rate, steps)` after a linear rise from zero during the first `warmup` share of the steps."""
+    """`schedule(rate, steps, cuts)` after a linear rise from zero during the first `warmup` share of the steps."""
 
-    def make_schedule(rate, steps, warmup):
+    def make_schedule(rate, steps, warmup, cuts):
         rising = math.floor(warmup * steps)
-        falling = schedule(rate, steps - rising)
+        falling = schedule(rate, steps - rising, cuts)
         if not rising:
             return falling
         return optax.join_schedules([optax.linear_schedule(0.0, rate, rising), falling], [rising])
@@ -88,9 +121,10 @@ def ema(*, ema_decay: float = 0.0) -> float:
 
 
 SCHEDULES = {
-    "constant": warmed_up(lambda rate, steps: optax.constant_schedule(rate)),
-    "cosine": warmed_up(optax.cosine_decay_schedule),
-    "onecycle": lambda rate, steps, warmup: optax.cosine_onecycle_schedule(steps, rate, warmup),
+    "constant": warmed_up(lambda rate, steps, cuts: optax.constant_schedule(rate)),
+    "cosine": warmed_up(lambda rate, steps, cuts: optax.cosine_decay_schedule(rate, steps)),
+    "piecewise": warmed_up(piecewise),
+    "onecycle": lambda rate, steps, warmup, cuts: optax.cosine_onecycle_schedule(steps, rate, warmup),
 }
 SCALINGS = {"sqrt": math.sqrt, "linear": float}
 OPTIMIZERS = {"adam": make_adam}

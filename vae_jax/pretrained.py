@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
+from vae_jax.batch import Batch, binarize, example_keys
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, choose, fill_in, make_title
@@ -71,7 +73,7 @@ class Pretrained:
     """A trained model. The functions of `model`, which take `variables` first, are the pure ones below each method.
 
     Images are [n, height, width, channel], or without the channel axis if there is one channel: uint8, or float in
-    [0, 1]. Results are NumPy arrays. Every method raises ValueError for input that does not fit, and if the model's family
+    [0, 1]; a model of binary images binarizes them as evaluation does (`data.binarize`). Results are NumPy arrays. Every method raises ValueError for input that does not fit, and if the model's family
     has no such method. It can be pickled.
     """
 
@@ -115,7 +117,7 @@ class Pretrained:
     def encode(self, image) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""
         self.check_has("encode", "encoder")
-        return self._map("encode", check_images(image, self.image_shape))
+        return self._map("encode", self._as_seen(image))
 
     def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
         """Mean images of p(x | z), in [0, 1]."""
@@ -137,12 +139,20 @@ class Pretrained:
     def probabilities(self, image) -> Float[np.ndarray, "n classes"]:
         """p(label | image) of every class."""
         self.check_has("probabilities", "classes")
-        return self._map("probabilities", check_images(image, self.image_shape))
+        return self._map("probabilities", self._as_seen(image))
 
     def predict(self, image) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """The most probable label of each image, and its probability."""
         probabilities = self.probabilities(image)
         return probabilities.argmax(axis=1), probabilities.max(axis=1)
+
+    def _as_seen(self, image):
+        """The images in [0, 1] as the model knows them: with binary pixels if it was trained on such."""
+        image = check_images(image, self.image_shape)
+        index = jnp.arange(len(image))
+        keys = example_keys(jax.random.key(self.config["seed"]), None, index)
+        batch = Batch(jnp.asarray(image), label=index, weight=index, index=index)
+        return np.asarray(binarize(batch, keys, self.config["data"]["binarize"]).image)
 
     def check_has(self, function: str, what: str) -> None:
         """Raise ValueError if the model's family has no such function."""

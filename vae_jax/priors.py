@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+ABSENT: Any = None
+
 
 class Prior(NamedTuple):
     """Pure functions that take the model's `variables` first and read only `params/prior`.
@@ -16,13 +18,14 @@ class Prior(NamedTuple):
         init: key -> the parameters, {} where there are none.
         log_prob: (variables, z) -> log p(z), the sum over latents, in nats. `z` may have leading sample axes.
         sample: (variables, key, count) -> `count` draws z ~ p(z), [count, latent].
-        kl: (variables, mean, logvar) -> KL(N(mean, exp(logvar)) || p) of each latent, in nats, [batch, latent].
+        kl: (variables, mean, logvar) -> KL(N(mean, exp(logvar)) || p) of each latent, in nats, [batch, latent]; ABSENT,
+            which is None, where it has no closed form.
     """
 
     init: Callable[[Any], dict]
     log_prob: Callable[[Any, Any], Float[Array, "*samples batch"]]
     sample: Callable[[Any, Any, int], Float[Array, "count latent"]]
-    kl: Callable[[Any, Any, Any], Float[Array, "batch latent"]]
+    kl: Callable[[Any, Any, Any], Float[Array, "batch latent"]] = ABSENT
 
 
 def standard_normal(latent_dim: int) -> Prior:
@@ -47,4 +50,84 @@ def standard_normal(latent_dim: int) -> Prior:
     return Prior(init=lambda key: {}, log_prob=log_prob, sample=sample, kl=kl)
 
 
-PRIORS: dict[str, Callable[[int], Prior]] = {"standard_normal": standard_normal}
+def mixture_log_prob(
+    z: Float[Array, "*samples batch latent"],
+    log_weight: Float[Array, " components"],
+    mean: Float[Array, "components latent"],
+    logvar: Float[Array, "components latent"],
+) -> Float[Array, "*samples batch"]:
+    """log sum_c exp(log_weight_c) N(z; mean_c, exp(logvar_c)), in nats."""
+    ones = (1,) * (z.ndim - 1)
+    log_weight, mean, logvar = (part.reshape(*ones, *part.shape) for part in (log_weight, mean, logvar))
+    square = (z[..., None, :] - mean) ** 2 * jnp.exp(-logvar)
+    log_prob = -0.5 * jnp.sum(square + logvar + math.log(2 * math.pi), axis=-1)
+    return jax.nn.logsumexp(log_weight + log_prob, axis=-1)
+
+
+def mixture(latent_dim: int, components: int = 100) -> Prior:
+    """sum_c w_c N(m_c, diag(v_c)) with learned weights, means and variances.
+
+    Its KL has no closed form: objectives estimate it with the z that they draw.
+    """
+    check_components(components)
+
+    def init(key):
+        return {
+            "mean": jax.random.normal(key, (components, latent_dim)),
+            "logvar": jnp.zeros((components, latent_dim)),
+            "logit": jnp.zeros(components),
+        }
+
+    def parts(variables):
+        own = variables["params"]["prior"]
+        return jax.nn.log_softmax(own["logit"]), own["mean"], own["logvar"]
+
+    return Prior(
+        init=init,
+        log_prob=lambda variables, z: mixture_log_prob(z, *parts(variables)),
+        sample=lambda variables, key, count: mixture_sample(key, count, *parts(variables)),
+    )
+
+
+def vamp(latent_dim: int, encode: Callable, image_shape: tuple[int, int, int], components: int = 100) -> Prior:
+    """The VampPrior: 1/C sum_c q(z | u_c), the mean of the posteriors of C learned pseudo-images in [0, 1].
+
+    Its gradient reaches the encoder. Source: Tomczak & Welling 2018, section 3; pseudo-images start as in their code, at
+    N(0.05, 0.01^2).
+    """
+    check_components(components)
+
+    def init(key):
+        return {"image": 0.05 + 0.01 * jax.random.normal(key, (components, *image_shape))}
+
+    def parts(variables):
+        image = jnp.clip(variables["params"]["prior"]["image"], 0, 1)
+        return (jnp.full(components, -math.log(components)), *encode(variables, image))
+
+    return Prior(
+        init=init,
+        log_prob=lambda variables, z: mixture_log_prob(z, *parts(variables)),
+        sample=lambda variables, key, count: mixture_sample(key, count, *parts(variables)),
+    )
+
+
+def mixture_sample(
+    key: Key[Array, ""],
+    count: int,
+    log_weight: Float[Array, " components"],
+    mean: Float[Array, "components latent"],
+    logvar: Float[Array, "components latent"],
+) -> Float[Array, "count latent"]:
+    """`count` draws from the mixture."""
+    which, noise = jax.random.split(key)
+    chosen = jax.random.categorical(which, log_weight, shape=(count,))
+    return mean[chosen] + jnp.exp(logvar[chosen] / 2) * jax.random.normal(noise, (count, mean.shape[1]))
+
+
+def check_components(components: int) -> None:
+    """Raise ValueError for less than one component."""
+    if components < 1:
+        raise ValueError(f"model.components is {components}, but must be at least 1")
+
+
+PRIORS: dict[str, Callable[..., Prior]] = {"standard_normal": standard_normal, "mixture": mixture, "vamp": vamp}

@@ -75,11 +75,17 @@ def init_state(
     )
 
 
+def unchanged(batch: Batch, keys: Key[Array, " batch"]) -> Batch:
+    """The batch as it is stored."""
+    return batch
+
+
 def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
     ema_decay: float = 0.0,
+    prepare: Callable[[Batch, Key[Array, " batch"]], Batch] = unchanged,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
@@ -91,11 +97,13 @@ def make_train_step(
 
         ema <- d ema + (1 - d) variables,    d = min(ema_decay, (1 + t) / (10 + t)) at the t-th step,
 
-    so that it forgets its initial value.
+    so that it forgets its initial value. `prepare(batch, keys)` gives the batch that the objective sees, such as one with binary
+    pixels.
     """
 
     def train_step(state, batch):
         keys = example_keys(state.key, state.step, batch.index)
+        batch = prepare(batch, keys)
 
         def summed_loss(params):
             variables = {"params": params, **state.model_state}

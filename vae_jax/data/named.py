@@ -155,13 +155,18 @@ def load_tfds(name: str, manual_dir: str) -> tuple[Split, Split]:
 
 
 def _check_suits(builder):
-    """Raise ValueError unless the examples are labelled uint8 images of one size."""
-    features, keys = builder.info.features, builder.info.supervised_keys
-    if keys and hasattr(features[keys[1]], "num_classes"):
-        image = features[keys[0]]
+    """Raise ValueError unless the examples are uint8 images of one size, with labels or alone."""
+    features, (image_key, label_key) = builder.info.features, _keys(builder)
+    if image_key in features and (label_key is None or hasattr(features[label_key], "num_classes")):
+        image = features[image_key]
         if image.np_dtype == np.uint8 and len(image.shape) == 3 and None not in image.shape:
             return
     raise ValueError(f"{builder.name} is not an image classification data set with images of one size")
+
+
+def _keys(builder):
+    """The names of the image and of the label, which is None for images alone, as those of binarized_mnist are."""
+    return builder.info.supervised_keys or ("image", None)
 
 
 def _prepare(builder):
@@ -175,7 +180,7 @@ def _prepare(builder):
 
 
 def _read_tfds(builder, part):
-    image_key, label_key = builder.info.supervised_keys
+    image_key, label_key = _keys(builder)
     shape, count = builder.info.features[image_key].shape, builder.info.splits[part].num_examples
     check_size(builder.name, count * math.prod(shape))
     source = builder.as_data_source(part)
@@ -183,9 +188,13 @@ def _read_tfds(builder, part):
         raise ValueError(
             f"{builder.name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
         )
-    image, label = np.empty((count, *shape), np.uint8), np.empty(count, np.int32)
+    image, label = np.empty((count, *shape), np.uint8), np.full(count, -1, np.int32)
     for i, example in enumerate(source):
-        image[i], label[i] = example[image_key], example[label_key]
+        image[i] = example[image_key]
+        if label_key is not None:
+            label[i] = example[label_key]
+    if builder.name == "binarized_mnist":  # its pixels are 0 and 1
+        image = np.where(image > 0, np.uint8(255), np.uint8(0))
     return Split(image, label)
 
 

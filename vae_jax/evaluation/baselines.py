@@ -1,21 +1,102 @@
 """What simple models reach, in closed form."""
 
+import math
+
 import numpy as np
+import scipy.special
 from jaxtyping import Float, UInt8
 
 LARGEST_COVARIANCE = 4096  # pixels; the baselines of larger images are left out
 
 
 def linear_vae_baselines(
-    image: UInt8[np.ndarray, "n height width channel"], latent_dim: int, beta: float
+    image: UInt8[np.ndarray, "n height width channel"], latent_dim: int, beta: float = 1.0, scale: float | None = 1.0
 ) -> dict[str, float]:
-    """The losses of a collapsed model and of the best linear VAE on these training images; {} if they are too large."""
+    """The losses of a collapsed model and of the best linear VAE on these training images; {} if they are too large.
+
+    The decoder is a Gaussian of standard deviation `scale`; None is the one that is best for each of the two models. Losses
+    leave out ln(2 pi) / 2 a pixel, and for a given scale also ln(scale).
+    """
     if image[0].size > LARGEST_COVARIANCE:
         return {}
     eigenvalues = covariance_eigenvalues(image)
+    if scale is None:
+        losses = (ppca_loss(eigenvalues, dim) for dim in (0, latent_dim))
+    else:  # the squared error weighs 1 / scale^2: the loss is that of a KL with weight beta scale^2, divided by scale^2
+        losses = (linear_vae_loss(eigenvalues, dim, beta * scale**2) / scale**2 for dim in (0, latent_dim))
+    return dict(zip(("collapsed model", "best linear VAE"), losses))
+
+
+def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> float:
+    """The lowest loss of a linear VAE that also learns its decoder's variance, in nats, less ln(2 pi) / 2 a pixel.
+
+        1/2 (sum_{j <= latent_dim} ln l_j + (D - latent_dim) ln s^2 + D),    s^2 = the mean of the D - latent_dim others
+
+    Source: Tipping & Bishop 1999, section 3.2.
+    """
+    used, left = eigenvalues[:latent_dim], eigenvalues[latent_dim:]
+    if not len(left) or left.mean() <= 0:
+        return -math.inf
+    return float((np.sum(np.log(used)) + len(left) * np.log(left.mean()) + len(eigenvalues)) / 2)
+
+
+def cross_entropy_baselines(image: UInt8[np.ndarray, "n height width channel"]) -> dict[str, float]:
+    """Of a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x sum_pixels H(x).
+
+    H is the entropy of a binary pixel. No model's expected loss on these images, drawn or grey, is below the floor.
+    """
+    value = np.arange(256) / 255
+    counts = np.bincount(image.reshape(-1), minlength=256)
+    mean = image.mean(axis=0, dtype=np.float64) / 255
     return {
-        "collapsed model": linear_vae_loss(eigenvalues, 0, beta),
-        "best linear VAE": linear_vae_loss(eigenvalues, latent_dim, beta),
+        "collapsed model": float(entropy(mean).sum()),
+        "floor: the entropy of the pixels": float(counts @ entropy(value) / len(image)),
+    }
+
+
+def entropy(p: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """-p ln p - (1 - p) ln(1 - p), the entropy of a binary variable, in nats."""
+    return scipy.special.entr(p) + scipy.special.entr(1 - p)
+
+
+def histogram_loss(image: UInt8[np.ndarray, "n height width channel"]) -> float:
+    """The entropy of each pixel's histogram of grey levels, summed: what a collapsed model of 256 levels reaches, in nats."""
+    flat = image.reshape(len(image), -1)
+    share = (np.bincount(column, minlength=256) / len(flat) for column in flat.T)
+    return float(sum(scipy.special.entr(one).sum() for one in share))
+
+
+def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> dict[str, float]:
+    """One negative log-likelihood, or bound, of an image in every convention.
+
+        loss                  nats less the likelihood's constant: what training minimises
+        nats                  loss + pixels * constant
+        bits a dimension      nats / (pixels ln 2)
+        bits a dequantised dimension   8 more: of a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
+
+    A mass on 0..255 has its bits a dimension. A density on [0, 1] has only the dequantised ones, and only if the images were
+    dequantised. Source: Theis et al. 2016, section 3.1.
+
+    Args:
+        value: the number in the convention `source`.
+        pixels: of an image, counting channels.
+        constant: nats a pixel, as in `Likelihood`.
+    """
+    bit = pixels * math.log(2)
+    to_nats = {
+        "loss": lambda value: value + pixels * constant,
+        "nats": lambda value: value,
+        "bits a dimension": lambda value: value * bit,
+        "bits a dequantised dimension": lambda value: (value - 8) * bit,
+    }
+    if source not in to_nats:
+        raise ValueError(f"there is no convention {source!r}: give one of {', '.join(to_nats)}")
+    nats = to_nats[source](value)
+    return {
+        "loss": nats - pixels * constant,
+        "nats": nats,
+        "bits a dimension": nats / bit,
+        "bits a dequantised dimension": nats / bit + 8,
     }
 
 

@@ -22,7 +22,7 @@ class Model(NamedTuple):
     """Pure functions of `variables`; ABSENT, which is None, where a family has no such thing.
 
     Attributes:
-        init: key -> variables.
+        init: (key, pixel_mean=None) -> variables; the mean training image may set the output's bias.
         latent_dim: size of z.
         encode: (variables, image) -> (mean, logvar) of q(z | x), [batch, latent] each.
         decode_raw: (variables, z) -> what the likelihood takes; z may have leading sample axes.
@@ -33,7 +33,7 @@ class Model(NamedTuple):
         apply: the family's own one-pass function, for its objective alone.
     """
 
-    init: Callable[[Array], Variables]
+    init: Callable[..., Variables]
     latent_dim: int = ABSENT
     encode: Callable[[Variables, Array], tuple[Array, Array]] = ABSENT
     decode_raw: Callable[[Variables, Array], Array] = ABSENT
@@ -79,7 +79,7 @@ class Family(Protocol):
 
     Keyword-only arguments of `make` and `make_objective` are the fields of the config's sections `model` and
     `objective`; both raise ValueError, naming the field, for a value out of range. Other arguments are filled in by
-    name: image_shape, num_classes, model, train_size, steps_per_epoch.
+    name: image_shape, num_classes, model, train_size, steps_per_epoch, binarize.
 
     Attributes:
         NAME: for titles.
@@ -89,6 +89,8 @@ class Family(Protocol):
             batches of evaluation and enters the memory check.
         baselines: closed forms of the training images, {what: loss}, a function of the model, the training images and
             the fields of model and objective.
+        ledger: {what: value} lines for people beside the numbers of a split: what they measure, and other conventions; a
+            function of the model, the numbers, the pixels of an image, whether they are binary, and the fields of model.
         make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
     """
 
@@ -101,6 +103,7 @@ class Family(Protocol):
     def check_data(self, dataset: Dataset) -> None: ...
     def decodes_per_example(self, **fields) -> int: ...
     def baselines(self, model: Model, image: np.ndarray, **fields) -> dict[str, float]: ...
+    def ledger(self, model: Model, numbers: dict, pixels: int, is_binary: bool, **fields) -> dict[str, Any]: ...
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 

@@ -57,7 +57,7 @@ def make(
         return jax.nn.softmax(logits)
 
     return Model(
-        init=lambda key: dict(network.init(key, jnp.zeros((1, *image_shape)))),
+        init=lambda key, pixel_mean=None: dict(network.init(key, jnp.zeros((1, *image_shape)))),
         probabilities=probabilities,
         num_classes=num_classes,
         apply=functools.partial(network.apply, mutable=["batch_stats"]),
@@ -152,6 +152,11 @@ def decodes_per_example() -> int:
 
 def baselines(model: Model, image: np.ndarray) -> dict:
     """There is none in closed form."""
+    return {}
+
+
+def ledger(model: Model, numbers: dict, pixels: int, is_binary: bool) -> dict:
+    """Its numbers have one convention."""
     return {}
 
 

@@ -10,149 +10,195 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
-from vae_jax import figures, generate
-from vae_jax.batch import first_of_each_label
-from vae_jax.evaluation.baselines import linear_vae_baselines
-from vae_jax.evaluation.latents import active_units
-from vae_jax.families import Metric, Model, Probes
-from vae_jax.likelihoods import LIKELIHOODS, distortion
-from vae_jax.nn.networks import (
-    PRECISIONS,
-    Autoencoder,
-    Decoder,
-    Encoder,
-    check_doublings,
-    check_pooling,
-    check_sizes,
-    choose,
+from vae_jax.families import Model
+from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_probes  # noqa: F401
+from vae_jax.likelihoods import BINARY, LIKELIHOODS, distortion
+from vae_jax.nn.networks import NETWORKS, PRECISIONS, check_sizes, choose, configure, start_at
+from vae_jax.objectives import (
+    doubly_reparameterized,
+    free_bits_kl,
+    importance_weighted_bound,
+    log_normal,
+    negative_elbo,
+    reparameterize,
+    warm_up,
 )
-from vae_jax.objectives import importance_weighted_bound, log_normal, negative_elbo, reparameterize, warm_up
 from vae_jax.priors import PRIORS
 
 NAME = "VAE"
-METRICS = {
-    "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
-    "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
-    "kl": Metric("KL from the prior", "nats", "lower"),
-    "bound": Metric("-ELBO: the loss at beta 1", "nats", "lower"),
-    "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
-    "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
-}
-PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
+ESTIMATORS = ("iwae", "dreg")
 
 
 def make(
     image_shape: tuple[int, int, int],
     *,
     latent_dim: int = 20,
+    network: str = "conv",
     encoder_features: tuple[int, ...] = (32, 64),
     decoder_features: tuple[int, ...] = (64, 32),
     pooling: bool = False,
+    hidden: tuple[int, ...] = (200, 200),
     likelihood: str = "unit_gaussian",
+    scale: float = 1.0,
+    learn_scale: bool = False,
     prior: str = "standard_normal",
+    components: int = 100,
     precision: str = "float32",
 ) -> Model:
-    """The post's VAE for images of `image_shape` (height, width, channels).
+    """The VAE for images of `image_shape` (height, width, channels), by default with the post's networks.
 
     Args:
         latent_dim: size of z.
-        encoder_features: channels after each convolution; every one halves the image.
-        decoder_features: channels after each transposed convolution but the last; every one doubles the image.
-        pooling: halve the image by max pooling instead of strided convolutions, which the post found to fail.
-        likelihood: p(x | z): "unit_gaussian", whose variance is 1.
-        prior: p(z): "standard_normal".
+        network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training image.
+        encoder_features: of conv: channels after each convolution; every one halves the image.
+        decoder_features: of conv: channels after each transposed convolution but the last; every one doubles the image.
+        pooling: of conv: halve the image by max pooling instead of strided convolutions, which the post found to fail.
+        hidden: of mlp: widths of the encoder's layers; the decoder has them in reverse.
+        likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the variance that is best for
+            each batch), "laplace", "bernoulli", "continuous_bernoulli" or "discretised_logistic".
+        scale: of gaussian, laplace and discretised_logistic: the scale, for pixels in [0, 1].
+        learn_scale: learn the scale, from `scale` on.
+        prior: p(z): "standard_normal", "mixture" (of learned Gaussians) or "vamp" (of posteriors of learned images).
+        components: of mixture and vamp: their number.
         precision: "float32" or "bfloat16", in which the layers compute; parameters, statistics and loss are float32.
 
-    Raises ValueError if a size is below 1, a name is unknown, the decoder's doublings cannot end at the image's size,
-    or pooling leaves nothing of the image.
+    Raises ValueError if a size is below 1, a scale is not above 0, a name is unknown, a field has no meaning, the decoder's
+    doublings cannot end at the image's size, or pooling leaves nothing of the image.
     """
-    check_sizes(
-        latent_dim=(latent_dim,),
-        encoder_features=encoder_features,
-        decoder_features=decoder_features,
-    )
-    check_doublings(image_shape, len(decoder_features))
-    if pooling:
-        check_pooling(image_shape, len(encoder_features), "encoder_features")
-    p_x = choose(LIKELIHOODS, "likelihood", likelihood)()
-    p_z = choose(PRIORS, "prior", prior)(latent_dim)
     dtype = choose(PRECISIONS, "precision", precision)
-    *size, channels = image_shape
-    network = Autoencoder(
-        Encoder(latent_dim, tuple(encoder_features), pooling, dtype),
-        Decoder((*size, channels * p_x.channels), tuple(decoder_features), dtype),
-    )
+    scales = {"scale": (scale, 1.0), "learn_scale": (learn_scale, False)}
+    p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, **scales)
+    check_sizes(latent_dim=(latent_dim,))
+    sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": p_x.channels, "dtype": dtype}
+    fields = {
+        "encoder_features": (tuple(encoder_features), (32, 64)),
+        "decoder_features": (tuple(decoder_features), (64, 32)),
+        "pooling": (pooling, False),
+        "hidden": (tuple(hidden), (200, 200)),
+    }
+    autoencoder = configure(NETWORKS, "network", network, sizes, **fields)
+    apply: Any = autoencoder.apply
+    encode = functools.partial(apply, method="encode")
+    known = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode}
+    p_z = configure(PRIORS, "prior", prior, known, components=(components, 100))
 
-    def init(key):
-        variables = dict(network.init(key, jnp.zeros((1, *image_shape))))
+    def init(key, pixel_mean=None):
+        variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
+        params = variables["params"]
+        if network == "mlp" and pixel_mean is not None:
+            params = start_at(params, pixel_mean)
         parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
         own = {name: part for name, part in parts.items() if part}
-        return variables | {"params": {**variables["params"], **own}}
+        state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
+        return variables | state | {"params": {**params, **own}}
 
-    apply: Any = network.apply
     return Model(
         init=init,
         latent_dim=latent_dim,
-        encode=functools.partial(apply, method="encode"),
+        encode=encode,
         decode_raw=functools.partial(apply, method="decode"),
         likelihood=p_x,
         prior=p_z,
     )
 
 
-def make_objective(model: Model, *, beta: float = 1.0, warmup_steps: int = 0, samples: int = 1):
+def make_objective(
+    model: Model,
+    binarize: str = "none",
+    *,
+    beta: float = 1.0,
+    warmup_steps: int = 0,
+    free_bits: float = 0.0,
+    samples: int = 1,
+    estimator: str = "iwae",
+):
     """The negative ELBO, or with several samples the importance-weighted bound.
 
     Args:
+        binarize: how the data are made binary, as in `batch.binarize`.
         beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
         warmup_steps: training steps during which the weight of the KL rises linearly to beta.
+        free_bits: nats of KL that each latent has for free in training, on the mean over a batch (Kingma et al. 2016).
         samples: draws of z for each image; more than one give the importance-weighted bound (Burda et al. 2016).
+        estimator: gradient of that bound: "iwae", its own, or "dreg", of less variance (Tucker et al. 2019).
 
-    Raises ValueError for a beta or warmup_steps below 0, or samples below 1.
+    Raises ValueError for a number out of range, for fields that do not go together, and if a likelihood of grey pixels is given
+    binarized ones. A Bernoulli takes grey ones too, but `ledger` then names its number grey cross-entropy.
     """
-    for name, value, least in [("beta", beta, 0), ("warmup_steps", warmup_steps, 0), ("samples", samples, 1)]:
-        if not least <= value < float("inf"):
-            raise ValueError(f"objective.{name} is {value}, but must be at least {least}")
+    p_x, p_z = model.likelihood, model.prior
+    check_objective(model, beta, warmup_steps, free_bits, samples, estimator)
+    if binarize != "none" and p_x.support != BINARY:
+        raise ValueError(
+            f"model.likelihood is a {p_x.support}, but data.binarize is {binarize!r}: "
+            "take model.likelihood=bernoulli, or data.binarize=none"
+        )
 
-    def bound(variables, z, mean, logvar, reconstruction, kl, beta=1.0):
-        if samples == 1:  # the KL in closed form has less noise
-            return negative_elbo(reconstruction, kl, beta)
-        ratio = model.prior.log_prob(variables, z) - log_normal(z, mean, logvar)
-        return importance_weighted_bound(-reconstruction + beta * ratio)
+    def log_weights(variables, raw, z, mean, logvar, image, beta=1.0):
+        ratio = p_z.log_prob(variables, z) - log_normal(z, mean, logvar)
+        return beta * ratio - distortion(p_x, variables, raw, image)
+
+    def dreg(variables, z, mean, logvar, image, beta):
+        fixed, fixed_z, mean, logvar = jax.tree.map(lax.stop_gradient, (variables, z, mean, logvar))
+        raw_at, raw_along = model.decode_raw(variables, fixed_z), model.decode_raw(fixed, z)
+        at_fixed_z = log_weights(variables, raw_at, fixed_z, mean, logvar, image, beta)
+        along_z = log_weights(fixed, raw_along, z, mean, logvar, image, beta)
+        return doubly_reparameterized(at_fixed_z, along_z)
 
     def objective(variables, batch, keys, train, step, axis_name=None):
         mean, logvar = model.encode(variables, batch.image)
         z = reparameterize(mean, logvar, keys, samples)
         raw = model.decode_raw(variables, z)
-        reconstruction = distortion(model.likelihood, variables, raw, batch.image)
-        kl = model.prior.kl(variables, mean, logvar).sum(axis=-1)
-        parts = (variables, z, mean, logvar, reconstruction, kl)
-        return {
-            "loss": bound(*parts, warm_up(beta, step, warmup_steps)),
-            "reconstruction": reconstruction.mean(axis=0),
-            "kl": kl,
-            "bound": bound(*parts),
-        }, {}
+        model_state = {}
+        if train and p_x.update is not None:
+            variables, state = p_x.update(variables, raw, batch.image, batch.weight, axis_name)
+            model_state = {"likelihood": state}
+        reconstruction = distortion(p_x, variables, raw, batch.image)
+        if p_z.kl is None:
+            kl = jnp.mean(log_normal(z, mean, logvar) - p_z.log_prob(variables, z), axis=0)
+        else:
+            by_latent = p_z.kl(variables, mean, logvar)
+            kl = by_latent.sum(axis=-1)
+        weight = warm_up(beta, step, warmup_steps)
+
+        if samples == 1:  # a KL in closed form has less noise
+            paid = free_bits_kl(by_latent, batch.weight, free_bits, axis_name) if train and free_bits else kl
+            loss, bound = negative_elbo(reconstruction, paid, weight), negative_elbo(reconstruction, kl)
+        else:
+            parts = (variables, raw, z, mean, logvar, batch.image)
+            loss, bound = (importance_weighted_bound(log_weights(*parts, b)) for b in (weight, 1.0))
+            if train and estimator == "dreg":
+                loss = dreg(variables, z, mean, logvar, batch.image, weight)
+        metrics = {"loss": loss, "reconstruction": reconstruction.mean(axis=0), "kl": kl, "bound": bound}
+        if p_x.scale is not None:
+            metrics["scale"] = jnp.broadcast_to(p_x.scale(variables), kl.shape)
+        return metrics, model_state
 
     return objective
 
 
-def make_probes(model: Model) -> Probes:
-    """Which latents are in use: active units (Burda et al. 2016) and the mean KL of each latent."""
-
-    def measure(variables, batch):
-        mean, logvar = model.encode(variables, batch.image)
-        return {"mean": mean, "kl_by_latent": model.prior.kl(variables, mean, logvar)}
-
-    def reduce(arrays, split):
-        return {
-            "active_units": active_units(arrays["mean"]),
-            "kl_by_latent": arrays["kl_by_latent"].mean(axis=0, dtype=np.float64).tolist(),
-        }
-
-    return Probes(measure, reduce)
+def check_objective(
+    model: Model, beta: float, warmup_steps: int, free_bits: float, samples: int, estimator: str
+) -> None:
+    """Raise ValueError for an objective's field out of range, or without meaning beside another."""
+    least = {"beta": (beta, 0), "warmup_steps": (warmup_steps, 0), "free_bits": (free_bits, 0), "samples": (samples, 1)}
+    for name, (value, bound) in least.items():
+        if not bound <= value < float("inf"):
+            raise ValueError(f"objective.{name} is {value}, but must be at least {bound}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"objective.estimator is {estimator!r}, but must be one of {', '.join(ESTIMATORS)}")
+    if estimator == "dreg" and samples == 1:
+        raise ValueError(
+            "objective.estimator is 'dreg', which with one sample is the ELBO without its score term "
+            "('sticking the landing'): give objective.samples of at least 2"
+        )
+    if free_bits and samples > 1:
+        raise ValueError(
+            f"objective.free_bits is {free_bits}, but only the ELBO has them: leave objective.samples at 1"
+        )
+    if free_bits and model.prior.kl is None:
+        raise ValueError(f"objective.free_bits is {free_bits}, but this prior has no KL in closed form: leave it at 0")
 
 
 def check_data(dataset) -> None:
@@ -162,42 +208,3 @@ def check_data(dataset) -> None:
 def decodes_per_example(*, samples: int = 1) -> int:
     """One image for each sample of z."""
     return samples
-
-
-def baselines(
-    model: Model,
-    image: np.ndarray,
-    *,
-    likelihood: str = "unit_gaussian",
-    prior: str = "standard_normal",
-    beta: float = 1.0,
-) -> dict:
-    """The losses of a collapsed model and of the best linear VAE, for a unit-variance Gaussian and a standard normal."""
-    if (likelihood, prior) != ("unit_gaussian", "standard_normal"):
-        return {}
-    return linear_vae_baselines(image, model.latent_dim, beta)
-
-
-def make_figures(model: Model, test, key, title: str):
-    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5)."""
-    shown = first_of_each_label(test.label)
-    image, label = test.image[shown] / np.float32(255), test.label[shown]
-    reconstruct = jax.jit(functools.partial(generate.reconstruct, model))
-    sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))
-
-    def draw(variables, arrays, history, baselines):
-        return {
-            "training": lambda: figures.training_curve(history, baselines, f"Training progress: {title}", PANELS),
-            "reconstructions": lambda: figures.reconstructions(
-                image,
-                np.asarray(reconstruct(variables, image)),
-                label,
-                f"Test images and their reconstructions: {title}",
-            ),
-            "samples": lambda: figures.image_grid(
-                np.asarray(sample(variables)),
-                f"Images decoded from the prior: {title}",
-            ),
-        }
-
-    return draw

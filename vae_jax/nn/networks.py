@@ -1,11 +1,13 @@
 """The networks of the post (its Tables 1, 2 and 4), and checks of the sizes they are asked for."""
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from vae_jax.nn.layers import (
@@ -71,6 +73,41 @@ class Decoder(nn.Module):
         return x.astype(jnp.float32)
 
 
+class DenseEncoder(nn.Module):
+    """Image -> mean and log-variance of q(z | x): dense layers with tanh (Burda et al. 2016, section 5)."""
+
+    latent_dim: int
+    hidden: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "batch height width channel"]
+    ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
+        x = image.reshape(image.shape[0], -1)
+        for i, width in enumerate(self.hidden, start=1):
+            x = jnp.tanh(nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=f"fc{i}")(x))
+        dense = nn.Dense(2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc")
+        mean, logvar = jnp.split(dense(x).astype(jnp.float32), 2, axis=-1)
+        return mean, logvar
+
+
+class DenseDecoder(nn.Module):
+    """z -> raw parameters of p(x | z): dense layers with tanh, in the reverse order of the encoder's."""
+
+    output_shape: tuple[int, int, int]
+    hidden: tuple[int, ...]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch height width channel"]:
+        x = z
+        for i, width in enumerate(reversed(self.hidden), start=1):
+            x = jnp.tanh(nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=f"fc{i}")(x))
+        dense = nn.Dense(math.prod(self.output_shape), dtype=self.dtype, kernel_init=kernel_init, name="fc")
+        return dense(x).astype(jnp.float32).reshape(-1, *self.output_shape)
+
+
 class Autoencoder(nn.Module):
     """An encoder and a decoder in one tree of parameters: `encode(image)` and `decode(z)`."""
 
@@ -86,6 +123,50 @@ class Autoencoder(nn.Module):
 
     def __call__(self, image):
         return self.decode(self.encode(image)[0])
+
+
+def conv(
+    image_shape: tuple[int, int, int],
+    latent_dim: int,
+    channels: int,
+    dtype: Any,
+    encoder_features: tuple[int, ...],
+    decoder_features: tuple[int, ...],
+    pooling: bool,
+) -> Autoencoder:
+    """The post's networks; `channels` raw ones for each channel of the image."""
+    check_sizes(encoder_features=encoder_features, decoder_features=decoder_features)
+    check_doublings(image_shape, len(decoder_features))
+    if pooling:
+        check_pooling(image_shape, len(encoder_features), "encoder_features")
+    height, width, colours = image_shape
+    return Autoencoder(
+        Encoder(latent_dim, encoder_features, pooling, dtype),
+        Decoder((height, width, colours * channels), decoder_features, dtype),
+    )
+
+
+def mlp(
+    image_shape: tuple[int, int, int], latent_dim: int, channels: int, dtype: Any, hidden: tuple[int, ...]
+) -> Autoencoder:
+    """The dense networks of Burda et al. 2016."""
+    check_sizes(hidden=hidden)
+    height, width, colours = image_shape
+    return Autoencoder(
+        DenseEncoder(latent_dim, hidden, dtype), DenseDecoder((height, width, colours * channels), hidden, dtype)
+    )
+
+
+def start_at(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "height width channel"]) -> dict:
+    """The parameters of an `mlp` whose decoder starts with the bias logit(mean image), its mean clipped to [.001, .999]."""
+    mean = np.clip(pixel_mean, 0.001, 0.999)
+    bias = jnp.asarray(np.log(mean / (1 - mean)), jnp.float32).reshape(-1)
+    decoder = dict(params["decoder"])
+    decoder["fc"] = {**decoder["fc"], "bias": bias}
+    return {**params, "decoder": decoder}
+
+
+NETWORKS: dict[str, Callable] = {"conv": conv, "mlp": mlp}
 
 
 class Classifier(nn.Module):
@@ -125,6 +206,21 @@ def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
     if name not in choices:
         raise ValueError(f"model.{field} is {name!r}, but must be one of {', '.join(choices)}")
     return choices[name]
+
+
+def configure(choices: Mapping[str, Callable], field: str, name: str, known: Mapping[str, Any], **fields: Any) -> Any:
+    """What the function of a name makes of those of `known` and `fields` that it takes.
+
+    `fields` are a config's, each as (value, default). Raises ValueError for an unknown name, and for a field that the function
+    does not take and that has another value than its default, since it would do nothing.
+    """
+    make = choose(choices, field, name)
+    taken = inspect.signature(make).parameters
+    for unused, (value, default) in fields.items():
+        if unused not in taken and value != default:
+            raise ValueError(f"model.{unused} is {value}, but the {field} {name} has none: leave it at {default}")
+    given = {**known, **{key: value for key, (value, _) in fields.items()}}
+    return make(**{key: given[key] for key in given if key in taken})
 
 
 def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Key
 
-from vae_jax.batch import Batch, Split, make_batch
+from vae_jax.batch import Batch, Split, binarize, example_keys, make_batch
 from vae_jax.families import Probes
 from vae_jax.objectives import Objective
 from vae_jax.run.devices import Devices
 from vae_jax.run.seeds import first_seed, map_seeds, mean_metrics, reduce_seeds
-from vae_jax.steps import make_eval_step
+from vae_jax.steps import make_eval_step, unchanged
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
 
@@ -58,6 +58,23 @@ def map_examples(
     return lambda variables, key: jax.device_get(compiled(variables, key, *arguments))
 
 
+def as_seen(split: Split, how: str, seed: int) -> Split:
+    """A split with the pixels that evaluation gives to the model of a seed: those of `binarize`, as bytes."""
+    if how == "none":
+        return split
+
+    @jax.jit
+    def pixels(image, index):
+        batch = make_batch(image, index, index, index)
+        return binarize(batch, example_keys(jax.random.key(seed), None, index), how).image
+
+    starts = range(0, len(split.label), BATCH_SIZE)
+    parts = [
+        pixels(split.image[i : i + BATCH_SIZE], i + np.arange(len(split.label[i : i + BATCH_SIZE]))) for i in starts
+    ]
+    return split._replace(image=(255 * np.concatenate(parts)).astype(np.uint8))
+
+
 def make_evaluate(
     objective: Objective,
     probes: Probes,
@@ -65,15 +82,17 @@ def make_evaluate(
     seeds: range = range(1),
     decodes_per_example: int = 1,
     devices: Devices | None = None,
+    prepare: Callable = unchanged,
 ) -> Callable[[Any, Key[Array, "..."]], tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """`evaluate(variables, key) -> (numbers, arrays)` for every example of a split.
 
     `numbers` are the means of the objective's metrics and what the probes reduce to, combined over the seeds;
-    `arrays` are what the probes measured, of the first seed.
+    `arrays` are what the probes measured, of the first seed. `prepare` is as in `make_train_step`.
     """
     eval_step = make_eval_step(objective)
 
     def measure(variables, batch, key):
+        batch = prepare(batch, example_keys(key, None, batch.index))
         return eval_step(variables, batch, key), probes.measure(variables, batch)
 
     def reduce(arrays):

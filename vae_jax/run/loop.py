@@ -39,11 +39,13 @@ class Job(NamedTuple):
     init: Callable  # key -> variables
     objective: Objective
     probes: Probes
+    prepare: Callable  # as in `make_train_step`
     decodes_per_example: int
     optimizer: optax.GradientTransformation
     ema_decay: float
     best: tuple[str, str] | None  # the metric that marks the best checkpoint, and which direction is better
     baselines: Callable[[], Mapping[str, float]]
+    ledger: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # what the numbers of the test split measure
     figures: Callable  # as `Family.make_figures` returns
     metadata: dict  # stored with each checkpoint
     run: RunOptions
@@ -82,6 +84,7 @@ class Job(NamedTuple):
             self.seeds,
             self.decodes_per_example,
             devices,
+            self.prepare,
         )
 
 
@@ -114,7 +117,7 @@ class Loop:
         self.per_epoch = job.steps_per_epoch
         self.most = min(job.run.steps_per_call, self.per_epoch)  # a call ends with the epoch
         self.images_per_step = job.batch_size * len(job.seeds)
-        train_step = make_train_step(job.objective, job.optimizer, devices.axis_name, job.ema_decay)
+        train_step = make_train_step(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare)
         run_steps = make_run_steps(train_step, job.batch_size, self.most, devices.count)
         self.run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
         self.arrays = devices.replicate(job.dataset.splits["train"])
@@ -270,7 +273,7 @@ class Loop:
     def summarize(self, epoch: int, trained: dict, tested: dict) -> None:
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
-        numbers |= trained | tested | self.job.baselines()
+        numbers |= trained | tested | self.job.ledger(tested) | self.job.baselines()
         self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vae_jax.batch import Dataset, named_key
+from vae_jax.batch import Dataset, binarize, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
@@ -34,6 +35,7 @@ from vae_jax.run.config import (
 from vae_jax.run.devices import Devices, enable_compilation_cache
 from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
+from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import check_reachable, describe_os_error
 from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import Job, train
@@ -87,6 +89,7 @@ def make_job(
         raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
     per_epoch = size // batch_size
     known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
+    known |= {"binarize": dataset.binarize, "is_binary": dataset.is_binary, "pixels": math.prod(dataset.image_shape)}
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= fields_of_objective | {"image": dataset.splits["train"].image}
     title, samples = make_title(family, data["name"]), named_key(jax.random.key(seed), "samples")
@@ -97,15 +100,17 @@ def make_job(
         batch_size=batch_size,
         dataset=dataset,
         model=net,
-        init=jax.jit(lambda key: net.init(named_key(key, "init"))),  # traced once
+        init=jax.jit(lambda key: net.init(named_key(key, "init"), dataset.pixel_mean())),  # traced once
         objective=fill_in(bound.make_objective, **known),
         probes=family.make_probes(net),
+        prepare=partial(binarize, how=dataset.binarize),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
         optimizer=fill_in(bound.make_optimizer, steps=epochs * per_epoch, batch_size=batch_size),
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
-        figures=family.make_figures(net, dataset.splits["test"], samples, title),
+        ledger=lambda numbers: fill_in(family.ledger, **bound.make_model.keywords | known | {"numbers": numbers}),
+        figures=family.make_figures(net, as_seen(dataset.splits["test"], dataset.binarize, seed), samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
     )

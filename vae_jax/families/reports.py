@@ -1,0 +1,131 @@
+"""What every VAE reports: metrics, probes, baselines, the conventions of its numbers, figures."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from vae_jax import figures, generate
+from vae_jax.batch import first_of_each_label
+from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
+from vae_jax.evaluation.latents import active_units
+from vae_jax.families import Metric, Model, Probes
+from vae_jax.likelihoods import BINARY, DENSITY
+
+GREY = "grey cross-entropy"
+METRICS = {
+    "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
+    "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
+    "kl": Metric("KL from the prior", "nats", "lower"),
+    "bound": Metric("-ELBO, or the importance-weighted bound: the loss at beta 1", "nats", "lower"),
+    "scale": Metric("the scale that the likelihood has learned", "pixels in [0, 1]"),
+    "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
+    "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
+}
+GREY = "grey cross-entropy"
+PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
+
+
+def make_probes(model: Model) -> Probes:
+    """Which latents are in use: active units (Burda et al. 2016) and the mean KL of each latent."""
+
+    def measure(variables, batch):
+        mean, logvar = model.encode(variables, batch.image)
+        if model.prior.kl is None:
+            return {"mean": mean}
+        return {"mean": mean, "kl_by_latent": model.prior.kl(variables, mean, logvar)}
+
+    def reduce(arrays, split):
+        numbers = {"active_units": active_units(arrays["mean"])}
+        if "kl_by_latent" in arrays:
+            numbers["kl_by_latent"] = arrays["kl_by_latent"].mean(axis=0, dtype=np.float64).tolist()
+        return numbers
+
+    return Probes(measure, reduce)
+
+
+def baselines(
+    model: Model,
+    image: np.ndarray,
+    *,
+    likelihood: str = "unit_gaussian",
+    scale: float = 1.0,
+    learn_scale: bool = False,
+    prior: str = "standard_normal",
+    beta: float = 1.0,
+) -> dict:
+    """Closed forms of the training images: what a collapsed model and the best linear VAE reach, and the floor."""
+    if likelihood == "bernoulli":
+        return cross_entropy_baselines(image)
+    if likelihood == "discretised_logistic":
+        return {"collapsed model: a histogram of each pixel": histogram_loss(image)}
+    if prior != "standard_normal":
+        return {}
+    if likelihood == "unit_gaussian" or (likelihood == "gaussian" and not learn_scale):
+        return linear_vae_baselines(image, model.latent_dim, beta, scale)
+    if likelihood in ("gaussian", "optimal_gaussian") and beta == 1:
+        return linear_vae_baselines(image, model.latent_dim, scale=None)
+    return {}
+
+
+def ledger(
+    model: Model,
+    numbers: dict,
+    pixels: int,
+    is_binary: bool,
+    *,
+    likelihood: str = "unit_gaussian",
+    scale: float = 1.0,
+    learn_scale: bool = False,
+) -> dict[str, Any]:
+    """What the numbers measure, and the test numbers in the other conventions that apply to them."""
+    p_x = model.likelihood
+    if p_x.support == BINARY and not is_binary:
+        return {
+            "the numbers measure": f"{GREY}: the mean over binary images drawn from the grey ones, not a likelihood"
+        }
+    if "test/bound" not in numbers:
+        return {"the numbers measure": f"-log of a {p_x.support}"}
+    found = convert(numbers["test/bound"], "loss", pixels, p_x.constant)
+    lines = {"the numbers measure": f"-log of a {p_x.support}", "test/bound, with its constant, nats": found["nats"]}
+    if p_x.support == DENSITY:
+        lines["test/bound, bits a dimension"] = "none, since the pixels are not dequantised"
+    else:
+        lines["test/bound, bits a dimension"] = found["bits a dimension"]
+    if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
+        error = 2 * scale**2 * numbers["test/reconstruction"]
+        lines["test/squared error of an image"] = error
+        lines["test/scale that this error implies"] = math.sqrt(error / pixels)
+        lines["weight of the KL beside half the squared error"] = scale**2
+    return lines
+
+
+def make_figures(model: Model, test, key, title: str):
+    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5)."""
+    shown = first_of_each_label(test.label)
+    image, label = test.image[shown] / np.float32(255), test.label[shown]
+    is_grey = bool(((test.image > 0) & (test.image < 255)).any())
+    panels = PANELS
+    if model.likelihood.support == BINARY and is_grey:
+        panels = PANELS | {"loss": f"loss = {GREY} + beta KL", "reconstruction": GREY}
+    reconstruct = jax.jit(functools.partial(generate.reconstruct, model))
+    sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))
+
+    def draw(variables, arrays, history, baselines):
+        return {
+            "training": lambda: figures.training_curve(history, baselines, f"Training progress: {title}", panels),
+            "reconstructions": lambda: figures.reconstructions(
+                image,
+                np.asarray(reconstruct(variables, image)),
+                label,
+                f"Test images and their reconstructions: {title}",
+            ),
+            "samples": lambda: figures.image_grid(
+                np.asarray(sample(variables)),
+                f"Images decoded from the prior: {title}",
+            ),
+        }
+
+    return draw
