@@ -121,7 +121,7 @@ def test_a_step_that_does_not_add_up_is_noticed(alone, name):
 def test_a_run_continues_on_other_devices(tmp_path):
     """From 1 to 8 and to 1 again, stopped after five of ten steps and after seven."""
     job, config = small_job(steps_per_call=2)
-    job = job._replace(optimizer=optax.sgd(rate))
+    job = job._replace(optimizer=optax.sgd(1e-3))
     uninterrupted, expected = run_job(job, config, tmp_path / "uninterrupted")
     for count, calls in [(1, 3), (8, 1), (1, 9)]:
         stop = itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
@@ -143,7 +143,7 @@ def weighted_job():
         weighted = {"few": (metrics["reconstruction"], few), "none": (metrics["kl"], 0 * few)}
         return metrics | weighted, model_state
 
-    return job._replace(objective=objective, optimizer=optax.sgd(rate)), config
+    return job._replace(objective=objective, optimizer=optax.sgd(1e-3)), config
 
 
 def test_metrics_with_weights_of_their_own_on_several_devices_equal_one(tmp_path):

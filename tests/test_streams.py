@@ -14,7 +14,7 @@ from vae_jax.batch import example_keys, named_key
 from vae_jax.objectives import reparameterize
 
 ROOT = jax.random.key(0)
-NAMES = ("noise", "shift", "rotation", "training", "evaluation", "init", "samples")
+NAMES = ("noise", "shift", "rotation", "binarize", "training", "evaluation", "init", "samples")
 
 
 def bits(keys):
@@ -25,7 +25,7 @@ def test_streams_share_no_key():
     """Of several examples, steps and names, in training and evaluation, and of the root itself."""
     index = jnp.arange(50)
     examples = [example_keys(ROOT, step, index) for step in (None, 0, 1, 2)]
-    found = [bits(named_key(keys, name)) for keys in examples for name in ("noise", "shift", "rotation")]
+    found = [bits(named_key(keys, name)) for keys in examples for name in ("noise", "shift", "rotation", "binarize")]
     found += [bits(named_key(ROOT, name)) for name in NAMES] + [bits(ROOT)]
     found = np.concatenate(found)
     assert len(np.unique(found, axis=0)) == len(found)
