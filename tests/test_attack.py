@@ -143,7 +143,7 @@ def test_a_damaged_best_checkpoint_is_reported_by_every_reader(copy):
     for read in (
         lambda: vae_jax.load(str(copy)),
         lambda: commands.evaluate(str(copy), validated(2)[1], "", "test"),
-        lambda: commands.sample(str(copy), "best", 3, 0),
+        lambda: commands.sample(str(copy), validated(2)[1], "best", 3, 0),
     ):
         with pytest.raises(ValueError, match=f"checkpoint {best} is damaged: .*or choose another checkpoint: 15"):
             read()

@@ -74,9 +74,20 @@ def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
 
 
 def test_sample(run):
-    path, _, _, _ = run
-    found = arrays(commands.sample(path, "latest", 7, 3))
+    path, config, _, _ = run
+    found = arrays(commands.sample(path, config, "latest", 7, 3))
     np.testing.assert_array_equal(found["image"], vae_jax.load(path, "latest").sample(7, 3))
+
+
+def test_sample_from_a_mixture_that_is_fitted_after_training(run):
+    """Its bound is better than that under the model's prior, whose sampled KL has the mean of the closed one."""
+    path, config, history, _ = run
+    *paths, gmm, model = commands.sample(path, config, "latest", 7, 3, "gmm")
+    found = arrays(paths)
+    assert found["image"].shape == (7, 28, 28, 1) and "-gmm" in paths[0].name
+    assert (found["image"] != vae_jax.load(path, "latest").sample(7, 3)).any()
+    under = [float(line.rpartition(" ")[2]) for line in (gmm, model)]
+    assert under[0] < under[1] == pytest.approx(history[-1]["test/bound"], rel=0.01)
 
 
 def test_reconstruct(run):
@@ -154,7 +165,7 @@ def test_without_a_choice_the_first_images_are_taken(run):
             lambda run: commands.reconstruct(*run[:2], "", "test", 361),
             "--count is 361, but test has 360 images",
         ),
-        (lambda run: commands.sample(run[0], "9", 3, 0), "no checkpoint '9'"),
+        (lambda run: commands.sample(*run[:2], "9", 3, 0), "no checkpoint '9'"),
     ],
 )
 def test_bad_choices(run, act, message):
@@ -248,7 +259,7 @@ def test_a_mode_names_what_the_model_lacks(classified, run, tmp_path):
     """A mode asks for what it needs, not for the name of a family."""
     path, config = str(classified[0]), classifier.get_config("smoke").to_dict()
     for act, message in [
-        (lambda: commands.sample(path, "", 3, 0), "classifier has no decoder"),
+        (lambda: commands.sample(path, {}, "", 3, 0), "classifier has no decoder"),
         (lambda: commands.reconstruct(path, config, "", "test", 1), "classifier has no encoder"),
         (lambda: commands.interpolate(path, config, "", "test", 3, None, None), "classifier has no encoder"),
         (lambda: commands.traverse(path, config, "", "test", 3, None, None), "classifier has no encoder"),

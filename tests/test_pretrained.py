@@ -110,7 +110,11 @@ def test_what_a_family_lacks_is_named(vae):
         with pytest.raises(ValueError, match="a model of the family vae has no classes"):
             use(image)
     model = classifier.make((28, 28, 1), 10, features=(2,))
-    config = {"model": {"name": "classifier", "features": [2]}, "data": {"name": "digits", "binarize": "none"}, "seed": 0}
+    config = {
+        "model": {"name": "classifier", "features": [2]},
+        "data": {"name": "digits", "binarize": "none"},
+        "seed": 0,
+    }
     metadata = {"config": config, "step": 0, "data": {}, "image_shape": [28, 28, 1], "num_classes": 10}
     digits = Pretrained(metadata, jax.jit(model.init)(jax.random.key(0)))
     label, probability = digits.predict(image)

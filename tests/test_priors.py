@@ -5,7 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from sklearn.mixture import GaussianMixture
 
+from vae_jax.batch import Batch, example_keys
+from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
+from vae_jax.families import vae
 from vae_jax.priors import mixture, mixture_log_prob, standard_normal, vamp
 
 
@@ -132,3 +136,33 @@ def test_draws_are_of_the_density(prior):
     log_g = scipy.stats.norm.logpdf(z, 0.3, 0.7).sum(axis=-1)
     ratio = np.exp(log_g - np.float64(prior.log_prob(variables, z)))
     np.testing.assert_allclose(ratio.mean(), 1, atol=5 * ratio.std() / np.sqrt(n))
+
+
+def test_a_fitted_mixture_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    z = np.concatenate(
+        [rng.normal([0, 3], [0.3, 1], (3000, 2)), rng.normal([2, -1], 0.5, (1000, 2)) @ [[1, 0.8], [0, 1]]]
+    )
+    prior = fit_gmm(z.astype(np.float32), components=2)
+    expected = GaussianMixture(2, random_state=0, reg_covar=1e-6).fit(z.astype(np.float32)).score_samples(z[:50])
+    found = prior.log_prob({}, jnp.asarray(z[:50], jnp.float32).reshape(5, 10, 2))
+    np.testing.assert_allclose(np.reshape(found, 50), expected, rtol=1e-3, atol=1e-3)
+    drawn = prior.sample({}, jax.random.key(0), 50_000)
+    np.testing.assert_allclose(drawn.mean(axis=0), z.mean(axis=0), atol=0.05)
+    np.testing.assert_allclose(np.cov(drawn.T), np.cov(z.T), rtol=0.05, atol=0.05)
+
+
+def test_bounds_under_two_priors_differ_by_their_log_densities():
+    model = vae.make((8, 8, 1), latent_dim=2, encoder_features=(4,), decoder_features=(4,))
+    variables = model.init(jax.random.key(0))
+    image = jax.random.uniform(jax.random.key(1), (500, 8, 8, 1))
+    batch = Batch(image, -jnp.ones(500, jnp.int32), jnp.ones(500), jnp.arange(500))
+    keys = example_keys(jax.random.key(2), None, batch.index)
+    gmm = fit_gmm(np.asarray(draw_posterior(model)(variables, batch, keys)), components=2)
+    bounds = bound_under(model, {"own": model.prior, "gmm": gmm})(variables, batch, keys)
+    z = draw_posterior(model)(variables, batch, keys)
+    expected = model.prior.log_prob(variables, z) - gmm.log_prob(variables, z)
+    np.testing.assert_allclose(bounds["gmm"] - bounds["own"], expected, rtol=1e-3, atol=1e-3)
+    metrics, _ = vae.make_objective(model)(variables, batch, keys, False, None)
+    error = float(5 * np.std(bounds["own"] - metrics["bound"]) / np.sqrt(500))
+    assert float(bounds["own"].mean()) == pytest.approx(float(metrics["bound"].mean()), abs=error)

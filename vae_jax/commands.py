@@ -5,14 +5,17 @@ import io
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import data, figures, generate
-from vae_jax.batch import Dataset, Split
+from vae_jax.batch import Dataset, Split, example_keys
+from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
 from vae_jax.pretrained import Pretrained, load, load_variables
+from vae_jax.priors import Prior
 from vae_jax.run.config import bind, changes
-from vae_jax.run.evaluate import as_seen
+from vae_jax.run.evaluate import as_seen, map_examples
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
 from vae_jax.run.session import build, fingerprint
 
@@ -33,17 +36,35 @@ def evaluate(workdir: str, config: dict, checkpoint: str, split: str) -> dict[st
     return {"step": metadata["step"]} | named | ledger | job.baselines()
 
 
-def sample(workdir: str, checkpoint: str, count: int, seed: int) -> list[Path]:
-    """Images decoded from the prior, as a grid and as .npz."""
+def sample(workdir: str, config: dict, checkpoint: str, count: int, seed: int, prior: str = "model") -> list[Any]:
+    """Images decoded from the prior, as a grid and as .npz; for the prior "gmm" also the test bound under both priors."""
     vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
-    image = vae.sample(count, seed)
-    title = f"{count} images decoded from the prior: {vae.title}"
-    return save(
-        workdir,
-        f"sample-step{vae.step}-count{count}-seed{seed}",
-        figures.image_grid(image, title),
-        image=image,
-    )
+    if prior == "model":
+        image, lines, of = vae.sample(count, seed), [], "the prior"
+    else:
+        gmm, lines = fit_prior(workdir, config, checkpoint)
+        z = gmm.sample(vae.variables, jax.random.key(seed), count)
+        image, of = vae.decode(z), "a mixture fitted to the posteriors"
+    title = f"{count} images decoded from {of}: {vae.title}"
+    name = f"sample-step{vae.step}-count{count}-seed{seed}" + ("" if prior == "model" else f"-{prior}")
+    return save(workdir, name, figures.image_grid(image, title), image=image) + lines
+
+
+def fit_prior(workdir: str, config: dict, checkpoint: str) -> tuple[Prior, list[str]]:
+    """A mixture fitted to draws of q(z | x) over the training images, and lines with the test bound under it and the model's."""
+    vae, train = load_with_split(workdir, config, checkpoint, "train")
+    _, test = load_with_split(workdir, config, checkpoint, "test")
+    key = jax.random.key(config["seed"])
+
+    def on(split, function):
+        def measure(variables, batch, key):
+            return function(variables, batch, example_keys(key, None, batch.index))
+
+        return map_examples(measure, split)(vae.variables, key)
+
+    gmm = fit_gmm(on(train, draw_posterior(vae.model)))
+    bounds = on(test, bound_under(vae.model, {"the model's prior": vae.model.prior, "the mixture": gmm}))
+    return gmm, [f"test/bound under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()]
 
 
 def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: int) -> list[Path]:
@@ -110,12 +131,18 @@ def traverse(
     images: list[int] | None,
     labels: list[int] | None,
 ) -> list[Path]:
-    """An image's encoding decoded with one latent at a time moved, sorted by the latents' mean KL over the split."""
+    """An image's encoding decoded with one latent at a time moved, sorted by how much each latent is used over the split.
+
+    The measure is the mean KL, or the variance of the posterior mean if the prior has no KL in closed form.
+    """
     vae, examples = load_with_split(workdir, config, checkpoint, split)
     index = choose_images(examples, split, 1, images, labels)
     mean, logvar = map(jnp.asarray, vae.encode(examples.image))
-    kl = np.mean(vae.model.prior.kl(vae.variables, mean, logvar), axis=0)
-    order = np.argsort(-kl)
+    if vae.model.prior.kl is None:
+        use, unit = np.var(mean, axis=0), "variance"
+    else:
+        use, unit = np.mean(vae.model.prior.kl(vae.variables, mean, logvar), axis=0), "nats"
+    order = np.argsort(-use)
     values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
     z = generate.traverse(mean[index[0]], jnp.asarray(values))[order]
     image = vae.decode(z.reshape(-1, z.shape[-1]))
@@ -125,13 +152,13 @@ def traverse(
         f"traverse-step{vae.step}-{split}{index[0]}-count{count}",
         figures.image_rows(
             image,
-            [f"z{latent}: {kl[latent]:.2f} nats" for latent in order],
+            [f"z{latent}: {use[latent]:.2f} {unit}" for latent in order],
             [f"{value:.1f}" for value in values],
-            f"One latent at a time, by its mean KL: {vae.title}",
+            f"One latent at a time, by its {'mean KL' if unit == 'nats' else 'posterior mean'}: {vae.title}",
         ),
         image=image,
         latent=order,
-        kl=kl[order],
+        **{"kl" if unit == "nats" else "variance": use[order]},
         value=values,
     )
 

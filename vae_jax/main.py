@@ -15,7 +15,7 @@ from vae_jax.run.output import survive_closed_streams
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
     "evaluate": "checkpoint split",
-    "sample": "checkpoint count sample_seed",
+    "sample": "checkpoint count sample_seed prior",
     "reconstruct": "checkpoint split count",
     "interpolate": "checkpoint split count images labels",
     "traverse": "checkpoint split count images labels",
@@ -28,6 +28,7 @@ CONFIG = """A file in configs/ and, after a colon, its variant: configs/vae.py:d
 other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
 MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # that one picture can show
+PRIOR = """For sample: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS
@@ -48,6 +49,7 @@ TABLE = (  # kind, name, default, help
         + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
     ),
     (seed, "sample_seed", 0, "Seed of --mode=sample."),
+    (flags.DEFINE_enum, "prior", "model", ["model", "gmm"], PRIOR),
     (items, "images", None, "Positions in the split: two for interpolate (3,18), one for traverse."),
     (items, "labels", None, "Instead of --images: labels, each standing for its first image."),
     (string, "input", None, "For predict: the path of an .npz with `image`, or of a folder."),
@@ -140,7 +142,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     config = (config or stored) | {"epochs": stored["epochs"]}
     check_same_config(workdir, stored, config)
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}
-    result = fill_in(getattr(commands, mode), **known, **chosen, count=count, seed=FLAGS.sample_seed)
+    result = fill_in(getattr(commands, mode), **known, **chosen, count=count, seed=FLAGS.sample_seed, prior=FLAGS.prior)
     lines = [f"{name} {show(value)}" for name, value in result.items()] if mode == "evaluate" else map(str, result)
     print("\n".join(lines), flush=True)
     error = getattr(sys.stdout, "error", None)
