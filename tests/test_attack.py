@@ -13,12 +13,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from program import fresh
 from small_run import run_job, small_job
 
 import vae_jax
-from vae_jax import commands, figures
+from vae_jax import commands, figures, main
 from vae_jax.pretrained import check_integer
 from vae_jax.run import session
+from vae_jax.run.environment import differences, environment
 from vae_jax.run.output import Output
 from vae_jax.run.stored import steps
 
@@ -103,6 +105,33 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_start_again(copy, remove):
     with pytest.raises(OSError, match="has lost its checkpoints: bring them back, or name another") as error:
         run_job(*validated(3), copy)
     assert "\n" not in str(error.value) and lines_of(copy) == before
+
+
+@pytest.mark.parametrize("change", ["delete", "028", "1e3", "28 "])
+def test_a_lost_latest_checkpoint_is_reported_by_every_reader(copy, capsys, change):
+    """Removed, or renamed to what is no step: none is taken in its place, and training repeats its steps."""
+    latest = copy / "checkpoints" / "18"
+    shutil.rmtree(latest) if change == "delete" else latest.rename(latest.parent / change)
+    for which in ("", "best", "latest"):
+        with pytest.raises(
+            ValueError, match="the latest checkpoint, of step 18, is lost .*another checkpoint: 15"
+        ) as error:
+            vae_jax.load(str(copy), which)
+        assert "\n" not in str(error.value)
+    assert vae_jax.load(str(copy), 15).step == 15
+    run_job(*validated(3), copy)
+    lost, best = capsys.readouterr().err.splitlines()
+    assert lost == "vae_jax: checkpoint 18 is lost: training repeats the steps since 15"
+    assert "the best checkpoint, of step 9, is lost" in best  # 18 had become the best, so 9 was deleted
+    assert vae_jax.load(str(copy), "latest").step == 27
+
+
+def test_a_pipe_in_place_of_a_file_is_damage(copy):
+    file = copy / "checkpoints" / "18" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="checkpoint 18 is damaged: .*it is no file"):
+        vae_jax.load(str(copy))
 
 
 @pytest.mark.parametrize("section,field,value", [("objective", "beta", 9.0), ("model", "latent_dim", 21)])
@@ -244,11 +273,33 @@ def test_a_hangup_saves(forks, tmp_path):
         ("--config.objective.beta=1e-320", "objective.beta is 1e-320, but must be 0 or at least 1.18e-38 in size"),
         ("--config.objective.beta=1e30", "at step 1: no update had been made, so try smaller numbers in the sections"),
         ("--workdir=run\udcff", "the work directory 'run\\udcff' is not UTF-8, which checkpoints need"),
+        ("--workdir=http://x", "the work directory http://x is neither on this machine nor on gs://"),
     ],
 )
 def test_numbers_and_names_that_cannot_be_trained_with(forks, tmp_path, flag, message):
     process = forks("-m", "vae_jax.main", *FLAGS, f"--workdir={tmp_path}/run", flag)
     assert message in process.refuses()
+
+
+@pytest.mark.parametrize("name,value", [("JAX_ENABLE_X64", "1"), ("JAX_DISABLE_JIT", "1"), ("JAX_PLATFORMS", "tpu")])
+def test_settings_of_jax_that_cannot_work_are_refused(tmp_path, name, value):
+    process = fresh("-m", "vae_jax.main", *FLAGS, f"--workdir={tmp_path}/run", **{name: value})
+    assert name in process.refuses() and not (tmp_path / "run").exists()
+
+
+def test_other_random_numbers_are_reported(monkeypatch):
+    before = environment(1)
+    monkeypatch.setenv("NPROC", "1")
+    changed = differences(
+        before, before | {"random numbers": "threefry2x32, not partitionable", "CPU cores": "2 NPROC=1"}
+    )
+    assert "random numbers was threefry2x32, partitionable, is threefry2x32, not partitionable" in changed
+    assert environment(1)["CPU cores"].endswith("NPROC=1")
+
+
+def test_the_last_of_several_values_of_a_field_counts():
+    argv = ["main", "--config=a.py", "--config.model.hidden=4,4", "--config.seed=1", "--config.model.hidden=8,8"]
+    assert main.drop_repeated(argv) == ["main", "--config=a.py", "--config.seed=1", "--config.model.hidden=8,8"]
 
 
 @pytest.mark.parametrize("name", ["ki$ng^{", "数字", "a\udcff", "$x_1$"])

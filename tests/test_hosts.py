@@ -231,7 +231,7 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     assert b"train/loss" in board.read_bytes()
     assert [row["step"] for row in read_rows(remote)] == [1]
 
-    settings = {"config": {"epochs": 1}, "saved": False}
+    settings = {"config": {"epochs": 1}, "saved": 0}
     monkeypatch.setattr(run_directory, "read_settings", lambda path: settings)
     directory = RunDirectory(str(remote), {"epochs": 1}, "")
     assert directory.rewind(1)

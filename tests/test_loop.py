@@ -52,7 +52,7 @@ def test_the_steps_in_a_call_do_not_change_the_numbers(finished, tmp_path):
 def test_the_run_directory(finished):
     _, directory, config = finished
     stored = json.loads((directory.path / "config.json").read_text())
-    assert stored == {"format": 3, "saved": True} | json.loads(json.dumps(config))
+    assert stored == {"format": 3, "saved": 10} | json.loads(json.dumps(config))
     rows = read_rows(directory.path)
     assert rows == directory.history
     assert [row["epoch"] for row in rows] == [1, 1, 2, 2]

@@ -75,6 +75,8 @@ def main(argv: list[str]) -> None:
     if FLAGS.config is None and (FLAGS.mode == "train" or not FLAGS.workdir):
         fail("--config is required, e.g. --config=configs/vae.py:digits", 2)
     try:
+        if FLAGS.config is not None and not hasattr(FLAGS.config, "to_dict"):
+            fail("the config file's get_config must return an ml_collections.ConfigDict", 1)
         config = FLAGS.config and FLAGS.config.to_dict()
         workdir = FLAGS.workdir or default_workdir()
         if FLAGS.mode == "train":
@@ -92,12 +94,14 @@ def train(config: dict, workdir: str) -> None:
     import jax
 
     from vae_jax.run import hosts, session
+    from vae_jax.run.environment import check_jax
 
     given = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if FLAGS.distributed or FLAGS.coordinator:
         hosts.connect(*given, FLAGS.start_timeout, FLAGS.heartbeat_timeout)
     elif given != (None, None, None):
         fail("--num_processes and --process_id need --coordinator=ADDRESS:PORT", 2)
+    check_jax()
     several = jax.process_count() > 1
     try:
         outcome = session.run(config, workdir, FLAGS.devices, hosts.StopOnAllHosts if several else hosts.Stop)
@@ -123,9 +127,11 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     from vae_jax import commands
     from vae_jax.run.config import fill_in
     from vae_jax.run.directory import read_config
+    from vae_jax.run.environment import check_jax
     from vae_jax.run.files import is_remote
     from vae_jax.run.session import check_same_config
 
+    check_jax()
     count = COUNTS.get(mode) if FLAGS.count is None else FLAGS.count
     if count is not None and not 1 <= count <= MOST[mode]:
         more = "more do not fit in one picture; vae_jax.load makes as many as you like"
@@ -184,6 +190,7 @@ def fail(message: str, code: int) -> NoReturn:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags; whatever absl and ml_collections raise becomes one line."""
     try:
+        argv = drop_repeated(argv)
         if any(argument in HELP for argument in argv[1:]):
             print_help(argv)
             sys.exit()
@@ -202,6 +209,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = -2  # errors only: JAX and Orbax warn of what we report
     return argv
+
+
+def drop_repeated(argv: list[str]) -> list[str]:
+    """Of several --config.FIELD=VALUE of one field the last one alone: ml_collections would append tuples to each other."""
+    fields = [argument.partition("=")[0].lstrip("-") for argument in argv]
+    last = {field: i for i, field in enumerate(fields) if field.startswith("config.") and "=" in argv[i]}
+    return [argument for i, argument in enumerate(argv) if last.get(fields[i], i) == i]
 
 
 def print_help(argv: list[str]) -> None:

@@ -218,4 +218,5 @@ def check_range(name: str, values: np.ndarray, least: float, most: float) -> Non
 def check_integer(name: str, value: Any, least: int, most: int) -> None:
     """Raise ValueError unless `value` is an integer in [least, most]; a boolean is none."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}, but must be an integer from {least} to {most}")
+        shown = repr(value).splitlines()[0][:60]
+        raise ValueError(f"{name} is {shown}, but must be an integer from {least} to {most}")

@@ -5,6 +5,7 @@ config, the data, which checkpoint is the best so far, and the rows of metrics.j
 """
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -20,10 +21,11 @@ import orbax.checkpoint as ocp
 from vae_jax.run.devices import unwrap_keys
 from vae_jax.run.environment import differences
 from vae_jax.run.files import describe_error
-from vae_jax.run.stored import DIGESTS, absolute, check_same_data, digests, locked, select, steps, survey
+from vae_jax.run.stored import DIGESTS, absolute, check_same_data, digests, latest_saved, locked, select, steps, survey
 from vae_jax.steps import TrainState
 
 OVERHEAD = 2**20  # bytes of a checkpoint besides its arrays
+FILES = 64  # of a checkpoint, at most, and of Orbax while it writes
 BLOCK = bytes(2**16)
 PRIMARY = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="primary")
 
@@ -87,11 +89,13 @@ class Checkpoints:
             return None
         step, self.restored = next(iter(kept.items()))
         self.kept, self.best = tuple(kept), self.restored["best"]
+        if (latest := latest_saved(self._folder)) > step and latest not in damaged:
+            note(f"checkpoint {latest} is lost: training repeats the steps since {step}")
         check_same_data(self.restored, self._metadata)
         if self.best and self.best["step"] not in kept:
             note(f"the best checkpoint, of step {self.best['step']}, is lost; a later one is the best if it is better")
         if changed := differences(self.restored.get("environment", {}), self._metadata.get("environment", {})):
-            note(f"since checkpoint {step} {changed}: from here on the numbers are the same only up to rounding")
+            note(f"since checkpoint {step} {changed}: from here on the numbers differ, at least by rounding")
         try:
             state = _restore(self._folder, step, "state", jax.eval_shape(unwrap_keys, like))
         except ValueError as error:
@@ -159,6 +163,9 @@ class Checkpoints:
         """Raise the system's OSError if the disk is full, by writing as many bytes: Orbax would print a hundred lines."""
         if not os.path.isdir(self._folder):  # gs:// is never full
             return
+        space = os.statvfs(self._folder)
+        if space.f_files and space.f_favail < FILES:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for more files", str(self._folder))
         with tempfile.TemporaryFile(dir=self._folder) as file:
             for _ in range(0, nbytes + OVERHEAD, len(BLOCK)):
                 file.write(BLOCK)

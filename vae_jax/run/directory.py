@@ -53,8 +53,8 @@ def read_settings(path: str) -> dict | None:
     if (number := config.pop("format", 1)) != FORMAT:
         what = OLD_FORMAT if number == 1 else f"has format {number}, but this version of vae_jax reads {FORMAT}"
         raise FileExistsError(f"the run in {path} {what}: {another}")
-    saved = config.pop("saved", False)
-    if not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
+    saved = config.pop("saved", 0)
+    if type(saved) is not int or not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
         raise FileExistsError(f"{path}/config.json is damaged: restore it, or {another}")
     return {"saved": saved, "config": config}
 
@@ -87,7 +87,7 @@ class RunDirectory:
                 stored = read_settings(path)
                 if stored is not None:
                     check(stored["config"], config)
-                self._saved = bool(stored and stored["saved"])
+                self._saved = int(stored["saved"]) if stored else 0
                 self._write_settings()
                 (self.path / "figures").mkdir(exist_ok=True)
             except OSError as error:
@@ -104,11 +104,11 @@ class RunDirectory:
         settings = {"format": FORMAT, "saved": self._saved, **self._config}
         write_atomically(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
 
-    def mark_saved(self) -> None:
-        """Record in config.json that the run has a checkpoint, so that it never starts again without one."""
-        if not self._saved:
-            self._saved = True
-            self._write_settings()
+    def mark_saved(self, step: int) -> None:
+        """Record in config.json the step of the latest checkpoint, so that its loss is noticed."""
+        first, self._saved = not self._saved, step
+        self._write_settings()
+        if first:
             self.upload()
 
     @property
@@ -133,6 +133,8 @@ class RunDirectory:
                 f"the run in {self.remote or self.path} has lost its checkpoints: bring them back, or name another --workdir"
             )
         self._keep({(row["step"], *sorted(row)): row for row in reversed(rows)}.values())
+        if self._saved:
+            self.mark_saved(step)
         self._started = time.time() - (self.history[-1]["seconds"] if rows else 0.0)
         if self._open_board:
             self._board = self._open_board(str(self.path / "tensorboard"), purge_step=step + 1)

@@ -7,6 +7,7 @@ import platform
 
 import jax
 
+THREADS = ("NPROC", "OMP_NUM_THREADS")  # variables that limit the threads of XLA and of BLAS
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -21,10 +22,32 @@ def environment(devices: int) -> dict[str, str]:
     return versions() | {
         "devices": f"{devices} {device.device_kind} ({device.platform})",
         "processor": processor(),
-        "CPU cores": str(cores()),
+        "CPU cores": " ".join(
+            [str(cores()), *(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ)]
+        ),
+        "random numbers": random_numbers(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "matmul precision": str(jax.config.jax_default_matmul_precision or "default"),
     }
+
+
+def random_numbers() -> str:
+    """JAX's generator, and whether it gives an array's numbers independently of its division."""
+    partitionable = "partitionable" if jax.config.jax_threefry_partitionable else "not partitionable"
+    return f"{jax.config.jax_default_prng_impl}, {partitionable}"
+
+
+def check_jax() -> None:
+    """Raise ValueError, in one line, for settings of JAX under which nothing here works."""
+    for name in ("jax_enable_x64", "jax_disable_jit"):
+        if getattr(jax.config, name):
+            raise ValueError(f"{name.upper()} is set, but training needs it unset")
+    try:
+        jax.local_devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"JAX finds no device ({' '.join(str(error).split())[:120]}): look at JAX_PLATFORMS"
+        ) from error
 
 
 def processor() -> str:

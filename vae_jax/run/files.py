@@ -23,6 +23,8 @@ def is_remote(path: str) -> bool:
 def check_reachable(path: str) -> None:
     """Raise ValueError if `path` is remote and this machine cannot reach it, or local and Orbax cannot write there."""
     if not is_remote(path):
+        if "://" in path:
+            raise ValueError(f"the work directory {path} is neither on this machine nor on gs://: name another")
         try:
             os.path.abspath(path).encode()
         except UnicodeEncodeError:

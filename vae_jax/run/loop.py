@@ -152,7 +152,7 @@ class Loop:
                 if due or checkpoints.is_best(tested):
                     self.directory.upload()
                     checkpoints.save(step, state, tested, self.directory.log_digest())
-                    self.directory.mark_saved()
+                    self.directory.mark_saved(step)
                     saved = step
                 if stopping:
                     break

@@ -224,11 +224,11 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
     Raises ValueError or OSError, in one line, for bad input and for a directory that cannot be used, and
     FloatingPointError for numbers that are not finite.
     """
-    folder = epath.Path(workdir).expanduser() / "checkpoints"
     hosts.check_hosts_agree(hosts.host_facts(config, device_limit))
     with hosts.raise_on_all_hosts():
         devices = Devices(device_limit)
         check_reachable(workdir)
+        folder = epath.Path(workdir).expanduser() / "checkpoints"
         if devices.is_primary and (stored := read_config(workdir)) is not None:
             check_same_config(workdir, stored, config)
         job = build(config)

@@ -24,7 +24,14 @@ def steps(folder) -> list[int]:
     """The steps of the checkpoints in `folder`, latest first."""
     folder = epath.Path(folder)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdecimal() and name.isascii()), reverse=True)
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+
+def latest_saved(folder) -> int:
+    """The step of the latest checkpoint that a run has saved, as its config.json says; 0 where that does not say."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        return int(json.loads((epath.Path(folder).parent / "config.json").read_text()).get("saved", 0))
+    return 0
 
 
 def select(folder, which: str | int = "") -> dict:
@@ -49,6 +56,9 @@ def select(folder, which: str | int = "") -> dict:
         raise ValueError(
             f"there is no checkpoint {which!r} in {folder}: give latest, best, or one of {', '.join(map(str, found))}"
         )
+    others = f"train again, or choose another checkpoint: {', '.join(map(str, found))}"
+    if found[0] < latest_saved(folder):
+        raise ValueError(f"the latest checkpoint, of step {latest_saved(folder)}, is lost from {folder}: {others}")
     latest = read(found[0])
     best = latest["best"]
     if which == "best" and best is None:
@@ -58,10 +68,7 @@ def select(folder, which: str | int = "") -> dict:
     if which == "latest" or best is None or best["step"] == found[0]:
         return latest
     if best["step"] not in found:
-        raise ValueError(
-            f"the best checkpoint, of step {best['step']}, is lost from {folder}: "
-            f"train again, or choose another checkpoint: {', '.join(map(str, found))}"
-        )
+        raise ValueError(f"the best checkpoint, of step {best['step']}, is lost from {folder}: {others}")
     return read(best["step"])
 
 
@@ -147,4 +154,6 @@ def _files(path):
 
 
 def _sha256(file):
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would never end
+        raise ValueError("it is no file")
     return hashlib.sha256(file.read_bytes()).hexdigest()
