@@ -103,6 +103,7 @@ def parts(tmp_path_factory):
 
 def report_of(path, name="digits"):
     commands = reproduce.plan(path, "digits", "", quick=True)
+    assert all("--config.epochs=40" in command for command in commands["ablations"])  # 10 leave them above collapse
     return reproduce.Report(path, name, data.load(name="digits"), commands)
 
 

@@ -104,7 +104,7 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
     for name in expected:
         if name not in values and name not in defaults:
             raise ValueError(f"config field {prefix}{name} is missing")
-    typed = {name: float(value) if expected[name].annotation is float else value for name, value in values.items()}
+    typed = {name: as_annotated(value, expected[name].annotation) for name, value in values.items()}
     return functools.partial(function, **(defaults | typed))
 
 
@@ -171,6 +171,15 @@ def is_a(value: Any, annotation: Any) -> bool:
     if annotation in (int, float):
         return isinstance(value, (int, annotation)) and not isinstance(value, bool)
     return isinstance(value, annotation)
+
+
+def as_annotated(value: Any, annotation: Any) -> Any:
+    """A config's value with its integers as floats where the annotation says so."""
+    if annotation is float:
+        return float(value)
+    if annotation == tuple[float, ...]:
+        return tuple(map(float, value))
+    return value
 
 
 def type_name(annotation: Any) -> str:

@@ -1,0 +1,130 @@
+"""One network under every likelihood: what each one's number measures, its samples and its reconstructions.
+
+    python -m experiments.likelihoods --workdir=runs/likelihoods [--data=mnist] [--epochs=20] [--seeds=3]
+
+Trains the post's network by the recipe of configs/vae.py:best under each likelihood, one run directory each. The summary has
+one table for each kind of number, since a density, a mass on 256 levels and a mass on two cannot be compared, and one
+picture. The same command resumes an interrupted experiment.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+import vae_jax
+from experiments import launch
+from experiments.report import markdown_table
+from vae_jax import data
+from vae_jax.batch import Split, first_of_each_label
+from vae_jax.evaluation.baselines import convert
+from vae_jax.figures import mosaic, show_image
+from vae_jax.likelihoods import DENSITY
+from vae_jax.pretrained import Pretrained
+from vae_jax.run.evaluate import as_seen
+from vae_jax.run.files import local_path, save_figure, write_atomically
+
+LEARNED = {"model.learn_scale": True, "model.scale": 0.1}
+FIELDS = {  # what each likelihood changes in the config
+    "unit_gaussian": {},
+    "gaussian": LEARNED,
+    "optimal_gaussian": {},
+    "laplace": LEARNED,
+    "continuous_bernoulli": {},
+    "discretised_logistic": LEARNED,
+    "bernoulli": {"data.binarize": "dynamic"},
+}
+SIDE = 4  # samples per row and column
+
+
+class Trained(NamedTuple):
+    name: str
+    vae: Pretrained
+    last: dict[str, float]  # its last evaluation
+
+
+def commands(workdir: Path, fields: dict, manual_dir: str) -> dict[str, list[str]]:
+    """{likelihood: command}, with `fields` overridden in all of them."""
+    return {
+        name: launch.make_command(
+            "configs/vae.py:best", workdir / name, fields | {"model.likelihood": name} | own, manual_dir
+        )
+        for name, own in FIELDS.items()
+    }
+
+
+def load(workdir: Path) -> list[Trained]:
+    """The trained models. Raises ValueError if one is missing or unfinished."""
+    return [Trained(name, vae_jax.load(str(workdir / name)), launch.last_test(workdir / name)) for name in FIELDS]
+
+
+def tables(models: list[Trained]) -> dict[str, list[list[str]]]:
+    """{kind of number: table} of the test bound in nats, with its constant, and in bits a dimension; KL, latents, scale."""
+    found: dict[str, list[list[str]]] = {}
+    for name, vae, last in models:
+        p_x, pixels = vae.model.likelihood, int(np.prod(vae.image_shape))
+        heading = ["likelihood", "-ELBO, nats", "bits a dimension", "KL, nats", "active latents", "scale"]
+        cells = found.setdefault(p_x.support, [heading])
+        bound = convert(last["test/bound"], "loss", pixels, p_x.constant)
+        cells.append(
+            [
+                name,
+                with_interval(bound["nats"], last.get("test/bound/interval"), 2),
+                "none" if p_x.support == DENSITY else f"{bound['bits a dimension']:.4f}",
+                with_interval(last["test/kl"], last.get("test/kl/interval"), 2),
+                f"{last['test/active_units']:.1f}",
+                f"{last['test/scale']:.4f}" if "test/scale" in last else "",
+            ]
+        )
+    return found
+
+
+def with_interval(mean: float, interval: float | None, digits: int) -> str:
+    """A number and, of several seeds, the half-width of its 95 % interval."""
+    return f"{mean:.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
+
+
+def draw(models: list[Trained], test: Split, title: str) -> Figure:
+    """For each likelihood mean images of samples, draws from them, and test images, each followed by its reconstruction."""
+    figure = Figure(figsize=(2.6 * len(models), 8.2), layout="constrained")
+    above, below = figure.subplots(2, len(models))
+    for samples, pairs, (name, vae, _) in zip(above, below, models):
+        seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
+        image = seen.image[first_of_each_label(seen.label)][:8] / np.float32(255)
+        show_image(samples, mosaic(vae.sample(SIDE**2), SIDE))
+        both = np.stack([image, vae.reconstruct(image)], axis=1)
+        show_image(pairs, mosaic(both.reshape(-1, *image.shape[1:]), 4))
+        samples.set_title(name.replace("_", " "), fontsize=12)
+    above[0].set_ylabel("mean images of samples\nfrom the prior", fontsize=12)
+    below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)
+    figure.suptitle(title, fontsize=14)
+    return figure
+
+
+def main() -> None:
+    given = flags.FLAGS
+    workdir = local_path(given.workdir)
+    test = data.load(name=given.data, manual_dir=given.manual_dir).splits["test"]
+    fields = {"epochs": given.epochs, "seeds": given.seeds, "data.name": given.data}
+    for command in commands(workdir, fields, given.manual_dir).values():
+        launch.run(command)
+    seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
+    title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
+    models = load(workdir)
+    save_figure(draw(models, test, title), workdir / "likelihoods.png")
+    parts = [f"## {kind}\n\n{markdown_table(cells)}\n" for kind, cells in tables(models).items()]
+    image = "![Samples and reconstructions](likelihoods.png)"
+    summary = "\n".join([f"# {title}\n", *parts, image, ""])
+    write_atomically(workdir / "summary.md", summary)
+    print(summary)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/likelihoods", "The folder of the runs.")
+    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
+    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    flags.DEFINE_integer("epochs", 20, "Epochs of each likelihood.", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, "Seeds of each likelihood, trained together.", lower_bound=1)
+    launch.start("likelihoods", main)
