@@ -17,6 +17,7 @@ from experiments.report import bullets, markdown_table, to_html
 from vae_jax import data
 from vae_jax.batch import Batch
 from vae_jax.figures import mosaic
+from vae_jax.likelihoods import LIKELIHOODS
 from vae_jax.run import session
 from vae_jax.run.files import save_figure
 
@@ -210,3 +211,19 @@ def test_a_sweep_leaves_its_rows_and_figure(tmp_path):
     assert [(row["width"], row["batch size"]) for row in rows] == [("1x", 4), ("1x", 8)]
     assert all(0 < row["lowest"] <= row["median"] <= row["highest"] for row in rows)
     assert (tmp_path / "sweep.png").exists()
+
+
+@pytest.mark.slow
+def test_one_network_under_every_likelihood(forks, tmp_path):
+    """On the bundled digits: a table for each kind of number, so that no two kinds share a column, and a picture."""
+    arguments = ("--data=digits", "--epochs=1", "--seeds=2", f"--workdir={tmp_path}")
+    assert forks("-m", "experiments.likelihoods", *arguments).ends(0) == ""
+    kinds = (tmp_path / "summary.md").read_text().split("## ")[1:]
+    rows = {kind.splitlines()[0]: [line.split(" | ")[0][2:] for line in kind.splitlines()[4:-1]] for kind in kinds}
+    found = {kind: [name for name in names if name in LIKELIHOODS] for kind, names in rows.items()}
+    assert found == {
+        "density on [0, 1]": ["unit_gaussian", "gaussian", "optimal_gaussian", "laplace", "continuous_bernoulli"],
+        "mass on 0..255": ["discretised_logistic"],
+        "mass on {0, 1}": ["bernoulli"],
+    }
+    assert (tmp_path / "likelihoods.png").stat().st_size > 10_000

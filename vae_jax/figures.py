@@ -140,7 +140,7 @@ def image_rows(
 ) -> "Figure":
     """Images in labelled rows and columns."""
     rows, columns, height, width, channels = image.shape
-    figure = new_figure(0.75 * columns + 1.5, 0.75 * rows + 1)
+    figure = new_figure(0.75 * columns + 2.2, 0.75 * rows + 1)
     ax = figure.subplots()
     show_image(ax, mosaic(image.reshape(-1, height, width, channels), columns, margin=1, fill=1.0))
     ax.set_xticks((np.arange(columns) + 0.5) * (width + 2) - 0.5, column_labels, fontsize=10)
