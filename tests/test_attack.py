@@ -142,6 +142,7 @@ def test_a_changed_config_file_is_noticed(copy, section, field, value):
     file.write_text(json.dumps(changed))
     given, (job, _) = session.read_config(str(copy)), validated(2)
     for use in (
+        lambda: vae_jax.load(str(copy)),
         lambda: commands.evaluate(str(copy), given, "", "test"),
         lambda: commands.reconstruct(str(copy), given, "", "test", 2),
     ):
@@ -258,6 +259,46 @@ def test_output_drops_what_cannot_be_written(tmp_path):
         output.write("lost too")
         output.flush()
         assert output.encoding == "ascii"
+
+
+def test_a_checkpoint_of_another_run_is_noticed(copy, tmp_path):
+    job, config = validated(2)
+    run_job(
+        job._replace(seeds=range(1, 2), metadata=job.metadata | {"config": config | {"seed": 1}}),
+        config,
+        tmp_path / "b",
+    )
+    shutil.rmtree(copy / "checkpoints" / "18")
+    shutil.copytree(tmp_path / "b" / "checkpoints" / "18", copy / "checkpoints" / "18")
+    with pytest.raises(ValueError, match="is not what checkpoint 18 was trained with .seed is 1 there, 0 here"):
+        vae_jax.load(str(copy), "latest")
+    (copy / "config.json").unlink()
+    assert vae_jax.load(str(copy), "latest").config["seed"] == 1  # nothing tells
+
+
+OUT_OF_MEMORY = """
+import jax
+from vae_jax.run import session
+def run(*arguments):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\\nmore")
+session.run = run
+"""
+
+
+def test_out_of_memory_is_one_line(forks, tmp_path):
+    process = forks("-c", START.format(OUT_OF_MEMORY), *FLAGS, f"--workdir={tmp_path}")
+    assert "out of memory: try a smaller batch_size or model; the same command continues" in process.refuses()
+
+
+@pytest.mark.parametrize("name,kind", [("figures", "file"), ("metrics.jsonl", "folder")])
+def test_a_file_in_place_of_a_folder_is_named(forks, copy, name, kind):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_text("") if kind == "file" else path.mkdir()
+    config = validated(3)[1]
+    with pytest.raises(OSError, match=f"{copy}/{name}") as error:
+        run_job(validated(3)[0], config, copy)
+    assert error.value.strerror is not None or "but must be a folder" in str(error.value)
 
 
 def test_a_hangup_saves(forks, tmp_path):

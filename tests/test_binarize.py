@@ -1,10 +1,12 @@
 """Binary pixels: how they are drawn, where, and what the numbers are then called."""
 
+import functools
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tensorflow_datasets as tfds
 from small_run import run_job, small_job
@@ -15,6 +17,7 @@ from vae_jax.batch import BINARIZE, Batch, binarize, example_keys
 from vae_jax.families import vae
 from vae_jax.run import session
 from vae_jax.run.evaluate import as_seen
+from vae_jax.steps import init_state, make_train_step
 
 BERNOULLI = {"model": {"likelihood": "bernoulli"}, "data": {"binarize": "dynamic"}}
 
@@ -48,6 +51,19 @@ def test_threshold_and_none():
     image = binarize(batch, keys_of(0, 1), "threshold").image
     np.testing.assert_array_equal(image.reshape(-1), [0, 0, 0, 1, 1, 1])
     assert binarize(batch, keys_of(0, 1), "none") is batch
+
+
+def test_each_training_step_draws_its_own_pixels():
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        return {"loss": batch.image.mean(axis=(1, 2, 3)) + 0 * variables["params"]}, {}
+
+    optimizer = optax.sgd(0.1)
+    train_step = make_train_step(objective, optimizer, prepare=functools.partial(binarize, how="dynamic"))
+    state = init_state({"params": jnp.zeros(())}, optimizer, jax.random.key(0))
+    for step in range(3):
+        state, metrics = train_step(state, batch_of(0.5, 50))
+        expected = binarize(batch_of(0.5, 50), keys_of(step, 50), "dynamic").image.mean()
+        assert metrics["loss"].mean == pytest.approx(float(expected), rel=1e-5)
 
 
 def configured(changes, **run):

@@ -14,7 +14,7 @@ from vae_jax.batch import Dataset, Split, example_keys
 from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
 from vae_jax.pretrained import Pretrained, load, load_variables
 from vae_jax.priors import Prior
-from vae_jax.run.config import bind, changes
+from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen, map_examples
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
 from vae_jax.run.session import build, fingerprint
@@ -25,7 +25,6 @@ LIMIT = 3.0  # standard deviations of the prior that a traversal covers on eithe
 def evaluate(workdir: str, config: dict, checkpoint: str, split: str) -> dict[str, Any]:
     """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images."""
     metadata, variables = load_variables(workdir, checkpoint)
-    check_config_file(workdir, metadata["config"], config)
     job = build(config)
     check_trained_on(metadata["data"], job.metadata["data"])
     choose_split(job.dataset, split)
@@ -196,18 +195,9 @@ def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> 
     """The model of a run, with encoder and decoder, and a split of the data that it was trained on."""
     vae = load_able(workdir, checkpoint, "encode", "encoder")
     vae.check_has("decode_raw", "decoder")
-    check_config_file(workdir, vae.config, config)
     dataset = bind("data", data.load, config["data"])()
     check_trained_on(vae.data, fingerprint(dataset))
     return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
-
-
-def check_config_file(workdir: str, trained: dict, config: dict) -> None:
-    """Raise ValueError, naming the fields, if config.json is not the config that a checkpoint was trained with."""
-    if changed := changes(trained | {"epochs": config["epochs"]}, config):
-        raise ValueError(
-            f"config.json in {workdir} is not what the checkpoint was trained with ({'; '.join(changed)}): restore it"
-        )
 
 
 def check_trained_on(expected: dict, found: dict) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import optax
 
@@ -47,40 +48,50 @@ def make_adam(
 
     Raises ValueError for a value out of range.
     """
-    for name, value, holds, rule in [
-        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0"),
+    check(
         ("eps", eps, 0 < eps < math.inf, "above 0"),
-        ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
         ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
         ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
         ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0"),
         ("clip_norm", clip_norm, 0 <= clip_norm < math.inf, "at least 0"),
-        ("boundaries", boundaries, is_increasing((0.0, *boundaries, 1.0)), "increasing numbers in (0, 1)"),
-        (
-            "factors",
-            factors,
-            len(factors) == len(boundaries) and min(factors, default=1) > 0,
-            "a number above 0 a boundary",
-        ),
-        (
-            "boundaries",
-            boundaries,
-            not boundaries or schedule == "piecewise",
-            "left out unless the schedule is piecewise",
-        ),
         ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
         ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
-        ("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    ]:
-        if not holds:
-            raise ValueError(f"optimizer.{name} is {value!r}, but must be {rule}")
+    )
     if base_batch_size:
         learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
-    rate = SCHEDULES[schedule](learning_rate, steps, warmup, dict(zip(boundaries, factors)))
+    rate = make_schedule(steps, learning_rate, schedule, warmup, boundaries, factors)
     adam = optax.adam(rate, beta1, beta2, eps)
     if weight_decay:
         adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
+
+
+def make_schedule(
+    steps: int,
+    learning_rate: float,
+    schedule: str,
+    warmup: float,
+    boundaries: Sequence[float],
+    factors: Sequence[float],
+) -> Callable:
+    """The learning rate of each step; the arguments are those of `make_adam`. Raises ValueError for one out of range."""
+    matched = len(factors) == len(boundaries) and min(factors, default=1) > 0
+    check(
+        ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0"),
+        ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
+        ("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+        ("boundaries", boundaries, is_increasing((0.0, *boundaries, 1.0)), "increasing numbers in (0, 1)"),
+        ("factors", factors, matched, "a number above 0 a boundary"),
+        ("boundaries", boundaries, not boundaries or schedule == "piecewise", "left out unless schedule is piecewise"),
+    )
+    return SCHEDULES[schedule](learning_rate, steps, warmup, dict(zip(boundaries, factors)))
+
+
+def check(*fields: tuple[str, Any, bool, str]) -> None:
+    """Raise ValueError for the first (name, value, whether its rule holds, rule) whose rule does not hold."""
+    for name, value, holds, rule in fields:
+        if not holds:
+            raise ValueError(f"optimizer.{name} is {value!r}, but must be {rule}")
 
 
 def is_increasing(values: Sequence[float]) -> bool:

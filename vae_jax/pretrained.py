@@ -1,5 +1,6 @@
 """Trained models for use in other code: no command line, no config, no training set."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from vae_jax import generate
 from vae_jax.batch import Batch, binarize, example_keys
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run import checkpoint
-from vae_jax.run.config import bind, choose, fill_in, make_title
+from vae_jax.run.config import bind, changes, choose, fill_in, make_title
+from vae_jax.run.directory import read_config
 from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
@@ -43,8 +45,19 @@ def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "
 
 
 def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
-    """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis."""
-    return checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
+    """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis.
+
+    Raises ValueError as `load` does, and if the run's config.json is another config than the checkpoint's.
+    """
+    metadata, variables = checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
+    with contextlib.suppress(OSError):  # config.json is not needed, but where it is whole it must agree
+        stored = read_config(str(local_path(workdir))) or metadata["config"]
+        if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
+            raise ValueError(
+                f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
+                f"({'; '.join(changed)}): restore the one or the other"
+            )
+    return metadata, variables
 
 
 def seeded_shapes(metadata: dict) -> dict:

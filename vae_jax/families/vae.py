@@ -6,7 +6,6 @@ Losses leave out the likelihood's constant: with the unit-variance Gaussian they
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,17 @@ from jax import lax
 
 from vae_jax.families import Model
 from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_probes  # noqa: F401
-from vae_jax.likelihoods import BINARY, LIKELIHOODS, distortion
-from vae_jax.nn.networks import NETWORKS, PRECISIONS, check_sizes, choose, configure, start_at
+from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion
+from vae_jax.nn.networks import (
+    NETWORKS,
+    PRECISIONS,
+    Autoencoder,
+    DenseDecoder,
+    check_sizes,
+    choose,
+    configure,
+    start_at,
+)
 from vae_jax.objectives import (
     doubly_reparameterized,
     free_bits_kl,
@@ -25,7 +33,7 @@ from vae_jax.objectives import (
     reparameterize,
     warm_up,
 )
-from vae_jax.priors import PRIORS
+from vae_jax.priors import PRIORS, Prior
 
 NAME = "VAE"
 ESTIMATORS = ("iwae", "dreg")
@@ -79,29 +87,32 @@ def make(
         "hidden": (tuple(hidden), (200, 200)),
     }
     autoencoder = configure(NETWORKS, "network", network, sizes, **fields)
-    apply: Any = autoencoder.apply
-    encode = functools.partial(apply, method="encode")
+    encode, decode = (functools.partial(autoencoder.apply, method=name) for name in ("encode", "decode"))
     known = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode}
     p_z = configure(PRIORS, "prior", prior, known, components=(components, 100))
 
-    def init(key, pixel_mean=None):
-        variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
-        params = variables["params"]
-        if network == "mlp" and pixel_mean is not None:
-            params = start_at(params, pixel_mean)
-        parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
-        own = {name: part for name, part in parts.items() if part}
-        state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
-        return variables | state | {"params": {**params, **own}}
-
     return Model(
-        init=init,
+        init=functools.partial(init, autoencoder, p_x, p_z, image_shape),
         latent_dim=latent_dim,
         encode=encode,
-        decode_raw=functools.partial(apply, method="decode"),
+        decode_raw=decode,
         likelihood=p_x,
         prior=p_z,
     )
+
+
+def init(
+    autoencoder: Autoencoder, p_x: Likelihood, p_z: Prior, image_shape: tuple[int, int, int], key, pixel_mean=None
+) -> dict:
+    """The variables of networks, likelihood and prior; the mean training image sets the bias of dense decoders."""
+    variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
+    params = variables["params"]
+    if isinstance(autoencoder.decoder, DenseDecoder) and pixel_mean is not None:
+        params = start_at(params, pixel_mean)
+    parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
+    own = {name: part for name, part in parts.items() if part}
+    state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
+    return variables | state | {"params": {**params, **own}}
 
 
 def make_objective(
@@ -128,23 +139,7 @@ def make_objective(
     binarized ones. A Bernoulli takes grey ones too, but `ledger` then names its number grey cross-entropy.
     """
     p_x, p_z = model.likelihood, model.prior
-    check_objective(model, beta, warmup_steps, free_bits, samples, estimator)
-    if binarize != "none" and p_x.support != BINARY:
-        raise ValueError(
-            f"model.likelihood is a {p_x.support}, but data.binarize is {binarize!r}: "
-            "take model.likelihood=bernoulli, or data.binarize=none"
-        )
-
-    def log_weights(variables, raw, z, mean, logvar, image, beta=1.0):
-        ratio = p_z.log_prob(variables, z) - log_normal(z, mean, logvar)
-        return beta * ratio - distortion(p_x, variables, raw, image)
-
-    def dreg(variables, z, mean, logvar, image, beta):
-        fixed, fixed_z, mean, logvar = jax.tree.map(lax.stop_gradient, (variables, z, mean, logvar))
-        raw_at, raw_along = model.decode_raw(variables, fixed_z), model.decode_raw(fixed, z)
-        at_fixed_z = log_weights(variables, raw_at, fixed_z, mean, logvar, image, beta)
-        along_z = log_weights(fixed, raw_along, z, mean, logvar, image, beta)
-        return doubly_reparameterized(at_fixed_z, along_z)
+    check_objective(model, beta, warmup_steps, free_bits, samples, estimator, binarize)
 
     def objective(variables, batch, keys, train, step, axis_name=None):
         mean, logvar = model.encode(variables, batch.image)
@@ -166,10 +161,12 @@ def make_objective(
             paid = free_bits_kl(by_latent, batch.weight, free_bits, axis_name) if train and free_bits else kl
             loss, bound = negative_elbo(reconstruction, paid, weight), negative_elbo(reconstruction, kl)
         else:
-            parts = (variables, raw, z, mean, logvar, batch.image)
-            loss, bound = (importance_weighted_bound(log_weights(*parts, b)) for b in (weight, 1.0))
+            parts = (z, mean, logvar, batch.image)
+            loss, bound = (
+                importance_weighted_bound(log_weights(model, variables, raw, *parts, b)) for b in (weight, 1.0)
+            )
             if train and estimator == "dreg":
-                loss = dreg(variables, z, mean, logvar, batch.image, weight)
+                loss = dreg_loss(model, variables, *parts, weight)
         metrics = {"loss": loss, "reconstruction": reconstruction.mean(axis=0), "kl": kl, "bound": bound}
         if p_x.scale is not None:
             metrics["scale"] = jnp.broadcast_to(p_x.scale(variables), kl.shape)
@@ -178,10 +175,30 @@ def make_objective(
     return objective
 
 
+def log_weights(model: Model, variables, raw, z, mean, logvar, image, beta=1.0):
+    """log w = log p(x | z) + beta (log p(z) - log q(z | x)), [samples, batch], less the likelihood's constant."""
+    ratio = model.prior.log_prob(variables, z) - log_normal(z, mean, logvar)
+    return beta * ratio - distortion(model.likelihood, variables, raw, image)
+
+
+def dreg_loss(model: Model, variables, z, mean, logvar, image, beta):
+    """The importance-weighted bound with the gradient of `doubly_reparameterized`: two decoder passes."""
+    fixed, fixed_z, mean, logvar = jax.tree.map(lax.stop_gradient, (variables, z, mean, logvar))
+    raw_at, raw_along = model.decode_raw(variables, fixed_z), model.decode_raw(fixed, z)
+    at_fixed_z = log_weights(model, variables, raw_at, fixed_z, mean, logvar, image, beta)
+    along_z = log_weights(model, fixed, raw_along, z, mean, logvar, image, beta)
+    return doubly_reparameterized(at_fixed_z, along_z)
+
+
 def check_objective(
-    model: Model, beta: float, warmup_steps: int, free_bits: float, samples: int, estimator: str
+    model: Model, beta: float, warmup_steps: int, free_bits: float, samples: int, estimator: str, binarize: str
 ) -> None:
-    """Raise ValueError for an objective's field out of range, or without meaning beside another."""
+    """Raise ValueError for an objective's field out of range, or without meaning beside another or for these data."""
+    if binarize != "none" and model.likelihood.support != BINARY:
+        raise ValueError(
+            f"model.likelihood is a {model.likelihood.support}, but data.binarize is {binarize!r}: "
+            "take model.likelihood=bernoulli, or data.binarize=none"
+        )
     least = {"beta": (beta, 0), "warmup_steps": (warmup_steps, 0), "free_bits": (free_bits, 0), "samples": (samples, 1)}
     for name, (value, bound) in least.items():
         if not bound <= value < float("inf"):

@@ -81,15 +81,13 @@ def make_job(
     bound = bind_sections(data, model, objective, optimizer, run)
     family, fields_of_objective = bound.family, bound.make_objective.keywords
     better = direction_of(best, family)
-
     dataset = bound.load_data()
     family.check_data(dataset)
     size = len(dataset.splits["train"].label)
     if batch_size > size:
         raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
     per_epoch = size // batch_size
-    known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
-    known |= {"binarize": dataset.binarize, "is_binary": dataset.is_binary, "pixels": math.prod(dataset.image_shape)}
+    known = facts(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= fields_of_objective | {"image": dataset.splits["train"].image}
     title, samples = make_title(family, data["name"]), named_key(jax.random.key(seed), "samples")
@@ -165,6 +163,12 @@ def direction_of(best: str, family: Family) -> str:
     if best not in known:
         raise ValueError(f"unknown metric best {best!r}: {nearest(best, known)}")
     return known[best]
+
+
+def facts(dataset: Dataset) -> dict:
+    """What a family's functions may ask of the data, by the names of their parameters."""
+    pixels = math.prod(dataset.image_shape)
+    return describe_data(dataset) | {"binarize": dataset.binarize, "is_binary": dataset.is_binary, "pixels": pixels}
 
 
 def describe_data(dataset: Dataset) -> dict:

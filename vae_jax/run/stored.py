@@ -49,7 +49,8 @@ def select(folder, which: str | int = "") -> dict:
             raise ValueError(f"{error}; train again{others and f', or choose another checkpoint: {others}'}") from error
 
     if not found:
-        raise ValueError(f"there is no checkpoint in {folder}: train first")
+        way_out = "bring them back" if latest_saved(folder) else "train first"
+        raise ValueError(f"there is no checkpoint in {folder}: {way_out}")
     if str(which) in map(str, found):
         return read(int(which))
     if which not in ("", "best", "latest"):
