@@ -75,7 +75,7 @@ def lines_of(path):
         (lambda lines: [], False),
     ],
 )
-@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("epochs", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_changed_log_is_repaired_or_reported(finished, copy, capsys, change, repaired, epochs):
     """Also in a run that has finished: 'finished already' is not said of damage."""
     lines = lines_of(copy)
@@ -107,7 +107,9 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_start_again(copy, remove):
     assert "\n" not in str(error.value) and lines_of(copy) == before
 
 
-@pytest.mark.parametrize("change", ["delete", "028", "1e3", "28 "])
+@pytest.mark.parametrize(
+    "change", ["delete", *(pytest.param(name, marks=pytest.mark.slow) for name in ("028", "1e3", "28 "))]
+)
 def test_a_lost_latest_checkpoint_is_reported_by_every_reader(copy, capsys, change):
     """Removed, or renamed to what is no step: none is taken in its place, and training repeats its steps."""
     latest = copy / "checkpoints" / "18"
@@ -153,6 +155,7 @@ def test_a_changed_config_file_is_noticed(copy, section, field, value):
         session.is_finished(job._replace(metadata=job.metadata | {"config": given}), str(copy), copy / "checkpoints")
 
 
+@pytest.mark.slow
 def test_loading_beside_a_training_that_keeps_one_checkpoint(tmp_path):
     """Whatever is deleted while it is read, the next latest is loaded."""
     job, config = small_job({"epochs": 6}, steps_per_call=1, save_every=1, keep=1)
@@ -230,7 +233,13 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("stderr is closed", "no home") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ENVIRONMENTS
+    ],
+)
 def test_a_hostile_environment_does_not_end_a_training(forks, tmp_path, name):
     start = START.format(ENVIRONMENTS[name])
     process = forks("-c", start, *FLAGS, f"--workdir={tmp_path}/run", drawn=name == "no figures")
@@ -322,6 +331,7 @@ def test_numbers_and_names_that_cannot_be_trained_with(forks, tmp_path, flag, me
     assert message in process.refuses()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,value", [("JAX_ENABLE_X64", "1"), ("JAX_DISABLE_JIT", "1"), ("JAX_PLATFORMS", "tpu")])
 def test_settings_of_jax_that_cannot_work_are_refused(tmp_path, name, value):
     process = fresh("-m", "vae_jax.main", *FLAGS, f"--workdir={tmp_path}/run", **{name: value})

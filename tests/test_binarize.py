@@ -81,6 +81,7 @@ def trained(tmp_path_factory):
     return path, job, config, *run_job(job, config, path)
 
 
+@pytest.mark.slow
 def test_a_stopped_binary_training_continues_bit_for_bit(trained, tmp_path):
     _, job, config, state, directory = trained
     stops = iter([False, False, True])

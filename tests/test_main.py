@@ -66,6 +66,7 @@ def test_a_finished_run_is_left_as_it_is(digits, forks):
     assert files_of(workdir) == before
 
 
+@pytest.mark.slow
 def test_neither_cache_nor_steps_per_call_change_the_numbers(digits, tmp_path):
     options = "--config.run.compilation_cache=false", "--config.run.steps_per_call=1"
     assert fresh(*SMOKE, *options, f"--workdir={tmp_path}").ends() == ""
@@ -90,7 +91,9 @@ def test_a_run_can_have_more_epochs(tmp_path, forks):
         assert last_row(tmp_path)["step"] == 2 * epochs
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number,code", [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_a_stopped_program_saves_and_continues(tmp_path, forks, number, code):
     command = [*SMALL, "--config.epochs=4", "--config.batch_size=64"]
     command += ["--config.run.steps_per_call=1", f"--workdir={tmp_path}"]

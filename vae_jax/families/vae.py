@@ -6,6 +6,7 @@ Losses leave out the likelihood's constant: with the unit-variance Gaussian they
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion
 from vae_jax.nn.networks import (
     NETWORKS,
     PRECISIONS,
-    Autoencoder,
     DenseDecoder,
     check_sizes,
     choose,
@@ -102,12 +102,12 @@ def make(
 
 
 def init(
-    autoencoder: Autoencoder, p_x: Likelihood, p_z: Prior, image_shape: tuple[int, int, int], key, pixel_mean=None
+    autoencoder: Any, p_x: Likelihood, p_z: Prior, image_shape: tuple[int, int, int], key, pixel_mean=None
 ) -> dict:
     """The variables of networks, likelihood and prior; the mean training image sets the bias of dense decoders."""
     variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
     params = variables["params"]
-    if isinstance(autoencoder.decoder, DenseDecoder) and pixel_mean is not None:
+    if pixel_mean is not None and isinstance(getattr(autoencoder, "decoder", None), DenseDecoder):
         params = start_at(params, pixel_mean)
     parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
     own = {name: part for name, part in parts.items() if part}
