@@ -88,7 +88,7 @@ def with_interval(mean: float, interval: float | None, digits: int) -> str:
 
 def draw(models: list[Trained], test: Split, title: str) -> Figure:
     """For each likelihood mean images of samples, draws from them, and test images, each followed by its reconstruction."""
-    figure = Figure(figsize=(2.6 * len(models), 8.2), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(models), 6.4), layout="constrained")
     above, below = figure.subplots(2, len(models))
     for samples, pairs, (name, vae, _) in zip(above, below, models):
         seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
