@@ -6,6 +6,7 @@ Trains the reference and its variants for the same number of epochs, one run dir
 reconstructions and splits their losses. The same command resumes an interrupted experiment.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from vae_jax.batch import Split, first_of_each_label
 from vae_jax.evaluation.latents import active_units
 from vae_jax.figures import mosaic, show_image
 from vae_jax.pretrained import Pretrained
+from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path, save_figure, write_atomically
 
 VARIANTS = {  # of configs/vae.py
@@ -48,11 +50,11 @@ def commands(workdir: Path, base: str, fields: dict, manual_dir: str) -> dict[st
     }
 
 
-def load(workdir: Path) -> list[Variant]:
-    """The trained variants, the reference first. Raises ValueError if one is missing or unfinished."""
+def load(workdir: Path, titles: Mapping[str, str] = VARIANTS) -> list[Variant]:
+    """The trained variants {folder: title}, the reference first. Raises ValueError if one is missing or unfinished."""
     return [
         Variant(title, vae_jax.load(str(workdir / name)), launch.last_test(workdir / name))
-        for name, title in VARIANTS.items()
+        for name, title in titles.items()
     ]
 
 
@@ -68,11 +70,12 @@ def table(variants: list[Variant], test: Split) -> list[list[str]]:
 
 
 def draw(variants: list[Variant], test: Split, title: str) -> Figure:
-    """Samples of each variant, above test images that are each followed by their reconstruction."""
-    image = test.image[first_of_each_label(test.label)] / np.float32(255)
-    figure = Figure(figsize=(15, 7.6), layout="constrained")
+    """Samples of each variant, above test images, as it sees them, that are each followed by their reconstruction."""
+    figure = Figure(figsize=(3 * len(variants), 7.6), layout="constrained")
     above, below = figure.subplots(2, len(variants))
     for samples, pairs, (what, vae, _) in zip(above, below, variants):
+        seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
+        image = seen.image[first_of_each_label(test.label)] / np.float32(255)
         show_image(samples, mosaic(vae.sample(SIDE**2), SIDE))
         both = np.stack([image, vae.reconstruct(image)], axis=1)
         show_image(pairs, mosaic(both.reshape(-1, *image.shape[1:]), 4))

@@ -8,22 +8,15 @@ picture. The same command resumes an interrupted experiment.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 
-import vae_jax
-from experiments import launch
+from experiments import ablations, launch
 from experiments.report import markdown_table
 from vae_jax import data
-from vae_jax.batch import Split, first_of_each_label
 from vae_jax.evaluation.baselines import convert
-from vae_jax.figures import mosaic, show_image
 from vae_jax.likelihoods import DENSITY
-from vae_jax.pretrained import Pretrained
-from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path, save_figure, write_atomically
 
 LEARNED = {"model.learn_scale": True, "model.scale": 0.1}
@@ -36,13 +29,6 @@ FIELDS = {  # what each likelihood changes in the config
     "discretised_logistic": LEARNED,
     "bernoulli": {"data.binarize": "dynamic"},
 }
-SIDE = 4  # samples per row and column
-
-
-class Trained(NamedTuple):
-    name: str
-    vae: Pretrained
-    last: dict[str, float]  # its last evaluation
 
 
 def commands(workdir: Path, fields: dict, manual_dir: str) -> dict[str, list[str]]:
@@ -55,12 +41,7 @@ def commands(workdir: Path, fields: dict, manual_dir: str) -> dict[str, list[str
     }
 
 
-def load(workdir: Path) -> list[Trained]:
-    """The trained models. Raises ValueError if one is missing or unfinished."""
-    return [Trained(name, vae_jax.load(str(workdir / name)), launch.last_test(workdir / name)) for name in FIELDS]
-
-
-def tables(models: list[Trained]) -> dict[str, list[list[str]]]:
+def tables(models: list[ablations.Variant]) -> dict[str, list[list[str]]]:
     """{kind of number: table} of the test bound in nats, with its constant, and in bits a dimension; KL, latents, scale."""
     found: dict[str, list[list[str]]] = {}
     for name, vae, last in models:
@@ -71,9 +52,9 @@ def tables(models: list[Trained]) -> dict[str, list[list[str]]]:
         cells.append(
             [
                 name,
-                with_interval(bound["nats"], last.get("test/bound/interval"), 2),
+                with_interval(bound["nats"], last.get("test/bound/interval")),
                 "none" if p_x.support == DENSITY else f"{bound['bits a dimension']:.4f}",
-                with_interval(last["test/kl"], last.get("test/kl/interval"), 2),
+                with_interval(last["test/kl"], last.get("test/kl/interval")),
                 f"{last['test/active_units']:.1f}",
                 f"{last['test/scale']:.4f}" if "test/scale" in last else "",
             ]
@@ -81,26 +62,9 @@ def tables(models: list[Trained]) -> dict[str, list[list[str]]]:
     return found
 
 
-def with_interval(mean: float, interval: float | None, digits: int) -> str:
+def with_interval(mean: float, interval: float | None) -> str:
     """A number and, of several seeds, the half-width of its 95 % interval."""
-    return f"{mean:.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
-
-
-def draw(models: list[Trained], test: Split, title: str) -> Figure:
-    """For each likelihood mean images of samples, draws from them, and test images, each followed by its reconstruction."""
-    figure = Figure(figsize=(2.6 * len(models), 6.4), layout="constrained")
-    above, below = figure.subplots(2, len(models))
-    for samples, pairs, (name, vae, _) in zip(above, below, models):
-        seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
-        image = seen.image[first_of_each_label(seen.label)][:8] / np.float32(255)
-        show_image(samples, mosaic(vae.sample(SIDE**2), SIDE))
-        both = np.stack([image, vae.reconstruct(image)], axis=1)
-        show_image(pairs, mosaic(both.reshape(-1, *image.shape[1:]), 4))
-        samples.set_title(name.replace("_", " "), fontsize=12)
-    above[0].set_ylabel("mean images of samples\nfrom the prior", fontsize=12)
-    below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)
-    figure.suptitle(title, fontsize=14)
-    return figure
+    return f"{mean:.2f}" + ("" if interval is None else f" ± {interval:.2f}")
 
 
 def main() -> None:
@@ -112,8 +76,8 @@ def main() -> None:
         launch.run(command)
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
-    models = load(workdir)
-    save_figure(draw(models, test, title), workdir / "likelihoods.png")
+    models = ablations.load(workdir, {name: name for name in FIELDS})
+    save_figure(ablations.draw(models, test, title), workdir / "likelihoods.png")
     parts = [f"## {kind}\n\n{markdown_table(cells)}\n" for kind, cells in tables(models).items()]
     image = "![Samples and reconstructions](likelihoods.png)"
     summary = "\n".join([f"# {title}\n", *parts, image, ""])

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 
@@ -27,16 +28,21 @@ class Dataset(NamedTuple):
     @property
     def is_binary(self) -> bool:
         """Whether a model sees only the pixels 0 and 1."""
-        image = self.splits["train"].image
-        return self.binarize != "none" or not ((image > 0) & (image < 255)).any()
-
-    def pixel_mean(self) -> Float[np.ndarray, "height width channel"]:
-        """The mean training image, in [0, 1]."""
-        return (self.splits["train"].image.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
+        return self.binarize != "none" or not has_grey(self.splits["train"].image)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.splits["train"].image.shape[1:]
+
+
+def mean_image(image: UInt8[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
+    """The mean of images, in [0, 1], as float64."""
+    return image.mean(axis=0, dtype=np.float64) / 255
+
+
+def has_grey(image: UInt8[np.ndarray, "n height width channel"]) -> bool:
+    """Whether a pixel is neither 0 nor 255."""
+    return bool(((image > 0) & (image < 255)).any())
 
 
 BINARIZE = ("none", "dynamic", "threshold")
@@ -69,6 +75,24 @@ def binarize(batch: Batch, keys: Key[Array, " batch"], how: str) -> Batch:
         shape = batch.image.shape[1:]
         threshold = jax.vmap(lambda key: jax.random.uniform(key, shape))(named_key(keys, "binarize"))
     return batch._replace(image=(threshold < batch.image).astype(batch.image.dtype))
+
+
+def binarize_as_evaluated(
+    image: Float[Array, "batch height width channel"], index: Int[Array, " batch"], how: str, seed: int
+) -> Float[Array, "batch height width channel"]:
+    """The pixels that evaluation gives to the model of a seed for the images at these positions of a split."""
+    batch = Batch(image, label=index, weight=index, index=index)
+    return binarize(batch, example_keys(jax.random.key(seed), None, index), how).image
+
+
+def weighted_mean(
+    values: Float[Array, "batch ..."], weight: Float[Array, " batch"], axis_name: str | None = None
+) -> Float[Array, "..."]:
+    """The weighted mean over the examples of a batch, of all devices if `axis_name` is given."""
+    spread = weight.reshape(-1, *(1,) * (values.ndim - 1))
+    sums = jnp.sum(spread * values, axis=0), jnp.sum(weight)
+    total, count = sums if axis_name is None else lax.psum(sums, axis_name)
+    return total / count
 
 
 def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:

@@ -30,18 +30,17 @@ def evaluate(workdir: str, config: dict, checkpoint: str, split: str) -> dict[st
     choose_split(job.dataset, split)
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
-    ledger = job.ledger({f"test/{name}": value for name, value in numbers.items()})
-    ledger = {name.replace("test/", f"{split}/"): value for name, value in ledger.items()}
-    return {"step": metadata["step"]} | named | ledger | job.baselines()
+    return {"step": metadata["step"]} | named | job.ledger(named, split) | job.baselines()
 
 
 def sample(workdir: str, config: dict, checkpoint: str, count: int, seed: int, prior: str = "model") -> list[Any]:
     """Images decoded from the prior, as a grid and as .npz; for the prior "gmm" also the test bound under both priors."""
-    vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
     if prior == "model":
+        vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
         image, lines, of = vae.sample(count, seed), [], "the prior"
     else:
-        gmm, lines = fit_prior(workdir, config, checkpoint)
+        vae, dataset = load_with_data(workdir, config, checkpoint)
+        gmm, lines = fit_prior(vae, dataset)
         z = gmm.sample(vae.variables, jax.random.key(seed), count)
         image, of = vae.decode(z), "a mixture fitted to the posteriors"
     title = f"{count} images decoded from {of}: {vae.title}"
@@ -49,20 +48,19 @@ def sample(workdir: str, config: dict, checkpoint: str, count: int, seed: int, p
     return save(workdir, name, figures.image_grid(image, title), image=image) + lines
 
 
-def fit_prior(workdir: str, config: dict, checkpoint: str) -> tuple[Prior, list[str]]:
+def fit_prior(vae: Pretrained, dataset: Dataset) -> tuple[Prior, list[str]]:
     """A mixture fitted to draws of q(z | x) over the training images, and lines with the test bound under it and the model's."""
-    vae, train = load_with_split(workdir, config, checkpoint, "train")
-    _, test = load_with_split(workdir, config, checkpoint, "test")
-    key = jax.random.key(config["seed"])
+    seed = vae.config["seed"]
 
     def on(split, function):
         def measure(variables, batch, key):
             return function(variables, batch, example_keys(key, None, batch.index))
 
-        return map_examples(measure, split)(vae.variables, key)
+        seen = as_seen(dataset.splits[split], dataset.binarize, seed)
+        return map_examples(measure, seen)(vae.variables, jax.random.key(seed))
 
-    gmm = fit_gmm(on(train, draw_posterior(vae.model)))
-    bounds = on(test, bound_under(vae.model, {"the model's prior": vae.model.prior, "the mixture": gmm}))
+    gmm = fit_gmm(on("train", draw_posterior(vae.model)))
+    bounds = on("test", bound_under(vae.model, {"the model's prior": vae.model.prior, "the mixture": gmm}))
     return gmm, [f"test/bound under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()]
 
 
@@ -192,12 +190,18 @@ def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretra
 
 
 def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> tuple[Pretrained, Split]:
-    """The model of a run, with encoder and decoder, and a split of the data that it was trained on."""
+    """The model of a run, with encoder and decoder, and a split of the data that it was trained on, as it sees them."""
+    vae, dataset = load_with_data(workdir, config, checkpoint)
+    return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
+
+
+def load_with_data(workdir: str, config: dict, checkpoint: str) -> tuple[Pretrained, Dataset]:
+    """The model of a run, with encoder and decoder, and the data that it was trained on."""
     vae = load_able(workdir, checkpoint, "encode", "encoder")
     vae.check_has("decode_raw", "decoder")
     dataset = bind("data", data.load, config["data"])()
     check_trained_on(vae.data, fingerprint(dataset))
-    return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
+    return vae, dataset
 
 
 def check_trained_on(expected: dict, found: dict) -> None:

@@ -6,6 +6,7 @@ binary pixels, a density on [0, 1], or a mass on the 256 grey levels 0..255, whi
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from vae_jax.batch import weighted_mean
+
 BINARY, DENSITY, LEVELS = "mass on {0, 1}", "density on [0, 1]", "mass on 0..255"
 ABSENT: Any = None
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 LARGEST_LOGIT = math.log((1 - 1e-4) / 1e-4)  # of the continuous Bernoulli: lambda lies in [1e-4, 1 - 1e-4]
 DECAY = 0.99  # of the moving average of the optimal variance, a step
 SMALLEST_VARIANCE = 1e-6
+
+
+def nothing(key) -> dict:
+    """The parameters of a likelihood that has none."""
+    return {}
+
+
+def sigmoid_mean(variables, raw: Float[Array, "*samples h w c"]) -> Float[Array, "*samples h w c"]:
+    """The mean, or the location, sigmoid(raw)."""
+    return jax.nn.sigmoid(raw)
 
 
 class Likelihood(NamedTuple):
@@ -39,25 +53,15 @@ class Likelihood(NamedTuple):
     """
 
     support: str
-    channels: int
-    init: Callable[[Any], dict]
     energy: Callable[[Any, Any, Any], Float[Array, "*samples batch h w c"]]
-    constant: float
-    mean: Callable[[Any, Any], Float[Array, "*samples h w c"]]
     sample: Callable[[Any, Any, Any], Float[Array, "*samples h w c"]]
+    mean: Callable[[Any, Any], Float[Array, "*samples h w c"]] = sigmoid_mean
+    constant: float = 0.0
+    channels: int = 1
+    init: Callable[[Any], dict] = nothing
     init_state: Callable[[], dict] = ABSENT
     update: Callable[..., tuple[Any, dict]] = ABSENT
     scale: Callable[[Any], Float[Array, ""]] = ABSENT
-
-
-def nothing(key) -> dict:
-    """The parameters of a likelihood that has none."""
-    return {}
-
-
-def sigmoid_mean(variables, raw: Float[Array, "*samples h w c"]) -> Float[Array, "*samples h w c"]:
-    """The mean, or the location, sigmoid(raw)."""
-    return jax.nn.sigmoid(raw)
 
 
 def align(image: Float[Array, "batch h w c"], raw: Float[Array, "*samples batch h w c"]) -> Array:
@@ -65,28 +69,23 @@ def align(image: Float[Array, "batch h w c"], raw: Float[Array, "*samples batch 
     return image.reshape((1,) * (raw.ndim - image.ndim) + image.shape)
 
 
+def residual(raw: Float[Array, "*samples batch h w c"], image: Float[Array, "batch h w c"]) -> Array:
+    """The image less its reconstruction sigmoid(raw)."""
+    return align(image, raw) - jax.nn.sigmoid(raw)
+
+
+def normal_about(raw: Float[Array, "*samples h w c"], key: Key[Array, ""], scale: Any = 1.0) -> Array:
+    """A draw from N(sigmoid(raw), scale^2)."""
+    return jax.nn.sigmoid(raw) + scale * jax.random.normal(key, raw.shape, raw.dtype)
+
+
 def unit_gaussian() -> Likelihood:
     """N(x; sigmoid(raw), 1): energy (x - mean)^2 / 2, constant ln(2 pi) / 2 (the post's squared error)."""
 
-    def energy(
-        variables,
-        raw: Float[Array, "*samples batch h w c"],
-        image: Float[Array, "batch h w c"],
-    ) -> Float[Array, "*samples batch h w c"]:
-        return 0.5 * (align(image, raw) - sigmoid_mean(variables, raw)) ** 2
+    def energy(variables, raw, image):
+        return 0.5 * residual(raw, image) ** 2
 
-    def sample(variables, key: Key[Array, ""], raw: Float[Array, "*samples h w c"]):
-        return sigmoid_mean(variables, raw) + jax.random.normal(key, raw.shape, raw.dtype)
-
-    return Likelihood(
-        support=DENSITY,
-        channels=1,
-        init=nothing,
-        energy=energy,
-        constant=0.5 * math.log(2 * math.pi),
-        mean=sigmoid_mean,
-        sample=sample,
-    )
+    return Likelihood(DENSITY, energy, lambda variables, key, raw: normal_about(raw, key), constant=HALF_LOG_2PI)
 
 
 def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
@@ -99,21 +98,13 @@ def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
 
     def energy(variables, raw, image):
         s, log_s = kind.at(variables)
-        return 0.5 * ((align(image, raw) - sigmoid_mean(variables, raw)) / s) ** 2 + log_s
+        return 0.5 * (residual(raw, image) / s) ** 2 + log_s
 
     def sample(variables, key, raw):
-        return sigmoid_mean(variables, raw) + kind.at(variables)[0] * jax.random.normal(key, raw.shape, raw.dtype)
+        return normal_about(raw, key, kind.at(variables)[0])
 
-    return Likelihood(
-        support=DENSITY,
-        channels=1,
-        init=kind.init,
-        energy=energy,
-        constant=0.5 * math.log(2 * math.pi) + kind.constant,
-        mean=sigmoid_mean,
-        sample=sample,
-        scale=kind.learned,
-    )
+    constant = HALF_LOG_2PI + kind.constant
+    return Likelihood(DENSITY, energy, sample, constant=constant, init=kind.init, scale=kind.learned)
 
 
 def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
@@ -122,21 +113,13 @@ def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
 
     def energy(variables, raw, image):
         b, log_b = kind.at(variables)
-        return jnp.abs(align(image, raw) - sigmoid_mean(variables, raw)) / b + log_b
+        return jnp.abs(residual(raw, image)) / b + log_b
 
     def sample(variables, key, raw):
-        return sigmoid_mean(variables, raw) + kind.at(variables)[0] * jax.random.laplace(key, raw.shape, raw.dtype)
+        return jax.nn.sigmoid(raw) + kind.at(variables)[0] * jax.random.laplace(key, raw.shape, raw.dtype)
 
-    return Likelihood(
-        support=DENSITY,
-        channels=1,
-        init=kind.init,
-        energy=energy,
-        constant=math.log(2) + kind.constant,
-        mean=sigmoid_mean,
-        sample=sample,
-        scale=kind.learned,
-    )
+    constant = math.log(2) + kind.constant
+    return Likelihood(DENSITY, energy, sample, constant=constant, init=kind.init, scale=kind.learned)
 
 
 def optimal_gaussian() -> Likelihood:
@@ -157,18 +140,15 @@ def optimal_gaussian() -> Likelihood:
 
     def energy(variables, raw, image):
         s2 = variance(variables)
-        return 0.5 * ((align(image, raw) - sigmoid_mean(variables, raw)) ** 2 / s2 + jnp.log(s2))
+        return 0.5 * (residual(raw, image) ** 2 / s2 + jnp.log(s2))
 
     def sample(variables, key, raw):
-        s = jnp.sqrt(variance(variables))
-        return sigmoid_mean(variables, raw) + s * jax.random.normal(key, raw.shape, raw.dtype)
+        return normal_about(raw, key, jnp.sqrt(variance(variables)))
 
     def update(variables, raw, image, weight: Float[Array, " batch"], axis_name: str | None):
-        errors = jnp.mean((align(image, raw) - sigmoid_mean(variables, raw)) ** 2, axis=(-3, -2, -1))
+        errors = jnp.mean(residual(raw, image) ** 2, axis=(-3, -2, -1))
         errors = errors.reshape(-1, len(weight)).mean(axis=0)
-        sums = jnp.sum(weight * errors), jnp.sum(weight)
-        total, count = lax.stop_gradient(sums if axis_name is None else lax.psum(sums, axis_name))
-        before, best = variables["likelihood"], total / count
+        before, best = variables["likelihood"], lax.stop_gradient(weighted_mean(errors, weight, axis_name))
         state = {
             "total": DECAY * before["total"] + (1 - DECAY) * best,
             "weight": DECAY * before["weight"] + (1 - DECAY),
@@ -176,13 +156,10 @@ def optimal_gaussian() -> Likelihood:
         return {**variables, "likelihood": {"total": best, "weight": jnp.ones(())}}, state
 
     return Likelihood(
-        support=DENSITY,
-        channels=1,
-        init=nothing,
-        energy=energy,
-        constant=0.5 * math.log(2 * math.pi),
-        mean=sigmoid_mean,
-        sample=sample,
+        DENSITY,
+        energy,
+        sample,
+        constant=HALF_LOG_2PI,
         init_state=lambda: {"total": jnp.zeros(()), "weight": jnp.zeros(())},
         update=update,
         scale=lambda variables: jnp.sqrt(variance(variables)),
@@ -201,7 +178,7 @@ def bernoulli() -> Likelihood:
     def sample(variables, key, raw):
         return (jax.random.uniform(key, raw.shape) < jax.nn.sigmoid(raw)).astype(raw.dtype)
 
-    return Likelihood(BINARY, 1, nothing, energy, 0.0, sigmoid_mean, sample)
+    return Likelihood(BINARY, energy, sample)
 
 
 def continuous_bernoulli() -> Likelihood:
@@ -213,8 +190,7 @@ def continuous_bernoulli() -> Likelihood:
     [1e-4, 1 - 1e-4]. Source: Loaiza-Ganem & Cunningham 2019.
     """
 
-    def logit(raw):
-        return jnp.clip(raw, -LARGEST_LOGIT, LARGEST_LOGIT)
+    logit = partial(jnp.clip, min=-LARGEST_LOGIT, max=LARGEST_LOGIT)
 
     def energy(variables, raw, image):
         a = logit(raw)
@@ -235,7 +211,7 @@ def continuous_bernoulli() -> Likelihood:
         x = jnp.where(small, u, jnp.log1p(u * jnp.expm1(safe)) / safe)
         return jnp.where(a > 0, 1 - x, x)
 
-    return Likelihood(DENSITY, 1, nothing, energy, 0.0, mean, sample)
+    return Likelihood(DENSITY, energy, sample, mean)
 
 
 def log_mean_exp(t: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -256,8 +232,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
     kind = scaled(scale, learn_scale)
 
     def energy(variables, raw, image):
-        s, _ = kind.at(variables)
-        s = 255 * s
+        s = 255 * kind.at(variables)[0]
         level = jnp.round(255 * align(image, raw))
         location = 255 * jax.nn.sigmoid(raw)
         above, below = (level + 0.5 - location) / s, (level - 0.5 - location) / s
@@ -269,8 +244,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
         return -(low + high + inside)
 
     def mean(variables, raw):
-        s, _ = kind.at(variables)
-        m = jax.nn.sigmoid(raw)
+        s, m = kind.at(variables)[0], jax.nn.sigmoid(raw)
         return jnp.clip(s * (jax.nn.softplus(m / s) - jax.nn.softplus((m - 1) / s)), 0, 1)
 
     def sample(variables, key, raw):
@@ -278,16 +252,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
         drawn = jax.nn.sigmoid(raw) + s * jax.random.logistic(key, raw.shape, raw.dtype)
         return jnp.clip(jnp.round(255 * drawn), 0, 255) / 255
 
-    return Likelihood(
-        support=LEVELS,
-        channels=1,
-        init=kind.init,
-        energy=energy,
-        constant=0.0,
-        mean=mean,
-        sample=sample,
-        scale=kind.learned,
-    )
+    return Likelihood(LEVELS, energy, sample, mean, init=kind.init, scale=kind.learned)
 
 
 class Scale(NamedTuple):

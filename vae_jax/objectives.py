@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from vae_jax.batch import Batch, named_key
+from vae_jax.batch import Batch, named_key, weighted_mean
 
 
 @runtime_checkable
@@ -109,14 +109,12 @@ def free_bits_kl(
     least: float,
     axis_name: str | None = None,
 ) -> Float[Array, " batch"]:
-    """The KL, of which each latent pays `least` while its mean over the batch is below: sum_j max(least, mean_i KL_ij).
+    """The KL with free bits: each latent costs at least `least` on average, sum_j max(least, mean_i KL_ij).
 
-    Per example it is sum_j (KL_ij if mean_i KL_ij > least else least), whose mean over the batch, of all devices, and whose
-    gradient are those of the sum above. Source: Kingma et al. 2016, section 3.2 and appendix C.8.
+    An example pays sum_j (KL_ij if mean_i KL_ij > least else least). The mean over the batch, of all devices, and its gradient
+    equal those of the sum above. Source: Kingma et al. 2016, section 3.2 and appendix C.8.
     """
-    sums = jnp.sum(weight[:, None] * kl, axis=0), jnp.sum(weight)
-    total, count = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    paid = jax.lax.stop_gradient(total / count) > least
+    paid = jax.lax.stop_gradient(weighted_mean(kl, weight, axis_name)) > least
     return jnp.sum(jnp.where(paid, kl, least), axis=-1)
 
 

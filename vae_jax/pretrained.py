@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
-from vae_jax.batch import Batch, binarize, example_keys
+from vae_jax.batch import binarize_as_evaluated
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, changes, choose, fill_in, make_title
@@ -86,8 +86,8 @@ class Pretrained:
     """A trained model. The functions of `model`, which take `variables` first, are the pure ones below each method.
 
     Images are [n, height, width, channel], or without the channel axis if there is one channel: uint8, or float in
-    [0, 1]; a model of binary images binarizes them as evaluation does (`data.binarize`). Results are NumPy arrays. Every method raises ValueError for input that does not fit, and if the model's family
-    has no such method. It can be pickled.
+    [0, 1]. A model of binary images binarizes them as evaluation does (`data.binarize`). Results are NumPy arrays. Every
+    method raises ValueError for input that does not fit, and if the model's family has no such method. It can be pickled.
     """
 
     metadata: dict  # of its checkpoint
@@ -161,11 +161,11 @@ class Pretrained:
 
     def _as_seen(self, image):
         """The images in [0, 1] as the model knows them: with binary pixels if it was trained on such."""
-        image = check_images(image, self.image_shape)
+        image, how = check_images(image, self.image_shape), self.config["data"]["binarize"]
+        if how == "none":
+            return image
         index = jnp.arange(len(image))
-        keys = example_keys(jax.random.key(self.config["seed"]), None, index)
-        batch = Batch(jnp.asarray(image), label=index, weight=index, index=index)
-        return np.asarray(binarize(batch, keys, self.config["data"]["binarize"]).image)
+        return np.asarray(binarize_as_evaluated(jnp.asarray(image), index, how, self.config["seed"]))
 
     def check_has(self, function: str, what: str) -> None:
         """Raise ValueError if the model's family has no such function."""

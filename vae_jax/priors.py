@@ -82,11 +82,7 @@ def mixture(latent_dim: int, components: int = 100) -> Prior:
         own = variables["params"]["prior"]
         return jax.nn.log_softmax(own["logit"]), own["mean"], own["logvar"]
 
-    return Prior(
-        init=init,
-        log_prob=lambda variables, z: mixture_log_prob(z, *parts(variables)),
-        sample=lambda variables, key, count: mixture_sample(key, count, *parts(variables)),
-    )
+    return mixture_of(init, parts)
 
 
 def vamp(latent_dim: int, encode: Callable, image_shape: tuple[int, int, int], components: int = 100) -> Prior:
@@ -104,6 +100,11 @@ def vamp(latent_dim: int, encode: Callable, image_shape: tuple[int, int, int], c
         image = jnp.clip(variables["params"]["prior"]["image"], 0, 1)
         return (jnp.full(components, -math.log(components)), *encode(variables, image))
 
+    return mixture_of(init, parts)
+
+
+def mixture_of(init: Callable[[Any], dict], parts: Callable[[Any], tuple]) -> Prior:
+    """The mixture of Gaussians whose log weights, means and log-variances `parts(variables)` gives."""
     return Prior(
         init=init,
         log_prob=lambda variables, z: mixture_log_prob(z, *parts(variables)),

@@ -6,6 +6,8 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float, UInt8
 
+from vae_jax.batch import mean_image
+
 LARGEST_COVARIANCE = 4096  # pixels; the baselines of larger images are left out
 
 
@@ -47,9 +49,8 @@ def cross_entropy_baselines(image: UInt8[np.ndarray, "n height width channel"]) 
     """
     value = np.arange(256) / 255
     counts = np.bincount(image.reshape(-1), minlength=256)
-    mean = image.mean(axis=0, dtype=np.float64) / 255
     return {
-        "collapsed model": float(entropy(mean).sum()),
+        "collapsed model": float(entropy(mean_image(image)).sum()),
         "floor: the entropy of the pixels": float(counts @ entropy(value) / len(image)),
     }
 
@@ -105,7 +106,7 @@ def covariance_eigenvalues(
 ) -> Float[np.ndarray, " pixels"]:
     """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance."""
     flat = image.reshape(len(image), -1)
-    mean = (flat.mean(axis=0, dtype=np.float64) / 255).astype(np.float32)
+    mean = mean_image(flat).astype(np.float32)
     second = np.zeros((flat.shape[1], flat.shape[1]))
     for start in range(0, len(flat), 4096):
         chunk = flat[start : start + 4096].astype(np.float32) / 255 - mean

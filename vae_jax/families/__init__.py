@@ -90,7 +90,8 @@ class Family(Protocol):
         baselines: closed forms of the training images, {what: loss}, a function of the model, the training images and
             the fields of model and objective.
         ledger: {what: value} lines for people beside the numbers of a split: what they measure, and other conventions; a
-            function of the model, the numbers, the pixels of an image, whether they are binary, and the fields of model.
+            function of the model, the numbers, the split, the pixels of an image, whether they are binary, and the fields of
+            model.
         make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
     """
 
@@ -103,7 +104,9 @@ class Family(Protocol):
     def check_data(self, dataset: Dataset) -> None: ...
     def decodes_per_example(self, **fields) -> int: ...
     def baselines(self, model: Model, image: np.ndarray, **fields) -> dict[str, float]: ...
-    def ledger(self, model: Model, numbers: dict, pixels: int, is_binary: bool, **fields) -> dict[str, Any]: ...
+    def ledger(
+        self, model: Model, numbers: dict, split: str, pixels: int, is_binary: bool, **fields
+    ) -> dict[str, Any]: ...
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 

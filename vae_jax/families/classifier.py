@@ -155,7 +155,7 @@ def baselines(model: Model, image: np.ndarray) -> dict:
     return {}
 
 
-def ledger(model: Model, numbers: dict, pixels: int, is_binary: bool) -> dict:
+def ledger(model: Model, numbers: dict, split: str, pixels: int, is_binary: bool) -> dict:
     """Its numbers have one convention."""
     return {}
 

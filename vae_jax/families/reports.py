@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vae_jax import figures, generate
-from vae_jax.batch import first_of_each_label
+from vae_jax.batch import first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
 from vae_jax.evaluation.latents import active_units
 from vae_jax.families import Metric, Model, Probes
@@ -24,7 +24,6 @@ METRICS = {
     "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
     "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
 }
-GREY = "grey cross-entropy"
 PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
 
 
@@ -73,6 +72,7 @@ def baselines(
 def ledger(
     model: Model,
     numbers: dict,
+    split: str,
     pixels: int,
     is_binary: bool,
     *,
@@ -80,24 +80,27 @@ def ledger(
     scale: float = 1.0,
     learn_scale: bool = False,
 ) -> dict[str, Any]:
-    """What the numbers measure, and the test numbers in the other conventions that apply to them."""
+    """What the numbers measure, and the numbers of a split in the other conventions that apply to them."""
     p_x = model.likelihood
     if p_x.support == BINARY and not is_binary:
         return {
             "the numbers measure": f"{GREY}: the mean over binary images drawn from the grey ones, not a likelihood"
         }
-    if "test/bound" not in numbers:
+    if f"{split}/bound" not in numbers:
         return {"the numbers measure": f"-log of a {p_x.support}"}
-    found = convert(numbers["test/bound"], "loss", pixels, p_x.constant)
-    lines = {"the numbers measure": f"-log of a {p_x.support}", "test/bound, with its constant, nats": found["nats"]}
+    found = convert(numbers[f"{split}/bound"], "loss", pixels, p_x.constant)
+    lines = {
+        "the numbers measure": f"-log of a {p_x.support}",
+        f"{split}/bound, with its constant, nats": found["nats"],
+    }
     if p_x.support == DENSITY:
-        lines["test/bound, bits a dimension"] = "none, since the pixels are not dequantised"
+        lines[f"{split}/bound, bits a dimension"] = "none, since the pixels are not dequantised"
     else:
-        lines["test/bound, bits a dimension"] = found["bits a dimension"]
+        lines[f"{split}/bound, bits a dimension"] = found["bits a dimension"]
     if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
-        error = 2 * scale**2 * numbers["test/reconstruction"]
-        lines["test/squared error of an image"] = error
-        lines["test/scale that this error implies"] = math.sqrt(error / pixels)
+        error = 2 * scale**2 * numbers[f"{split}/reconstruction"]
+        lines[f"{split}/squared error of an image"] = error
+        lines[f"{split}/scale that this error implies"] = math.sqrt(error / pixels)
         lines["weight of the KL beside half the squared error"] = scale**2
     return lines
 
@@ -106,9 +109,8 @@ def make_figures(model: Model, test, key, title: str):
     """Training curve, reconstructions and prior samples (the post, Figures 3 to 5)."""
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
-    is_grey = bool(((test.image > 0) & (test.image < 255)).any())
     panels = PANELS
-    if model.likelihood.support == BINARY and is_grey:
+    if model.likelihood.support == BINARY and has_grey(test.image):
         panels = PANELS | {"loss": f"loss = {GREY} + beta KL", "reconstruction": GREY}
     reconstruct = jax.jit(functools.partial(generate.reconstruct, model))
     sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))

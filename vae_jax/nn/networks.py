@@ -73,6 +73,13 @@ class Decoder(nn.Module):
         return x.astype(jnp.float32)
 
 
+def tanh_layers(x: Float[Array, "batch width"], widths: tuple[int, ...], dtype: Any) -> Array:
+    """Dense layers of these widths with tanh; called by a compact module, whose layers they become."""
+    for i, width in enumerate(widths, start=1):
+        x = jnp.tanh(nn.Dense(width, dtype=dtype, kernel_init=kernel_init, name=f"fc{i}")(x))
+    return x
+
+
 class DenseEncoder(nn.Module):
     """Image -> mean and log-variance of q(z | x): dense layers with tanh (Burda et al. 2016, section 5)."""
 
@@ -84,9 +91,7 @@ class DenseEncoder(nn.Module):
     def __call__(
         self, image: Float[Array, "batch height width channel"]
     ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
-        x = image.reshape(image.shape[0], -1)
-        for i, width in enumerate(self.hidden, start=1):
-            x = jnp.tanh(nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=f"fc{i}")(x))
+        x = tanh_layers(image.reshape(image.shape[0], -1), self.hidden, self.dtype)
         dense = nn.Dense(2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc")
         mean, logvar = jnp.split(dense(x).astype(jnp.float32), 2, axis=-1)
         return mean, logvar
@@ -101,9 +106,7 @@ class DenseDecoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch height width channel"]:
-        x = z
-        for i, width in enumerate(reversed(self.hidden), start=1):
-            x = jnp.tanh(nn.Dense(width, dtype=self.dtype, kernel_init=kernel_init, name=f"fc{i}")(x))
+        x = tanh_layers(z, self.hidden[::-1], self.dtype)
         dense = nn.Dense(math.prod(self.output_shape), dtype=self.dtype, kernel_init=kernel_init, name="fc")
         return dense(x).astype(jnp.float32).reshape(-1, *self.output_shape)
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Key
 
-from vae_jax.batch import Batch, Split, binarize, example_keys, make_batch
+from vae_jax.batch import Batch, Split, binarize_as_evaluated, example_keys, make_batch
 from vae_jax.families import Probes
 from vae_jax.objectives import Objective
 from vae_jax.run.devices import Devices
@@ -65,8 +65,7 @@ def as_seen(split: Split, how: str, seed: int) -> Split:
 
     @jax.jit
     def pixels(image, index):
-        batch = make_batch(image, index, index, index)
-        return binarize(batch, example_keys(jax.random.key(seed), None, index), how).image
+        return binarize_as_evaluated(make_batch(image, index, index, index).image, index, how, seed)
 
     starts = range(0, len(split.label), BATCH_SIZE)
     parts = [

@@ -45,7 +45,7 @@ class Job(NamedTuple):
     ema_decay: float
     best: tuple[str, str] | None  # the metric that marks the best checkpoint, and which direction is better
     baselines: Callable[[], Mapping[str, float]]
-    ledger: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # what the numbers of the test split measure
+    ledger: Callable[[Mapping[str, Any], str], Mapping[str, Any]]  # numbers, split -> what they measure
     figures: Callable  # as `Family.make_figures` returns
     metadata: dict  # stored with each checkpoint
     run: RunOptions
@@ -273,7 +273,7 @@ class Loop:
     def summarize(self, epoch: int, trained: dict, tested: dict) -> None:
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
-        numbers |= trained | tested | self.job.ledger(tested) | self.job.baselines()
+        numbers |= trained | tested | self.job.ledger(tested, "test") | self.job.baselines()
         self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:

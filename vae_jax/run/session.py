@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vae_jax.batch import Dataset, binarize, named_key
+from vae_jax.batch import Dataset, binarize, mean_image, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
@@ -87,9 +86,10 @@ def make_job(
     if batch_size > size:
         raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
     per_epoch = size // batch_size
-    known = facts(dataset) | {"train_size": size, "steps_per_epoch": per_epoch}
+    known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch, "binarize": dataset.binarize}
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= fields_of_objective | {"image": dataset.splits["train"].image}
+    pixel_mean = mean_image(known["image"]).astype(np.float32)
     title, samples = make_title(family, data["name"]), named_key(jax.random.key(seed), "samples")
     job = Job(
         title=title,
@@ -98,7 +98,7 @@ def make_job(
         batch_size=batch_size,
         dataset=dataset,
         model=net,
-        init=jax.jit(lambda key: net.init(named_key(key, "init"), dataset.pixel_mean())),  # traced once
+        init=jax.jit(lambda key: net.init(named_key(key, "init"), pixel_mean)),  # traced once
         objective=fill_in(bound.make_objective, **known),
         probes=family.make_probes(net),
         prepare=partial(binarize, how=dataset.binarize),
@@ -107,7 +107,7 @@ def make_job(
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
-        ledger=lambda numbers: fill_in(family.ledger, **bound.make_model.keywords | known | {"numbers": numbers}),
+        ledger=partial(describe_numbers, family, bound.make_model.keywords | known, dataset),
         figures=family.make_figures(net, as_seen(dataset.splits["test"], dataset.binarize, seed), samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
@@ -165,10 +165,10 @@ def direction_of(best: str, family: Family) -> str:
     return known[best]
 
 
-def facts(dataset: Dataset) -> dict:
-    """What a family's functions may ask of the data, by the names of their parameters."""
-    pixels = math.prod(dataset.image_shape)
-    return describe_data(dataset) | {"binarize": dataset.binarize, "is_binary": dataset.is_binary, "pixels": pixels}
+def describe_numbers(family: Family, known: Mapping, dataset: Dataset, numbers: Mapping, split: str) -> dict[str, Any]:
+    """The family's ledger of the numbers of a split."""
+    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary}
+    return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})
 
 
 def describe_data(dataset: Dataset) -> dict:
