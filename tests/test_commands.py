@@ -261,6 +261,7 @@ def test_a_mode_names_what_the_model_lacks(classified, run, tmp_path):
     for act, message in [
         (lambda: commands.sample(path, {}, "", 3, 0), "classifier has no decoder"),
         (lambda: commands.reconstruct(path, config, "", "test", 1), "classifier has no encoder"),
+        (lambda: commands.evaluate(path, config, "", "test", full=True), "classifier has no encoder"),
         (lambda: commands.interpolate(path, config, "", "test", 3, None, None), "classifier has no encoder"),
         (lambda: commands.traverse(path, config, "", "test", 3, None, None), "classifier has no encoder"),
         (lambda: commands.predict(run[0], "", str(tmp_path)), "vae has no classes"),

@@ -28,7 +28,7 @@ SCIENCE = (
     "evaluation",
 )
 MACHINERY = ("data", "run")
-ABOVE_BOTH = ("__init__", "__main__", "main", "commands", "pretrained")
+ABOVE_BOTH = ("__init__", "__main__", "main", "commands", "pretrained", "full_evaluation", "weights")
 HEAVY = {
     "ml_collections",
     "orbax",

@@ -12,6 +12,8 @@ import numpy as np
 from vae_jax import data, figures, generate
 from vae_jax.batch import Dataset, Split, example_keys
 from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
+from vae_jax.evaluation.verdict import verdict
+from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.pretrained import Pretrained, load, load_variables
 from vae_jax.priors import Prior
 from vae_jax.run.config import bind
@@ -22,15 +24,32 @@ from vae_jax.run.session import build, fingerprint
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
 
 
-def evaluate(workdir: str, config: dict, checkpoint: str, split: str) -> dict[str, Any]:
-    """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images."""
+def evaluate(
+    workdir: str,
+    config: dict,
+    checkpoint: str,
+    split: str,
+    full: bool = False,
+    samples: int = 5000,
+    count: int | None = None,
+) -> dict[str, Any]:
+    """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images.
+
+    With `full` also the numbers of `full_evaluation` and a verdict in words.
+    """
     metadata, variables = load_variables(workdir, checkpoint)
     job = build(config)
     check_trained_on(metadata["data"], job.metadata["data"])
     choose_split(job.dataset, split)
+    if full:
+        vae = load_able(workdir, checkpoint, "encode", "encoder")
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
-    return {"step": metadata["step"]} | named | job.ledger(named, split) | job.baselines()
+    found = {"step": metadata["step"]} | named
+    if full:
+        found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir))
+        found |= verdict(found, split, job.baselines())
+    return found | job.ledger(named, split) | job.baselines()
 
 
 def sample(workdir: str, config: dict, checkpoint: str, count: int, seed: int, prior: str = "model") -> list[Any]:

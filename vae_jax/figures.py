@@ -228,6 +228,52 @@ def mistakes(
     return figure
 
 
+def evaluation(
+    curve: Mapping[int, float],
+    variance: Float[np.ndarray, " latent"],
+    error: Float[np.ndarray, " n"],
+    planes: Mapping[str, tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " 2"]]],
+    label: Int[np.ndarray, " n"],
+    title: str,
+) -> "Figure":
+    """The likelihood by samples, the latents' variances, the reconstruction errors, and planes of the codes by label.
+
+    Args:
+        curve: the estimate of -log p(x) with so many samples; {} where there is none.
+        variance: of each latent's posterior mean over the split.
+        error: mean squared error of each image's reconstruction.
+        planes: two principal components of the codes and their shares of the variance, by their title.
+    """
+    figure = new_figure(15.0, 8.0)
+    axes = figure.subplot_mosaic([["curve", "variance", "error"], [*planes, "empty"]])
+    axes.pop("empty").set_axis_off()
+    axes["curve"].plot([*curve], [*curve.values()], color=TEST, marker="o")
+    axes["curve"].set(xscale="log", xlabel="samples of z", ylabel="nats per image", title="estimate of -log p(x)")
+    exponent = np.log10(np.maximum(variance, 1e-12))
+    axes["variance"].hist(
+        exponent, bins=np.linspace(min(-4, exponent.min()), max(1, exponent.max()), 40).tolist(), color=TEST
+    )
+    axes["variance"].axvline(-2, color=BASELINE, linestyle="--")
+    axes["variance"].yaxis.set_major_locator(whole_numbers())
+    axes["variance"].set(
+        xlabel="log10 of the variance of the posterior mean",
+        ylabel="latents",
+        title="active units lie right of the line",
+    )
+    axes["error"].hist(error, bins=60, color=TEST)
+    axes["error"].axvline(error.mean(), color=BASELINE, linestyle="--")
+    axes["error"].set(xlabel="mean squared error", ylabel="images", title=f"reconstruction: mean {error.mean():.4f}")
+    for name, (plane, share) in planes.items():
+        points = axes[name].scatter(
+            plane[:, 0], plane[:, 1], c=label, s=3, cmap="tab10" if label.max() < 10 else "viridis"
+        )
+        axes[name].set(title=name, xlabel=f"first, {share[0]:.0%} of the variance", ylabel=f"second, {share[1]:.0%}")
+        if 0 < label.max() < 10:
+            axes[name].legend(*points.legend_elements(), fontsize=8, loc="upper right")
+    set_title(figure, title)
+    return figure
+
+
 def show_image(ax, image: Float[np.ndarray, "height width channel"]) -> None:
     """Draw one image in [0, 1] and nothing around it."""
     ax.imshow(

@@ -14,7 +14,7 @@ from vae_jax.run.output import survive_closed_streams
 
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
-    "evaluate": "checkpoint split",
+    "evaluate": "checkpoint split full samples count",
     "sample": "checkpoint count sample_seed prior",
     "reconstruct": "checkpoint split count",
     "interpolate": "checkpoint split count images labels",
@@ -22,13 +22,15 @@ MODES = {  # and the flags that each takes, besides --config and --workdir
     "predict": "checkpoint input",
 }
 MODE = """train: train, or continue an interrupted training. The others use a trained model and write to generated/ in the
-run directory. evaluate: the metrics on a split. sample: images from the prior. reconstruct: images of a split and their
+run directory. evaluate: the metrics on a split; with --full all that is known about a VAE. sample: images from the prior. reconstruct: images of a split and their
 reconstructions. interpolate: images between two. traverse: one latent moved at a time. predict: labels of --input."""
 CONFIG = """A file in configs/ and, after a colon, its variant: configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes
 other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
 MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # that one picture can show
 PRIOR = """For sample: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
+FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
+images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS
@@ -48,6 +50,8 @@ TABLE = (  # kind, name, default, help
         "Number of images; in a row for interpolate and traverse. Default: "
         + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
     ),
+    (switch, "full", False, FULL),
+    (integer, "samples", 5000, "For --full: draws of z for each image's likelihood."),
     (seed, "sample_seed", 0, "Seed of --mode=sample."),
     (flags.DEFINE_enum, "prior", "model", ["model", "gmm"], PRIOR),
     (items, "images", None, "Positions in the split: two for interpolate (3,18), one for traverse."),
@@ -133,7 +137,9 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
 
     check_jax()
     count = COUNTS.get(mode) if FLAGS.count is None else FLAGS.count
-    if count is not None and not 1 <= count <= MOST[mode]:
+    if mode == "evaluate" and not FLAGS.full and (FLAGS["count"].present or FLAGS["samples"].present):
+        raise ValueError("--count and --samples of --mode=evaluate need --full")
+    if mode in MOST and not 1 <= count <= MOST[mode]:
         more = "more do not fit in one picture; vae_jax.load makes as many as you like"
         raise ValueError(f"--count is {count}, but must be 1 to {MOST[mode]:,}: {more}")
     if is_remote(workdir):
@@ -147,8 +153,9 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir")
     config = (config or stored) | {"epochs": stored["epochs"]}
     check_same_config(workdir, stored, config)
+    given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}
-    result = fill_in(getattr(commands, mode), **known, **chosen, count=count, seed=FLAGS.sample_seed, prior=FLAGS.prior)
+    result = fill_in(getattr(commands, mode), **known, **chosen, count=count, **given)
     lines = [f"{name} {show(value)}" for name, value in result.items()] if mode == "evaluate" else map(str, result)
     print("\n".join(lines), flush=True)
     error = getattr(sys.stdout, "error", None)

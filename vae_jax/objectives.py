@@ -39,18 +39,19 @@ def reparameterize(
     logvar: Float[Array, "batch latent"],
     keys: Key[Array, " batch"],
     samples: int = 1,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "samples batch latent"]:
     """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), `samples` draws from each example's stream "noise".
 
-    Draw k depends on the key and on k alone, so more samples never change the first ones. Source: Kingma & Welling 2013,
-    section 2.4; the post, Figure 2.
+    They are the draws `first`, `first + 1`, ... Draw k depends on the key and on k alone, so more samples never change the
+    first ones. Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
     """
 
     def draw(k, key):
         return jax.random.normal(jax.random.fold_in(key, k), mean.shape[1:], mean.dtype)
 
     draws = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
-    noise = draws(jnp.arange(samples), named_key(keys, "noise"))
+    noise = draws(first + jnp.arange(samples), named_key(keys, "noise"))
     return mean[None] + jnp.exp(logvar / 2)[None] * noise
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
-from vae_jax.batch import binarize_as_evaluated
+from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
+from vae_jax.evaluation.likelihood import log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, changes, choose, fill_in, make_title
@@ -20,6 +21,7 @@ from vae_jax.run.directory import read_config
 from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
+WEIGHED, CHUNK = 16, 32  # images, and draws of each, that are decoded at once for a likelihood
 LARGEST_LATENT = 1e4  # far outside any prior; beyond it the decoder's float32 would overflow
 
 
@@ -148,6 +150,31 @@ class Pretrained:
     def reconstruct(self, image) -> Float[np.ndarray, "n height width channel"]:
         """decode(mean of q(z | image))."""
         return self.decode(self.encode(image)[0])
+
+    def log_likelihood(self, image, samples: int = 1000) -> Float[np.ndarray, " n"]:
+        """An estimate of log p(image) in nats, with the likelihood's constant, from `samples` draws of q(z | image).
+
+        Its mean lies below log p(image), by less with more samples (Burda et al. 2016, equation 8). `evaluation.likelihood` says
+        how to see whether it can be trusted. The noise of an image depends on its position alone.
+        """
+        log_w = self.log_weights(image, samples, log_mean_exp)
+        return log_w - np.prod(self.image_shape) * self.model.likelihood.constant
+
+    def log_weights(self, image, samples: int, reduce: Callable = np.asarray) -> Any:
+        """`reduce` of each image's log p(x, z_k) - log q(z_k | x), less the likelihood's constant, [n, samples]."""
+        self.check_has("encode", "encoder")
+        self.check_has("decode_raw", "decoder")
+        check_integer("samples", samples, 1, 1_000_000)
+        seen, root = self._as_seen(image), jax.random.key(self.config["seed"])
+        measure = jax.jit(make_log_weights(self.model, samples, CHUNK))
+        parts = []
+        for start in range(0, len(seen), WEIGHED):
+            index = start + jnp.arange(WEIGHED)  # the last batch is filled up, so that nothing is compiled twice
+            given = jnp.asarray(seen[np.minimum(index, len(seen) - 1)])
+            batch = Batch(given, label=index, weight=index, index=index)
+            log_w = measure(self.variables, batch, example_keys(root, None, index))
+            parts.append(reduce(np.asarray(log_w)[: len(seen) - start]))
+        return np.concatenate(parts)
 
     def probabilities(self, image) -> Float[np.ndarray, "n classes"]:
         """p(label | image) of every class."""

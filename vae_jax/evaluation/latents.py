@@ -1,12 +1,114 @@
-"""What the latents of a model carry."""
+"""What the latents of a model carry.
 
+q(z) is the aggregate posterior, the mean of q(z | x_n) over the N images of a split. With it the KL divergence from the
+prior has two parts (Hoffman & Johnson 2016), and for a prior of independent latents three (Chen et al. 2018):
+
+    mean KL(q(z | x) || p(z)) = I(n; z) + KL(q(z) || p(z)) = I(n; z) + total correlation + sum_j KL(q(z_j) || p(z_j))
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+LOG_2PI = math.log(2 * math.pi)
+CHUNK = 256  # codes whose densities under all posteriors are in memory at once
+ACTIVE = 0.01  # variance of the posterior mean
 
 
-def active_units(mean: Float[np.ndarray, "n latent"], threshold: float = 0.01) -> int:
+def active_units(mean: Float[np.ndarray, "n latent"], threshold: float = ACTIVE) -> int:
     """The number of latents whose posterior mean varies over the data: Var_x(E_q[z_j | x]) >= threshold.
 
     Source: Burda et al. 2016, section 5.2.
     """
     return int(np.sum(mean.var(axis=0, dtype=np.float64) >= threshold))
+
+
+@jax.jit
+def log_aggregate_posterior(
+    z: Float[Array, "chunk latent"], mean: Float[Array, "n latent"], logvar: Float[Array, "n latent"]
+) -> tuple[Float[Array, " chunk"], Float[Array, "chunk latent"]]:
+    """log q(z) and, of each latent, log q(z_j), with q the mean of N(mean_n, exp(logvar_n)) over n."""
+
+    def add(joint, latent):
+        z, mean, logvar = latent
+        log_q = -0.5 * ((z[:, None] - mean[None]) ** 2 * jnp.exp(-logvar)[None] + (logvar + LOG_2PI)[None])
+        return joint + log_q, jax.nn.logsumexp(log_q, axis=1)
+
+    joint, marginal = lax.scan(add, jnp.zeros((len(z), len(mean))), (z.T, mean.T, logvar.T))
+    return jax.nn.logsumexp(joint, axis=1) - math.log(len(mean)), marginal.T - math.log(len(mean))
+
+
+def decompose_kl(
+    z: Float[np.ndarray, "n latent"],
+    mean: Float[np.ndarray, "n latent"],
+    logvar: Float[np.ndarray, "n latent"],
+    kl: Float[np.ndarray, " n"],
+    kl_by_latent: Float[np.ndarray, "n latent"] | None = None,
+) -> dict[str, Any]:
+    """Mutual information of image and code, KL(q(z) || p(z)), total correlation, and KL(q(z_j) || p(z_j)) of each latent.
+
+        I(n; z) = mean_n [log q(z_n | x_n) - log q(z_n)],    z_n ~ q(z | x_n)
+
+    It is at most ln N, term by term, so it says nothing about information beyond that: `mutual_information/most` is ln N. The
+    mixture is over all N images; one over a batch would be capped at the log of the batch.
+
+    Args:
+        z: one draw from each q(z | x_n).
+        kl: KL(q(z | x_n) || p(z)) of each image, in nats, or an estimate of it.
+        kl_by_latent: of each latent, where the prior has independent ones.
+    """
+    parts = [log_aggregate_posterior(z[i : i + CHUNK], mean, logvar) for i in range(0, len(z), CHUNK)]
+    log_q, log_q_by_latent = (np.concatenate(part).astype(np.float64) for part in zip(*parts))
+    log_q_given_x = -0.5 * ((z - mean).astype(np.float64) ** 2 * np.exp(-logvar) + logvar + LOG_2PI)
+    information = log_q_given_x.sum(axis=1) - log_q
+    numbers = {
+        "mutual_information": information.mean(),
+        "mutual_information/standard_error": standard_error(information),
+        "mutual_information/most": math.log(len(z)),
+        "aggregate_kl": np.mean(kl, dtype=np.float64) - information.mean(),
+        "total_correlation": np.mean(log_q - log_q_by_latent.sum(axis=1)),
+    }
+    if kl_by_latent is not None:
+        by_latent = (log_q_given_x - log_q_by_latent).mean(axis=0)
+        numbers["aggregate_kl_by_latent"] = kl_by_latent.mean(axis=0, dtype=np.float64) - by_latent
+    return {name: np.asarray(value).tolist() for name, value in numbers.items()}
+
+
+def standard_error(values: Float[np.ndarray, " n"]) -> float:
+    """The standard error of the mean of independent values."""
+    return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(len(values)))
+
+
+def probe_labels(
+    train: tuple[Float[np.ndarray, "n latent"], Int[np.ndarray, " n"]],
+    test: tuple[Float[np.ndarray, "m latent"], Int[np.ndarray, " m"]],
+    neighbours: int = 15,
+) -> dict[str, float]:
+    """How well codes tell the labels: accuracy of multinomial logistic regression, and of 15 nearest neighbours.
+
+    Both are fitted to the codes of the training images, scaled to unit variance for the regression, and count the test codes.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    nearest = KNeighborsClassifier(min(neighbours, len(train[1])))
+    return {
+        "linear_probe_accuracy": float(probe.fit(*train).score(*test)),
+        "neighbour_accuracy": float(nearest.fit(*train).score(*test)),
+    }
+
+
+def principal_plane(values: Float[np.ndarray, "n latent"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " 2"]]:
+    """The first two principal components of some vectors, and the share of the variance of each."""
+    centred = values.astype(np.float64) - values.mean(axis=0, dtype=np.float64)
+    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
+    variance = singular**2
+    return centred @ directions[:2].T, variance[:2] / max(variance.sum(), np.finfo(float).tiny)

@@ -30,6 +30,7 @@ class Model(NamedTuple):
         prior: p(z).
         probabilities: (variables, image) -> p(label | image), [batch, classes].
         num_classes: number of classes.
+        features: (variables, image) -> what generated and real images are compared by, [batch, feature].
         apply: the family's own one-pass function, for its objective alone.
     """
 
@@ -41,6 +42,7 @@ class Model(NamedTuple):
     prior: Prior = ABSENT
     probabilities: Callable[[Variables, Array], Array] = ABSENT
     num_classes: int = ABSENT
+    features: Callable[[Variables, Array], Array] = ABSENT
     apply: Any = ABSENT
 
 

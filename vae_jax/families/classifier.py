@@ -56,10 +56,16 @@ def make(
         logits: Any = network.apply(variables, image)
         return jax.nn.softmax(logits)
 
+    def pooled_and_logits(variables, image):
+        """The last convolution's channels, averaged over the image, and the logits."""
+        logits, state = network.apply(variables, image, mutable=["intermediates"])
+        return jnp.concatenate([state["intermediates"]["pooled"][0], logits], axis=-1)
+
     return Model(
         init=lambda key, pixel_mean=None: dict(network.init(key, jnp.zeros((1, *image_shape)))),
         probabilities=probabilities,
         num_classes=num_classes,
+        features=pooled_and_logits,
         apply=functools.partial(network.apply, mutable=["batch_stats"]),
     )
 

@@ -193,6 +193,7 @@ class Classifier(nn.Module):
             else:
                 x = Conv(features, 1, dtype=self.dtype, name=f"conv{i}")(x)
             x = relu(BatchNormMaxPool(name=f"norm{i}")(x, train, axis_name))
+        self.sow("intermediates", "pooled", x.mean(axis=(1, 2)).astype(jnp.float32))
         dense = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kernel_init, name="fc")
         return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
 

@@ -1,6 +1,7 @@
 """A function of each example, mapped over a split on all devices; the results come to the host once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,18 +28,33 @@ def map_examples(
 ) -> Callable[[Any, Key[Array, "..."]], Any]:
     """`call(variables, key)`: the per-example arrays of `function(variables, batch, key)`, [n, ...], on the host.
 
-    The split is copied to the devices once, by default to one, and divided over them. The last batches are padded with
-    examples of weight 0, which are cut off again. With several seeds variables and key have a leading seed axis, and the
-    arrays are [seeds, n, ...].
+    The split is copied to the devices once, by default to one, and divided over them. With several seeds variables and key
+    have a leading seed axis, and the arrays are [seeds, n, ...].
+    """
+    blocks = map_blocks(function, split, seeds, batch_size, devices)
+    return lambda variables, key: next(blocks(variables, key))
+
+
+def map_blocks(
+    function: Callable[[Any, Batch, Key[Array, ""]], Any],
+    split: Split,
+    seeds: int = 1,
+    batch_size: int = BATCH_SIZE,
+    devices: Devices | None = None,
+    batches: int = 0,
+) -> Callable[..., Iterator[Any]]:
+    """`blocks(variables, key, start=0)` iterates over the arrays of `map_examples` from example number `start` on.
+
+    A block is what one call of the compiled program computes: `batches` batches on each device, or 0 for all. The last
+    batches are padded with examples of weight 0, which are cut off again.
     """
     devices = devices or Devices(1)
     size = len(split.label)
     batch_size = min(batch_size, -(-size // devices.count))
-    batches = -(-size // (batch_size * devices.count))
-    index = np.arange(devices.count * batches * batch_size)
-    index = index.reshape(devices.count, batches, batch_size)
-    weight = (index < size).astype(np.float32)
-    arguments = devices.replicate((np.minimum(index, size - 1), weight, *split))
+    needed = -(-size // (batch_size * devices.count))
+    batches = min(batches or needed, needed)
+    block = devices.count * batches * batch_size
+    arguments = devices.replicate(tuple(split))
 
     def run(variables, key, index, weight, image, label, shard):
         def one_batch(rows):
@@ -52,10 +68,24 @@ def map_examples(
         )
         if devices.axis_name is not None:
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
-        return jax.tree.map(lambda values: values[:size], arrays)
+        return arrays
 
     compiled = devices.compile(map_seeds(run, 2, seeds))
-    return lambda variables, key: jax.device_get(compiled(variables, key, *arguments))
+
+    def blocks(variables, key, start=0):
+        for first in range(start, size, block):
+            index = np.arange(first, first + block).reshape(devices.count, batches, batch_size)
+            weight = (index < size).astype(np.float32)
+            rows = devices.replicate((np.minimum(index, size - 1), weight))
+            arrays = jax.device_get(compiled(variables, key, *rows, *arguments))
+            yield jax.tree.map(partial(cut, most=size - first, seeds=seeds), arrays)
+
+    return blocks
+
+
+def cut(values: np.ndarray, most: int, seeds: int) -> np.ndarray:
+    """At most so many examples of an array, whose first axis is that of the seeds if there are several."""
+    return values[:most] if seeds == 1 else values[:, :most]
 
 
 def as_seen(split: Split, how: str, seed: int) -> Split:

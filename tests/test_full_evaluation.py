@@ -1,0 +1,168 @@
+"""`--mode=evaluate --full`: every number or its reason, continued after an interruption, and the verdict in words."""
+
+import json
+
+import numpy as np
+import pytest
+from small_run import run_job, small_job
+
+import vae_jax
+from vae_jax import commands, full_evaluation
+from vae_jax.evaluation.verdict import verdict
+from vae_jax.run import session
+
+QUICK = {"split": "test", "full": True, "samples": 12, "count": 40}
+
+
+def train(path, changes=None, **sections):
+    _, config = small_job({"epochs": 1} | (changes or {}))
+    for section, fields in sections.items():
+        config[section] |= fields
+    job = session.build(config)._replace(figures=lambda *_: {})
+    run_job(job, config, path)
+    return str(path), config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def found(run):
+    return commands.evaluate(*run, "latest", **QUICK)
+
+
+def test_every_number_stands_beside_its_floor_or_its_error(run, found):
+    for name in [
+        "nll",
+        "nll/standard_error",
+        "nll/with_1_samples",
+        "nll/with_10_samples",
+        "effective_sample_size",
+        "nll/sandwich_width",
+        "active_units",
+        "mutual_information",
+        "mutual_information/most",
+        "aggregate_kl",
+        "total_correlation",
+        "linear_probe_accuracy",
+        "neighbour_accuracy",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "precision/floor",
+        "coverage/floor",
+        "precision/collapsed",
+        "precision/draws",
+        "nearest_training_distance",
+        "nearest_training_distance/rank_test",
+    ]:
+        assert np.isfinite(found[f"test/{name}"]), name
+    assert found["test/frechet_distance"].startswith("left out: 360 real images are less than the 420")
+    assert found["test/pareto_k"] == "left out: 12 samples are too few"
+    assert found["test/nll/images"] == 40 and found["test/generated_images"] == 360
+    assert found["test/nll"] < found["test/nll/with_1_samples"]
+    assert found["test/nll/simulated_images_at_least"] < found["test/nll/simulated_images_at_most"]
+    stored = json.loads(next(full_path(run[0]).glob("*.json")).read_text())
+    assert stored == {name: found[name] for name in stored} and "test/nll" in stored
+    pictures = sorted(path.name for path in full_path(run[0]).glob("*.png"))
+    assert pictures == [f"evaluation-step5-test-samples12-count40{part}.png" for part in ("-pairs", "")]
+
+
+def full_path(workdir):
+    return full_evaluation.Path(workdir) / "generated"
+
+
+def test_the_numbers_are_those_of_the_loaded_model(run, found):
+    vae = vae_jax.load(run[0])
+    test = session.build(run[1]).dataset.splits["test"]
+    expected = -vae.log_likelihood(test.image[:40], samples=12)
+    assert found["test/nll"] == pytest.approx(expected.mean(), rel=1e-6)
+    assert found["test/nll/standard_error"] == pytest.approx(expected.std(ddof=1) / np.sqrt(40), rel=1e-4)
+
+
+def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkeypatch):
+    """Also on another number of devices, whose blocks hold other numbers of images."""
+    file = next(full_path(run[0]).glob("*.jsonl"))
+    whole = file.read_text()
+    row = {name: values[:30] for name, values in json.loads(whole).items()}
+    file.write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(full_evaluation, "generated_numbers", lambda subject: ({}, None))
+    again = commands.evaluate(*run, "latest", **QUICK)
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert first == row and len(second["nll"]) == 10
+    np.testing.assert_allclose(row["nll"] + second["nll"], json.loads(whole)["nll"], rtol=1e-6)
+    assert again["test/nll"] == pytest.approx(found["test/nll"], rel=1e-6)
+    file.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"samples": 0}, "--samples is 0, but must be at least 1"),
+        ({"count": 361}, "--count is 361, but test has 360 images: give 1 to 360"),
+        ({"count": 0}, "--count is 0, but test has 360 images: give 1 to 360"),
+    ],
+)
+def test_bad_numbers_are_refused(run, changes, message):
+    with pytest.raises(ValueError, match=message):
+        commands.evaluate(*run, "latest", **QUICK | changes)
+
+
+@pytest.mark.slow
+def test_binary_images_and_the_training_split(tmp_path, monkeypatch):
+    """Draws have a floor of their own, of binary images; what has no meaning says why."""
+    workdir, config = train(tmp_path, model={"likelihood": "bernoulli"}, data={"binarize": "dynamic"})
+    monkeypatch.setattr(full_evaluation, "SIMULATED", 16)
+    numbers = commands.evaluate(workdir, config, "latest", **QUICK | {"split": "train", "count": 16})
+    assert numbers["train/nll/bits_a_dimension"] == pytest.approx(numbers["train/nll"] / 784 / np.log(2))
+    assert numbers["train/linear_probe_accuracy"] == "left out: a probe is fitted to the training images"
+    assert numbers["train/nearest_training_distance"].startswith("left out: the training images themselves")
+    assert np.isfinite(numbers["train/coverage/draws/floor"]) and "train/coverage/floor" not in numbers
+    assert np.isfinite(numbers["train/frechet_distance"])
+
+
+def test_grey_pixels_have_no_bernoulli_likelihood(tmp_path):
+    workdir, config = train(tmp_path, model={"likelihood": "bernoulli"})
+    subject = full_evaluation.Subject(vae_jax.load(workdir), session.build(config).dataset, "test", None, None, None)
+    numbers = full_evaluation.likelihood_numbers(subject, 10, 10, tmp_path / "unused")
+    assert numbers == {"nll": "left out: a Bernoulli is no likelihood of grey pixels"}
+
+
+BASELINES = {"collapsed model": 26.0, "best linear VAE": 22.0}
+
+
+def numbers(**given):
+    healthy = {"bound": 18.5, "kl": 11.0, "kl_by_latent": [1.1] * 10, "active_units": 10}
+    return {f"test/{name}": value for name, value in (healthy | given).items()}
+
+
+@pytest.mark.parametrize(
+    "given,state",
+    [
+        ({}, "healthy: the latents carry 11.0 nats"),
+        (
+            {"kl": 0.002, "kl_by_latent": [0.0002] * 10, "active_units": 0, "bound": 26.01},
+            "collapsed: the latents carry 0.002 nats, and the bound 26.01 beside 26.00",
+        ),
+        ({"kl_by_latent": [3.0] * 3 + [0.001] * 7}, "half asleep: 3 of 10 latents carry more than 0.01 nats"),
+        ({"bound": 27.0}, "undertrained: the bound 27.00 is above 26.00"),
+        ({"nearest_training_distance/closer_than_1_percent": 0.9}, "memorising: 90% of the generated images"),
+        ({"nearest_training_distance/closer_than_1_percent": 0.01}, "healthy"),
+        ({"nearest_training_distance/closer_than_1_percent": "left out: why"}, "healthy"),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(given, state):
+    said = verdict(numbers(**given), "test", BASELINES)
+    assert said["verdict"].startswith(state)
+    assert ("what to change" in said) == (not state.startswith("healthy"))
+
+
+def test_the_verdict_names_the_latents_and_the_gap_to_training():
+    given = numbers(kl_by_latent=[0.001, 2.5, 0.5]) | {"train/bound": 15.0}
+    said = verdict(given, "test", BASELINES)
+    assert said["latents"] == "2 of 3 carry 3.00 nats; most: z1 2.50, z2 0.50; asleep: z0"
+    assert said["fit"] == "the bound is 18.50 on test and 15.00 in training, +3.50 nats"
+    assert said["verdict"].endswith("but the bound on test is 3.50 nats above that of training")

@@ -1,0 +1,140 @@
+"""log p(x), estimated by importance sampling from q(z | x), and how far the estimate can be trusted.
+
+The estimate is the bound of K samples (Burda et al. 2016), log(1/K sum_k w_k) with w_k = p(x, z_k) / q(z_k | x). Its mean
+lies below log p(x) for every K. On images drawn from the model an upper bound is known too.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from vae_jax.batch import Batch
+from vae_jax.families import Model, Variables
+from vae_jax.families.vae import log_weights
+from vae_jax.objectives import reparameterize
+
+TRUSTED = 0.7  # the largest Pareto k-hat of a reliable estimate (Vehtari et al. 2024)
+LEAST_TAIL = 5  # weights that a Pareto fit needs
+
+
+def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
+    """`measure(variables, batch, keys)`: log w_k of `samples` draws for each image, [batch, samples].
+
+    They leave out the likelihood's constant. At most `chunk` draws of each image are decoded at once, which bounds the
+    memory. Draw k depends on the example's key and on k alone, so the results do not depend on `chunk`.
+    """
+    chunk = min(chunk, samples)
+
+    def measure(variables: Variables, batch: Batch, keys: Key[Array, " batch"]) -> Float[Array, "batch samples"]:
+        mean, logvar = model.encode(variables, batch.image)
+
+        def some(first):
+            z = reparameterize(mean, logvar, keys, chunk, first)
+            raw = model.decode_raw(variables, z)
+            return log_weights(model, variables, raw, z, mean, logvar, batch.image)
+
+        log_w = lax.map(some, jnp.arange(0, samples, chunk))
+        return log_w.reshape(-1, len(batch.image))[:samples].T
+
+    return measure
+
+
+def simulate(
+    model: Model, variables: Variables, key: Key[Array, ""], count: int
+) -> tuple[Float[Array, "count latent"], Float[Array, "count height width channel"]]:
+    """`count` draws z ~ p(z), x ~ p(x | z): each z is a draw from the exact posterior of its x."""
+    of_z, of_x = jax.random.split(key)
+    z = model.prior.sample(variables, of_z, count)
+    return z, model.likelihood.sample(variables, of_x, model.decode_raw(variables, z))
+
+
+def make_log_weight_at(model: Model) -> Callable:
+    """`measure(variables, image, z)`: log w at one given z for each image, [batch]."""
+
+    def measure(variables, image, z) -> Float[Array, " batch"]:
+        mean, logvar = model.encode(variables, image)
+        raw = model.decode_raw(variables, z[None])
+        return log_weights(model, variables, raw, z[None], mean, logvar, image)[0]
+
+    return measure
+
+
+def log_mean_exp(log_w: Float[np.ndarray, "*n samples"]) -> Float[np.ndarray, "*n"]:
+    """log(1/K sum_k w_k) over the last axis, in float64."""
+    log_w = log_w.astype(np.float64)
+    most = log_w.max(axis=-1)
+    return most + np.log(np.mean(np.exp(log_w - most[..., None]), axis=-1))
+
+
+def effective_sample_size(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
+    """(sum_k w_k)^2 / sum_k w_k^2, from 1 to K (Kong 1992)."""
+    return np.exp(2 * log_mean_exp(log_w) - log_mean_exp(2 * log_w)) * log_w.shape[1]
+
+
+def bound_of(log_w: Float[np.ndarray, "n samples"], count: int) -> Float[np.ndarray, " n"]:
+    """Each image's importance-weighted bound on -log p(x) with `count` of the samples, the mean over all blocks of so many."""
+    blocks = log_w.shape[1] // count
+    return -log_mean_exp(log_w[:, : blocks * count].reshape(len(log_w), blocks, count)).mean(axis=1)
+
+
+def sandwich(
+    log_w: Float[np.ndarray, "n samples"], log_w_true: Float[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """A lower and an upper bound on log p(x), in expectation, for images that were drawn from the model.
+
+        lower = log(1/K sum_k w_k),    upper = the same with the z that x was drawn with in place of the first
+
+    That z is a draw from the posterior, which makes the mean of `upper` exceed log p(x) by a KL divergence. Source: the
+    bidirectional idea of Grosse et al. 2015, with importance sampling in place of annealing.
+    """
+    return log_mean_exp(log_w), log_mean_exp(np.concatenate([log_w_true[:, None], log_w[:, 1:]], axis=1))
+
+
+def pareto_k(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
+    """Pareto k-hat of each image's largest weights: the mean of the weights is unreliable where it is above 0.7.
+
+    A generalised Pareto distribution is fitted to the min(K / 5, 3 sqrt(K)) largest weights, in excess of the next one. NaN
+    where these are less than five. Source: Vehtari et al. 2024 (PSIS).
+    """
+    samples = log_w.shape[1]
+    tail = math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
+    if tail < LEAST_TAIL:
+        return np.full(len(log_w), np.nan)
+    largest = np.sort(log_w.astype(np.float64), axis=1)[:, -tail - 1 :]
+    weight = np.exp(largest - largest[:, -1:])
+    return np.array([fit_pareto(row[1:] - row[0]) for row in weight])
+
+
+def fit_pareto(excess: Float[np.ndarray, " tail"]) -> float:
+    """The shape k of a generalised Pareto distribution fitted to ascending values above 0; -inf if all are 0.
+
+    Source: Zhang & Stephens 2009, with the weak prior of Vehtari et al. 2024, which shrinks k towards 1/2.
+    """
+    n = len(excess)
+    quarter = excess[int(n / 4 + 0.5) - 1]
+    if quarter <= 0:
+        return -math.inf
+    grid = 30 + int(math.sqrt(n))
+    theta = 1 / excess[-1] + (1 - np.sqrt(grid / (np.arange(grid) + 0.5))) / (3 * quarter)
+    k = np.mean(np.log1p(-theta[:, None] * excess), axis=1)
+    log_posterior = n * (np.log(-theta / k) - k - 1)
+    weight = np.exp(log_posterior - log_posterior.max())
+    found = np.mean(np.log1p(-np.sum(weight * theta) / weight.sum() * excess))
+    return float((n * found + 10 * 0.5) / (n + 10))
+
+
+def summarize(log_w: Float[np.ndarray, "n samples"]) -> dict[str, Float[np.ndarray, " n"]]:
+    """What is kept of each image's weights: -log p(x) less the constant, effective sample size, k-hat, the bounds of fewer samples."""
+    samples = log_w.shape[1]
+    fewer = [10**power for power in range(9) if 10**power < samples]
+    return {
+        "nll": -log_mean_exp(log_w),
+        "effective_sample_size": effective_sample_size(log_w),
+        "pareto_k": pareto_k(log_w),
+        **{f"bound_{count}": bound_of(log_w, count) for count in fewer},
+    }

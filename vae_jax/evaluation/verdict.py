@@ -1,0 +1,90 @@
+"""A run in words: sentences that follow from its numbers by fixed rules."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ASLEEP = 0.01  # nats of KL: a latent below carries nothing
+GAP = 0.05  # by which the test bound may exceed the training bound, relative to it
+COPIES = 0.2  # share of generated images nearer to a training image than 1 % of the test images are
+
+
+def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> dict[str, str]:
+    """{what: sentence} on a split's numbers, those that are there: state, latents, fit, copies, and what to change.
+
+    The state is one of "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
+    """
+    found = {}
+    kl = numbers.get(f"{split}/kl_by_latent")
+    if kl is not None:
+        found["latents"] = describe_latents(kl)
+    copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent")
+    if isinstance(copies, float):
+        found["copies"] = (
+            f"{copies:.1%} of the generated images lie nearer to a training image than the nearest 1 % of the {split} images do"
+        )
+    trained, tested = numbers.get("train/bound"), numbers.get(f"{split}/bound")
+    if trained is not None and tested is not None and split != "train":
+        found["fit"] = (
+            f"the bound is {tested:.2f} on {split} and {trained:.2f} in training, {tested - trained:+.2f} nats"
+        )
+    state, change = judge(numbers, split, baselines)
+    return {"verdict": state} | found | ({"what to change": change} if change else {})
+
+
+def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> tuple[str, str]:
+    """The state of a run with the numbers that decide it, and what to change."""
+    kl, bound = numbers.get(f"{split}/kl"), numbers.get(f"{split}/bound")
+    by_latent = numbers.get(f"{split}/kl_by_latent")
+    copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
+    collapsed = next((value for name, value in baselines.items() if name.startswith("collapsed")), None)
+    active = numbers.get(f"{split}/active_units")
+    if active == 0 or (kl is not None and kl < ASLEEP):
+        reached = (
+            ""
+            if collapsed is None or bound is None
+            else f", and the bound {bound:.2f} beside {collapsed:.2f} without latents"
+        )
+        return (
+            f"collapsed: the latents carry {kl:.3g} nats{reached}",
+            "raise objective.warmup_steps or objective.free_bits, lower objective.beta, or train longer",
+        )
+    if isinstance(copies, float) and copies > COPIES:
+        return (
+            f"memorising: {copies:.0%} of the generated images are nearer to a training image than 1 % of the {split} images",
+            "use more images, a smaller network, or fewer epochs",
+        )
+    if by_latent is not None and sum(value >= ASLEEP for value in by_latent) < len(by_latent) / 2:
+        used = sum(value >= ASLEEP for value in by_latent)
+        return (
+            f"half asleep: {used} of {len(by_latent)} latents carry more than {ASLEEP} nats",
+            f"lower model.latent_dim to {used}, which changes little, or wake them by objective.free_bits or a lower objective.beta",
+        )
+    if collapsed is not None and bound is not None and bound > collapsed:
+        return (
+            f"undertrained: the bound {bound:.2f} is above {collapsed:.2f}, which a model reaches that ignores its latents",
+            "train longer, or raise optimizer.learning_rate",
+        )
+    overfit = overfitting(numbers, split)
+    return f"healthy: the latents carry {kl:.1f} nats" + ("" if not overfit else f", but {overfit}"), ""
+
+
+def overfitting(numbers: Mapping[str, Any], split: str) -> str:
+    """How far a split's bound exceeds that of training, where it is far."""
+    trained, tested = numbers.get("train/bound"), numbers.get(f"{split}/bound")
+    if trained is None or tested is None or split == "train" or tested - trained <= GAP * abs(trained):
+        return ""
+    return f"the bound on {split} is {tested - trained:.2f} nats above that of training"
+
+
+def describe_latents(kl_by_latent: Sequence[float]) -> str:
+    """Which latents carry what."""
+    order = sorted(range(len(kl_by_latent)), key=lambda latent: -kl_by_latent[latent])
+    used = [latent for latent in order if kl_by_latent[latent] >= ASLEEP]
+    asleep = [latent for latent in order if kl_by_latent[latent] < ASLEEP]
+    most = ", ".join(f"z{latent} {kl_by_latent[latent]:.2f}" for latent in used[:3])
+    text = (
+        f"{len(used)} of {len(kl_by_latent)} carry {sum(kl_by_latent):.2f} nats; most: {most}"
+        if used
+        else "none carries any"
+    )
+    return text + (f"; asleep: {', '.join(f'z{latent}' for latent in sorted(asleep))}" if used and asleep else "")
