@@ -178,7 +178,7 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
     model, _, _ = small(family)
     capabilities = {
         vae: {"latent_dim", "encode", "decode_raw", "likelihood", "prior"},
-        classifier: {"probabilities", "num_classes", "apply"},
+        classifier: {"probabilities", "num_classes", "features", "apply"},
     }
     present = {name for name, value in model._asdict().items() if value is not None}
     assert present == {"init"} | capabilities[family]
