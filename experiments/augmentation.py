@@ -103,7 +103,7 @@ class Trainer:
         probes = classifier.make_probes(self._model)
 
         def measure(variables, batch, key):
-            return probes.measure(variables, batch)
+            return probes.measure(variables, batch, None)
 
         predict = map_examples(measure, split, len(self._seeds))
         return lambda variables: predict(variables, self._keys)

@@ -57,7 +57,7 @@ def ten_steps(job, devices, axis_name):
     eval_step = make_eval_step(job.objective)
 
     def measure(variables, batch, key):
-        return eval_step(variables, batch, key) | job.probes.measure(variables, batch)
+        return eval_step(variables, batch, key) | job.probes.measure(variables, batch, None)
 
     evaluate = map_examples(measure, job.dataset.splits["test"], len(job.seeds), devices=devices)
     return state, evaluate(state.variables, state.key)

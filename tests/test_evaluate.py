@@ -33,7 +33,7 @@ from vae_jax.run.seeds import combine_seeds, mean_metrics, reduce_seeds, root_ke
 from vae_jax.steps import make_eval_step
 
 KEY = jax.random.key(3)
-NO_PROBES = Probes(lambda variables, batch: {}, lambda arrays, split: {})
+NO_PROBES = Probes(lambda variables, batch, keys: {}, lambda arrays, split: {})
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def label_means(batch_sizes):
         noise = jax.vmap(jax.random.normal)(keys)
         return {"loss": noise, "labelled": (noise, batch.label / 10)}, {}
 
-    def measure(variables, batch):
+    def measure(variables, batch, keys):
         return {"mean": batch.image.mean(axis=(1, 2, 3)), "label": batch.label}
 
     def reduce(arrays, split):
@@ -235,8 +235,8 @@ def test_several_seeds_equal_each_alone(split):
     objective, plain = label_means([])
     shift = jnp.array([0.0, 1.0, 5.0])
 
-    def shifted(variables, batch):
-        arrays = plain.measure(variables, batch)
+    def shifted(variables, batch, keys):
+        arrays = plain.measure(variables, batch, keys)
         return arrays | {"mean": arrays["mean"] + variables}
 
     probes = plain._replace(measure=shifted)

@@ -73,9 +73,7 @@ def members(protocol):
 
 
 def test_the_contract_is_what_this_file_takes_it_for():
-    expected = (
-        "METRICS NAME baselines check_data decodes_per_example ledger make make_figures make_objective make_probes"
-    )
+    expected = "METRICS NAME baselines check_data decodes_per_example ledger make make_figures make_final_probes make_objective make_probes"
     assert members(Family) == expected.split()
 
 
@@ -158,7 +156,7 @@ def test_examples_do_not_see_each_other_in_evaluation(family):
 def test_probes_give_one_row_an_example_and_numbers_a_split(family):
     model, variables, evaluate = small(family)
     probes = family.make_probes(model)
-    arrays = jax.device_get(jax.jit(probes.measure)(variables, small_batch()))
+    arrays = jax.device_get(jax.jit(probes.measure)(variables, small_batch(), None))
     assert all(len(values) == 6 for values in arrays.values())
     numbers = probes.reduce(arrays, small_split())
     metrics, _ = evaluate(False)(variables, small_batch())
@@ -465,7 +463,7 @@ def test_probes_of_a_classifier_are_its_prediction_and_its_confidence():
     p = scipy.special.softmax(np.float64(logits), axis=1)
     np.testing.assert_allclose(jax.jit(model.probabilities)(variables, batch.image), p, rtol=1e-5)
     probes = classifier.make_probes(model)
-    arrays = jax.device_get(jax.jit(probes.measure)(variables, batch))
+    arrays = jax.device_get(jax.jit(probes.measure)(variables, batch, None))
     np.testing.assert_array_equal(arrays["prediction"], p.argmax(axis=1))
     assert arrays["prediction"].dtype == np.int32
     np.testing.assert_allclose(arrays["confidence"], p.max(axis=1), rtol=1e-5)

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vae_jax"
 SCIENCE = (
     "batch",
+    "model",
     "objectives",
     "likelihoods",
     "priors",

@@ -38,7 +38,7 @@ def test_the_kl_by_latent_sums_to_the_kl(small_vae):
     batch, key = make_batch(), jax.random.key(1)
     metrics = make_eval_step(vae.make_objective(model))(variables, batch, key)
     probes = vae.make_probes(model)
-    arrays = jax.device_get(probes.measure(variables, batch))
+    arrays = jax.device_get(probes.measure(variables, batch, None))
     numbers = probes.reduce(arrays, Split(np.zeros((16, 8, 8, 1), np.uint8), np.arange(16, dtype=np.int32)))
     np.testing.assert_allclose(sum(numbers["kl_by_latent"]), metrics["kl"].mean(), rtol=1e-5)
     assert len(numbers["kl_by_latent"]) == 3 and 0 <= numbers["active_units"] <= 3
@@ -64,7 +64,7 @@ def test_nothing_is_encoded_twice(name):
     alone = make_eval_step(objective)
 
     def both(variables, batch, key):
-        return alone(variables, batch, key), probes.measure(variables, batch)
+        return alone(variables, batch, key), probes.measure(variables, batch, None)
 
     assert flops(both, variables, batch, key) < 1.05 * flops(alone, variables, batch, key)
 

@@ -10,6 +10,7 @@ _MODULES = (
     "figures",
     "generate",
     "likelihoods",
+    "model",
     "nn",
     "objectives",
     "optimizers",

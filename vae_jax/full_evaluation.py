@@ -19,6 +19,7 @@ from vae_jax.batch import Batch, Dataset, Split, example_keys, mean_image, named
 from vae_jax.evaluation.baselines import convert
 from vae_jax.evaluation.latents import decompose_kl, principal_plane, probe_labels, standard_error
 from vae_jax.evaluation.likelihood import (
+    SAMPLES_AT_ONCE,
     TRUSTED,
     make_log_weight_at,
     make_log_weights,
@@ -37,7 +38,7 @@ from vae_jax.evaluation.samples import (
 )
 from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.objectives import log_normal, reparameterize
-from vae_jax.pretrained import BATCH_SIZE, CHUNK, WEIGHED, Pretrained, in_batches
+from vae_jax.pretrained import BATCH_SIZE, WEIGHED, Pretrained, in_batches
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen, map_blocks, map_examples
 from vae_jax.run.files import json_line, read_json_lines, save_figure, write_atomically
@@ -159,7 +160,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
 def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, np.ndarray]:
     """What `summarize` keeps of the first `count` images; finished blocks are read from the JSON lines in `path`."""
     vae = subject.vae
-    log_weights = make_log_weights(vae.model, samples, CHUNK)
+    log_weights = make_log_weights(vae.model, samples, SAMPLES_AT_ONCE)
 
     def measure(variables, batch, key):
         return log_weights(variables, batch, example_keys(key, None, batch.index))
@@ -194,7 +195,7 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
     z, image = jax.jit(simulate, static_argnums=(0, 3))(
         vae.model, vae.variables, named_key(subject.root, "simulate"), SIMULATED
     )
-    log_weights = jax.jit(make_log_weights(vae.model, samples, CHUNK))
+    log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE))
     at_truth = jax.jit(make_log_weight_at(vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
     parts = []

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from vae_jax.families import Model
+from vae_jax.model import Model
 
 
 def decode(

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from vae_jax.batch import Batch, named_key, weighted_mean
+from vae_jax.likelihoods import distortion
+from vae_jax.model import Model, Variables
 
 
 @runtime_checkable
@@ -76,6 +78,24 @@ def log_normal(
     mean, logvar = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in (mean, logvar))
     square = (z - mean) ** 2 * jnp.exp(-logvar)
     return -0.5 * jnp.sum(square + logvar + math.log(2 * math.pi), axis=-1)
+
+
+def log_weights(
+    model: Model,
+    variables: Variables,
+    raw: Float[Array, "samples batch h w c"],
+    z: Float[Array, "samples batch latent"],
+    mean: Float[Array, "batch latent"],
+    logvar: Float[Array, "batch latent"],
+    image: Float[Array, "batch height width channel"],
+    beta: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "samples batch"]:
+    """log w = log p(x | z) + beta (log p(z) - log q(z | x)) with raw = decode_raw(z), less the likelihood's constant.
+
+    Source: Burda et al. 2016, equation 8.
+    """
+    ratio = model.prior.log_prob(variables, z) - log_normal(z, mean, logvar)
+    return beta * ratio - distortion(model.likelihood, variables, raw, image)
 
 
 def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Array, " batch"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from vae_jax import generate
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
-from vae_jax.evaluation.likelihood import log_mean_exp, make_log_weights
+from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, changes, choose, fill_in, make_title
@@ -21,7 +21,7 @@ from vae_jax.run.directory import read_config
 from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
-WEIGHED, CHUNK = 16, 32  # images, and draws of each, that are decoded at once for a likelihood
+WEIGHED = 16  # images of which SAMPLES_AT_ONCE are decoded at once for a likelihood
 LARGEST_LATENT = 1e4  # far outside any prior; beyond it the decoder's float32 would overflow
 
 
@@ -166,7 +166,7 @@ class Pretrained:
         self.check_has("decode_raw", "decoder")
         check_integer("samples", samples, 1, 1_000_000)
         seen, root = self._as_seen(image), jax.random.key(self.config["seed"])
-        measure = jax.jit(make_log_weights(self.model, samples, CHUNK))
+        measure = jax.jit(make_log_weights(self.model, samples, SAMPLES_AT_ONCE))
         parts = []
         for start in range(0, len(seen), WEIGHED):
             index = start + jnp.arange(WEIGHED)  # the last batch is filled up, so that nothing is compiled twice

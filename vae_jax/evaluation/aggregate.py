@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from vae_jax.batch import Batch
-from vae_jax.families import Model
 from vae_jax.likelihoods import distortion
+from vae_jax.model import Model
 from vae_jax.objectives import log_normal, reparameterize
 from vae_jax.priors import Prior
 

@@ -114,6 +114,21 @@ def covariance_eigenvalues(
     return np.maximum(np.linalg.eigvalsh(second / len(flat))[::-1], 0)
 
 
+def linear_rate_distortion(
+    eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float
+) -> tuple[float, float]:
+    """KL and half the squared error of the best linear VAE with unit decoder variance and weight beta of the KL, in nats.
+
+        rate = 1/2 sum_{l > beta} ln(l / beta),    distortion = 1/2 (beta #{l > beta} + sum of the other eigenvalues)
+
+    over the latent_dim largest eigenvalues l: reverse water-filling. No linear VAE lies below the curve of these points. Source:
+    Cover & Thomas 2006, section 10.3.3, on the solution of probabilistic PCA (Tipping & Bishop 1999).
+    """
+    used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]
+    rate = 0.5 * np.sum(np.log(used / beta))
+    return float(rate), float(0.5 * (beta * len(used) + eigenvalues.sum() - used.sum()))
+
+
 def linear_vae_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float = 1.0) -> float:
     """The lowest loss that a linear VAE with unit decoder variance can reach, in nats, on the scale of the VAE's loss.
 

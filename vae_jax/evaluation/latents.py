@@ -68,11 +68,12 @@ def decompose_kl(
     information = log_q_given_x.sum(axis=1) - log_q
     numbers = {
         "mutual_information": information.mean(),
-        "mutual_information/standard_error": standard_error(information),
         "mutual_information/most": math.log(len(z)),
         "aggregate_kl": np.mean(kl, dtype=np.float64) - information.mean(),
         "total_correlation": np.mean(log_q - log_q_by_latent.sum(axis=1)),
     }
+    if len(z) > 1:
+        numbers["mutual_information/standard_error"] = standard_error(information)
     if kl_by_latent is not None:
         by_latent = (log_q_given_x - log_q_by_latent).mean(axis=0)
         numbers["aggregate_kl_by_latent"] = kl_by_latent.mean(axis=0, dtype=np.float64) - by_latent

@@ -14,11 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from vae_jax.batch import Batch
-from vae_jax.families import Model, Variables
-from vae_jax.families.vae import log_weights
-from vae_jax.objectives import reparameterize
+from vae_jax.model import Model, Variables
+from vae_jax.objectives import log_weights, reparameterize
 
 TRUSTED = 0.7  # the largest Pareto k-hat of a reliable estimate (Vehtari et al. 2024)
+SAMPLES_AT_ONCE = 32  # of each image, that are decoded together
 LEAST_TAIL = 5  # weights that a Pareto fit needs
 
 

@@ -13,6 +13,8 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
 
     The state is one of "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
     """
+    if f"{split}/kl" not in numbers:  # it has no latents
+        return {}
     found = {}
     kl = numbers.get(f"{split}/kl_by_latent")
     if kl is not None:

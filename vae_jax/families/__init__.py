@@ -10,40 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from vae_jax.batch import Batch, Dataset, Split
-from vae_jax.likelihoods import Likelihood
+from vae_jax.model import Model, Variables
 from vae_jax.objectives import Objective
-from vae_jax.priors import Prior
-
-Variables = dict[str, Any]
-ABSENT: Any = None
-
-
-class Model(NamedTuple):
-    """Pure functions of `variables`; ABSENT, which is None, where a family has no such thing.
-
-    Attributes:
-        init: (key, pixel_mean=None) -> variables; the mean training image may set the output's bias.
-        latent_dim: size of z.
-        encode: (variables, image) -> (mean, logvar) of q(z | x), [batch, latent] each.
-        decode_raw: (variables, z) -> what the likelihood takes; z may have leading sample axes.
-        likelihood: p(x | decoder output).
-        prior: p(z).
-        probabilities: (variables, image) -> p(label | image), [batch, classes].
-        num_classes: number of classes.
-        features: (variables, image) -> what generated and real images are compared by, [batch, feature].
-        apply: the family's own one-pass function, for its objective alone.
-    """
-
-    init: Callable[..., Variables]
-    latent_dim: int = ABSENT
-    encode: Callable[[Variables, Array], tuple[Array, Array]] = ABSENT
-    decode_raw: Callable[[Variables, Array], Array] = ABSENT
-    likelihood: Likelihood = ABSENT
-    prior: Prior = ABSENT
-    probabilities: Callable[[Variables, Array], Array] = ABSENT
-    num_classes: int = ABSENT
-    features: Callable[[Variables, Array], Array] = ABSENT
-    apply: Any = ABSENT
 
 
 class Metric(NamedTuple):
@@ -58,11 +26,11 @@ class Probes(NamedTuple):
     """Measurements beside the objective, in the same compiled program.
 
     Attributes:
-        measure: (variables, batch) -> {name: [batch, ...] array}.
+        measure: (variables, batch, keys) -> {name: [batch, ...] array}; the keys are those that the objective has.
         reduce: ({name: [n, ...] NumPy array}, split) -> {metric: number, or nested list of numbers}.
     """
 
-    measure: Callable[[Variables, Batch], dict[str, Array]]
+    measure: Callable[[Variables, Batch, Array], dict[str, Array]]
     reduce: Callable[[dict[str, np.ndarray], Split], dict[str, Any]]
 
 
@@ -86,6 +54,8 @@ class Family(Protocol):
     Attributes:
         NAME: for titles.
         METRICS: {metric: Metric}, in the order in which they are drawn; "loss" is among them.
+        make_final_probes: measured once, on the test split at the end of a training; None if there are none. A function of the
+            model, the number of samples that the run asks for, and how the data are made binary.
         check_data: raises ValueError for data that the family cannot learn from.
         decodes_per_example: images that the objective decodes for each example, a function of its fields; it divides the
             batches of evaluation and enters the memory check.
@@ -103,6 +73,7 @@ class Family(Protocol):
     def make(self, image_shape: tuple[int, int, int], **fields) -> Model: ...
     def make_objective(self, model: Model, **fields) -> Objective: ...
     def make_probes(self, model: Model) -> Probes: ...
+    def make_final_probes(self, model: Model, samples: int, binarize: str) -> Probes | None: ...
     def check_data(self, dataset: Dataset) -> None: ...
     def decodes_per_example(self, **fields) -> int: ...
     def baselines(self, model: Model, image: np.ndarray, **fields) -> dict[str, float]: ...

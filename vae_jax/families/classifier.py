@@ -112,7 +112,7 @@ def make_objective(
 def make_probes(model: Model) -> Probes:
     """Each image's prediction and its confidence; over a split the calibration error and the confusion of classes."""
 
-    def measure(variables, batch):
+    def measure(variables, batch, keys):
         probabilities = model.probabilities(variables, batch.image)
         return {
             "prediction": probabilities.argmax(axis=-1).astype(jnp.int32),
@@ -134,6 +134,10 @@ def make_probes(model: Model) -> Probes:
         return numbers
 
     return Probes(measure, reduce)
+
+
+def make_final_probes(model: Model, samples: int, binarize: str) -> None:
+    """There is nothing that each epoch's probes do not measure."""
 
 
 def check_data(dataset) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 from vae_jax import figures, generate
 from vae_jax.batch import first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
-from vae_jax.evaluation.latents import active_units
+from vae_jax.evaluation.latents import active_units, decompose_kl
+from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, make_log_weights, summarize
 from vae_jax.families import Metric, Model, Probes
 from vae_jax.likelihoods import BINARY, DENSITY
+from vae_jax.objectives import log_normal, reparameterize
 
 GREY = "grey cross-entropy"
 METRICS = {
@@ -30,7 +32,7 @@ PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl
 def make_probes(model: Model) -> Probes:
     """Which latents are in use: active units (Burda et al. 2016) and the mean KL of each latent."""
 
-    def measure(variables, batch):
+    def measure(variables, batch, keys):
         mean, logvar = model.encode(variables, batch.image)
         if model.prior.kl is None:
             return {"mean": mean}
@@ -40,6 +42,31 @@ def make_probes(model: Model) -> Probes:
         numbers = {"active_units": active_units(arrays["mean"])}
         if "kl_by_latent" in arrays:
             numbers["kl_by_latent"] = arrays["kl_by_latent"].mean(axis=0, dtype=np.float64).tolist()
+        return numbers
+
+    return Probes(measure, reduce)
+
+
+def make_final_probes(model: Model, samples: int, binarize: str) -> Probes | None:
+    """The likelihood by importance sampling, and the parts of the KL (see `evaluation`)."""
+    if not samples:
+        return None
+    weigh = make_log_weights(model, samples, SAMPLES_AT_ONCE)
+
+    def measure(variables, batch, keys):
+        mean, logvar = model.encode(variables, batch.image)
+        z = reparameterize(mean, logvar, keys)
+        kl = (log_normal(z, mean, logvar) - model.prior.log_prob(variables, z))[0]
+        return {"log_w": weigh(variables, batch, keys), "z": z[0], "mean": mean, "logvar": logvar, "kl": kl}
+
+    def reduce(arrays, split):
+        numbers = decompose_kl(*(arrays[name] for name in ("z", "mean", "logvar", "kl")))
+        if model.likelihood.support == BINARY and binarize == "none" and has_grey(split.image):
+            return numbers
+        each = summarize(arrays["log_w"])
+        nll = each["nll"] + split.image[0].size * model.likelihood.constant
+        numbers["nll"], numbers["nll/samples"] = float(nll.mean()), samples
+        numbers["effective_sample_size"] = float(np.median(each["effective_sample_size"]))
         return numbers
 
     return Probes(measure, reduce)

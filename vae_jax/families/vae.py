@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vae_jax.families import Model
-from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_probes  # noqa: F401
+from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_final_probes, make_probes  # noqa: F401
 from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion
 from vae_jax.nn.networks import (
     NETWORKS,
@@ -29,6 +29,7 @@ from vae_jax.objectives import (
     free_bits_kl,
     importance_weighted_bound,
     log_normal,
+    log_weights,
     negative_elbo,
     reparameterize,
     warm_up,
@@ -173,12 +174,6 @@ def make_objective(
         return metrics, model_state
 
     return objective
-
-
-def log_weights(model: Model, variables, raw, z, mean, logvar, image, beta=1.0):
-    """log w = log p(x | z) + beta (log p(z) - log q(z | x)), [samples, batch], less the likelihood's constant."""
-    ratio = model.prior.log_prob(variables, z) - log_normal(z, mean, logvar)
-    return beta * ratio - distortion(model.likelihood, variables, raw, image)
 
 
 def dreg_loss(model: Model, variables, z, mean, logvar, image, beta):

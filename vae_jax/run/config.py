@@ -25,6 +25,7 @@ class RunOptions:
         save_every: training steps between two checkpoints; there is also one at the end, and one at each best epoch.
         keep: how many of the latest checkpoints are kept, besides the best one.
         figures_every: epochs between two drawings of the figures; they are also drawn after the first and last epoch.
+        likelihood_samples: draws of z from which the summary estimates log p(x) of 1,000 test images at the end; 0: it does not.
         tensorboard: also write the metrics for TensorBoard.
         profile: write a trace of three calls into the run directory, for TensorBoard or Perfetto.
         compilation_cache: keep compiled programs in a folder of the user's, so that the next start is faster.
@@ -34,6 +35,7 @@ class RunOptions:
     save_every: int = 500
     keep: int = 2
     figures_every: int = 10
+    likelihood_samples: int = 100
     tensorboard: bool = False
     profile: bool = False
     compilation_cache: bool = True
@@ -42,6 +44,8 @@ class RunOptions:
         for name in ("steps_per_call", "save_every", "keep", "figures_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.likelihood_samples < 0:
+            raise ValueError(f"run.likelihood_samples is {self.likelihood_samples}, but must be at least 0")
 
 
 def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> Any:

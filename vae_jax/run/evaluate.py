@@ -121,8 +121,9 @@ def make_evaluate(
     eval_step = make_eval_step(objective)
 
     def measure(variables, batch, key):
-        batch = prepare(batch, example_keys(key, None, batch.index))
-        return eval_step(variables, batch, key), probes.measure(variables, batch)
+        keys = example_keys(key, None, batch.index)
+        batch = prepare(batch, keys)
+        return eval_step(variables, batch, key), probes.measure(variables, batch, keys)
 
     def reduce(arrays):
         metrics, measured = arrays

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import optax
 
-from vae_jax.batch import Dataset
+from vae_jax.batch import Dataset, Split
 from vae_jax.data import epoch_order
+from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
+from vae_jax.evaluation.verdict import verdict
 from vae_jax.families import Model, Probes
 from vae_jax.objectives import Objective
 from vae_jax.run.checkpoint import Checkpoints
@@ -25,6 +27,8 @@ from vae_jax.run.profile import Profile
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
+
+FINAL_IMAGES = 1000
 
 
 class Job(NamedTuple):
@@ -39,6 +43,7 @@ class Job(NamedTuple):
     init: Callable  # key -> variables
     objective: Objective
     probes: Probes
+    final_probes: Probes | None  # of the first test images at the end
     prepare: Callable  # as in `make_train_step`
     decodes_per_example: int
     optimizer: optax.GradientTransformation
@@ -74,6 +79,16 @@ class Job(NamedTuple):
         size, shuffle = len(self.dataset.splits["train"].label), self.dataset.shuffle
         orders = [epoch_order(seed, epoch, size, shuffle) for seed in self.seeds]
         return orders[0] if len(orders) == 1 else np.stack(orders)
+
+    def evaluate_finally(self, variables: Any, key: Any, devices: Devices) -> dict[str, Any]:
+        """What the final probes measure on the first 1,000 test images."""
+        if self.final_probes is None:
+            return {}
+        image, label = self.dataset.splits["test"]
+        few = Split(image[:FINAL_IMAGES], label[:FINAL_IMAGES])
+        shares = (self.seeds, SAMPLES_AT_ONCE, devices, self.prepare)
+        numbers, _ = make_evaluate(lambda *_: ({}, {}), self.final_probes, few, *shares)(variables, key)
+        return {f"test/{name}": value for name, value in numbers.items()}
 
     def evaluate_on(self, split: str, devices: Devices | None = None) -> Callable:
         """`make_evaluate` for one of the data set's splits."""
@@ -226,6 +241,9 @@ class Loop:
         """Log and draw what belongs to the end of an epoch; returns the metrics of the splits that are not trained on."""
         tested, arrays = self.evaluate(state.eval_variables, state.key)
         self.log(epoch * self.per_epoch, tested)
+        final = {}
+        if epoch == self.job.epochs:
+            final = self.job.evaluate_finally(state.eval_variables, state.key, self.devices)
         if self.devices.is_primary:
             trained = self.mean_over_epoch(epoch)
             self.progress.epoch_done(epoch, trained | tested)
@@ -233,7 +251,7 @@ class Loop:
                 with self.progress.reported(f"the figures of epoch {epoch}"):
                     self.draw(state, arrays["test"])
                 with self.progress.reported(f"the summary of epoch {epoch}"):
-                    self.summarize(epoch, trained, tested)
+                    self.summarize(epoch, trained, tested, final)
         return tested
 
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -270,10 +288,12 @@ class Loop:
         )
         self.directory.save_figures(figures)
 
-    def summarize(self, epoch: int, trained: dict, tested: dict) -> None:
+    def summarize(self, epoch: int, trained: dict, tested: dict, final: dict) -> None:
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
-        numbers |= trained | tested | self.job.ledger(tested, "test") | self.job.baselines()
+        baselines = self.job.baselines()
+        numbers |= trained | tested | final | verdict(trained | tested, "test", baselines)
+        numbers |= self.job.ledger(tested, "test") | baselines
         self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:

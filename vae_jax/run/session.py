@@ -101,6 +101,7 @@ def make_job(
         init=jax.jit(lambda key: net.init(named_key(key, "init"), pixel_mean)),  # traced once
         objective=fill_in(bound.make_objective, **known),
         probes=family.make_probes(net),
+        final_probes=family.make_final_probes(net, bound.options.likelihood_samples, dataset.binarize),
         prepare=partial(binarize, how=dataset.binarize),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
         optimizer=fill_in(bound.make_optimizer, steps=epochs * per_epoch, batch_size=batch_size),

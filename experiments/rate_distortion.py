@@ -1,0 +1,116 @@
+"""Rate and distortion: what a VAE pays in KL and gets in squared error as beta, or the latent size, changes.
+
+    python -m experiments.rate_distortion --workdir=runs/rate-distortion [--data=mnist] [--epochs=5]
+
+Trains the post's VAE for each beta and for each latent size, one run directory each, evaluates each with --full, and draws the
+curve beside that of the best linear VAE, which is known in closed form. The same command resumes an interrupted experiment.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from experiments import launch
+from experiments.report import markdown_table
+from vae_jax import commands, data
+from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_rate_distortion
+from vae_jax.run.directory import read_config
+from vae_jax.run.files import local_path, save_figure, write_atomically
+
+COLUMNS = {  # of the table: metric -> heading
+    "kl": "rate: KL, nats",
+    "reconstruction": "distortion: half the squared error",
+    "bound": "-ELBO",
+    "nll": "-log p(x), with its constant",
+    "mutual_information": "I(n; z)",
+    "aggregate_kl": "KL(q(z) to p(z))",
+    "active_units": "active units",
+    "frechet_distance": "Frechet classifier distance",
+}
+
+
+def runs(betas: list[str], latents: list[str]) -> dict[str, dict[str, str]]:
+    """{folder: what it changes}: the sweep over beta, then the one over the latent size at beta 1."""
+    sweep = {f"beta{beta}": {"objective.beta": beta} for beta in betas}
+    return sweep | {f"latent{latent}": {"model.latent_dim": latent} for latent in latents}
+
+
+def evaluate(workdir: Path, samples: int, count: int) -> dict[str, Any]:
+    """All test numbers of a run. Raises ValueError if it is missing or unfinished."""
+    launch.last_test(workdir)
+    config = read_config(str(workdir))
+    return commands.evaluate(str(workdir), config, "latest", "test", full=True, samples=samples, count=count)
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """One row a run."""
+    cells = [["run", *COLUMNS.values()]]
+    for name, numbers in found.items():
+        values = [numbers.get(f"test/{metric}", "") for metric in COLUMNS]
+        cells.append([name, *("" if isinstance(value, str) else f"{value:.2f}" for value in values)])
+    return cells
+
+
+def draw(found: Mapping[str, Mapping[str, Any]], eigenvalues: np.ndarray, latent_dim: int, title: str) -> Figure:
+    """The points in the plane of rate and distortion, lines of equal sum, and the linear VAE's curve."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    ax = figure.subplots()
+    points = {name: (numbers["test/kl"], numbers["test/reconstruction"]) for name, numbers in found.items()}
+    for kind, color in (("beta", "#1b4f8a"), ("latent", "#2e7d32")):
+        chosen = {name: point for name, point in points.items() if name.startswith(kind)}
+        if not chosen:
+            continue
+        rate, distortion = np.transpose([*chosen.values()])
+        ax.plot(rate, distortion, "o-", color=color, label=f"the VAE, by {'beta' if kind == 'beta' else 'latent size'}")
+        for name, point in chosen.items():
+            ax.annotate(
+                name.removeprefix(kind), point, xytext=(5, 5), textcoords="offset points", fontsize=9, color=color
+            )
+    betas = np.geomspace(1e-3, eigenvalues[0], 200)
+    curve = np.array([linear_rate_distortion(eigenvalues, latent_dim, beta) for beta in betas])
+    right = 1.15 * max(rate for rate, _ in points.values()) + 1
+    ax.plot(*curve.T, color="#a04000", linestyle="--", label="the best linear VAE")
+    top = 1.1 * max(eigenvalues.sum() / 2, *(distortion for _, distortion in points.values()))
+    for total in np.linspace(0, right + top, 14)[1:]:
+        ax.plot([0, total], [total, 0], color="#cccccc", linewidth=0.7, zorder=0)
+    ax.set(xlim=(0, right), ylim=(0, top), xlabel="rate: KL, nats", ylabel="distortion: half the squared error, nats")
+    ax.legend(frameon=False)
+    figure.suptitle(f"{title}\ngrey: lines of equal loss at beta 1")
+    return figure
+
+
+def main() -> None:
+    given = flags.FLAGS
+    workdir = local_path(given.workdir)
+    base = launch.config_for("vae", given.data)
+    chosen = runs(given.betas, given.latents)
+    for name, fields in chosen.items():
+        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed} | fields
+        launch.run(launch.make_command(base, workdir / name, fields, given.manual_dir))
+    found = {name: evaluate(workdir / name, given.samples, given.count) for name in chosen}
+    training = data.load(name=given.data, manual_dir=given.manual_dir).splits["train"]
+    title = f"Rate and distortion: {given.data}, {given.epochs} epochs each, seed {given.seed}"
+    latent_dim = read_config(str(workdir / next(iter(chosen))))["model"]["latent_dim"]
+    save_figure(draw(found, covariance_eigenvalues(training.image), latent_dim, title), workdir / "rate_distortion.png")
+    cells = markdown_table(table(found))
+    note = f"-log p(x) of {given.count} images from {given.samples} samples each."
+    summary = f"# {title}\n\n{cells}\n\n{note}\n\n![Rate and distortion](rate_distortion.png)\n"
+    write_atomically(workdir / "summary.md", summary)
+    print(summary)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/rate-distortion", "The folder of the runs.")
+    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
+    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    flags.DEFINE_list("betas", "0.05,0.2,0.5,1,2,5", "Weights of the KL.")
+    flags.DEFINE_list("latents", "2,5,10", "Latent sizes at beta 1.")
+    flags.DEFINE_integer("epochs", 5, "Epochs of each run.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "The seed of each run.", lower_bound=0)
+    flags.DEFINE_integer("samples", 500, "Draws of z for each image's likelihood.", lower_bound=1)
+    flags.DEFINE_integer("count", 200, "Test images whose likelihood is estimated.", lower_bound=1)
+    launch.start("rate_distortion", main)

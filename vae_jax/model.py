@@ -1,0 +1,40 @@
+"""The contract of a model: pure functions of its variables."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array
+
+from vae_jax.likelihoods import Likelihood
+from vae_jax.priors import Prior
+
+Variables = dict[str, Any]
+ABSENT: Any = None
+
+
+class Model(NamedTuple):
+    """Pure functions of `variables`; ABSENT, which is None, where a family has no such thing.
+
+    Attributes:
+        init: (key, pixel_mean=None) -> variables; the mean training image may set the output's bias.
+        latent_dim: size of z.
+        encode: (variables, image) -> (mean, logvar) of q(z | x), [batch, latent] each.
+        decode_raw: (variables, z) -> what the likelihood takes; z may have leading sample axes.
+        likelihood: p(x | decoder output).
+        prior: p(z).
+        probabilities: (variables, image) -> p(label | image), [batch, classes].
+        num_classes: number of classes.
+        features: (variables, image) -> what generated and real images are compared by, [batch, feature].
+        apply: the family's own one-pass function, for its objective alone.
+    """
+
+    init: Callable[..., Variables]
+    latent_dim: int = ABSENT
+    encode: Callable[[Variables, Array], tuple[Array, Array]] = ABSENT
+    decode_raw: Callable[[Variables, Array], Array] = ABSENT
+    likelihood: Likelihood = ABSENT
+    prior: Prior = ABSENT
+    probabilities: Callable[[Variables, Array], Array] = ABSENT
+    num_classes: int = ABSENT
+    features: Callable[[Variables, Array], Array] = ABSENT
+    apply: Any = ABSENT
