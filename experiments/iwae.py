@@ -1,0 +1,114 @@
+"""The table of Burda et al. 2016: one layer, dynamically binarized MNIST, trained with 1, 5 and 50 samples.
+
+    python -m experiments.iwae --workdir=runs/iwae [--samples=1,5,50] [--epochs=60] [--seeds=3]
+
+Network, data and evaluation are the paper's: 5,000 samples on all 10,000 test images. The training is shorter and modern: batches
+of 128, shuffled, and a one-cycle schedule; the paper's own 3,280 epochs are configs/vae.py:iwae_paper. The same command resumes
+an interrupted experiment, its evaluation included.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+import vae_jax
+from experiments import launch
+from experiments.likelihoods import with_interval
+from experiments.report import markdown_table
+from vae_jax import data
+from vae_jax.batch import Dataset
+from vae_jax.evaluation.latents import active_units
+from vae_jax.evaluation.statistics import mean_and_interval
+from vae_jax.full_evaluation import Subject, weigh
+from vae_jax.run.devices import Devices
+from vae_jax.run.evaluate import as_seen
+from vae_jax.run.files import json_line, local_path, write_atomically
+
+RECIPE = {
+    "model.network": "mlp",
+    "model.latent_dim": 50,
+    "model.likelihood": "bernoulli",
+    "data.binarize": "dynamic",
+    "batch_size": 128,
+    "optimizer.learning_rate": 0.002,
+    "optimizer.schedule": "onecycle",
+    "optimizer.warmup": 0.1,
+    "run.likelihood_samples": 0,
+}
+PUBLISHED = {  # -log p(x) of IWAE in nats after the paper's 3,280 epochs; the paper, and READMEs of public code with 50 latents
+    "the paper": {1: 86.76, 5: 85.54, 50: 84.78},
+    "nbip, TensorFlow": {1: 87.75, 5: 85.50, 50: 84.65},
+    "xqding, PyTorch": {1: 87.75, 5: 85.46, 50: 84.59},
+}
+
+
+def commands(workdir: Path, samples: list[int], fields: dict, manual_dir: str) -> dict[int, list[str]]:
+    """{samples of the objective: command}."""
+    return {
+        k: launch.make_command(
+            "configs/vae.py", workdir / f"k{k}", fields | RECIPE | {"objective.samples": k}, manual_dir
+        )
+        for k in samples
+    }
+
+
+def evaluate(run: Path, seed: int, dataset: Dataset, samples: int, count: int) -> dict[str, float]:
+    """The test numbers of one seed: NLL, effective sample size, active units."""
+    vae = vae_jax.load(str(run), seed=seed)
+    seen = as_seen(dataset.splits["test"], vae.config["data"]["binarize"], seed)
+    subject = Subject(vae, dataset, "test", seen, dataset.splits["test"], Devices())
+    each = weigh(subject, samples, count, run / f"likelihood-seed{seed}-samples{samples}-count{count}.jsonl")
+    return {
+        "nll": float(each["nll"].mean()),
+        "effective_sample_size": float(np.median(each["effective_sample_size"])),
+        "active_units": active_units(subject.encode(seen)["mean"]),
+    }
+
+
+def table(found: dict[int, list[dict[str, float]]]) -> list[list[str]]:
+    """One row for each k: means over the seeds, and what others published."""
+    cells = [["samples k", "-log p(x), nats", "active units", "effective sample size", *PUBLISHED]]
+    for k, seeds in found.items():
+        nll = [numbers["nll"] for numbers in seeds]
+        mean, interval = mean_and_interval(nll) if len(nll) > 1 else (nll[0], None)
+        others = (np.mean([numbers[name] for numbers in seeds]) for name in ("active_units", "effective_sample_size"))
+        known = [f"{values[k]:.2f}" if k in values else "" for values in PUBLISHED.values()]
+        cells.append([str(k), with_interval(mean, interval), *(f"{value:.1f}" for value in others), *known])
+    return cells
+
+
+def main() -> None:
+    given = flags.FLAGS
+    workdir = local_path(given.workdir)
+    samples = [int(k) for k in given.samples]
+    fields = {"epochs": given.epochs, "seeds": given.seeds, "data.name": given.data}
+    dataset = data.load(name=given.data, manual_dir=given.manual_dir, binarize="dynamic")
+    count = min(given.count, len(dataset.splits["test"].label))
+    found = {}
+    for k, command in commands(workdir, samples, fields, given.manual_dir).items():
+        launch.run(command)
+        found[k] = [
+            evaluate(workdir / f"k{k}", seed, dataset, given.importance_samples, count) for seed in range(given.seeds)
+        ]
+    rows = [{"k": k, "seed": seed, **numbers} for k, seeds in found.items() for seed, numbers in enumerate(seeds)]
+    write_atomically(workdir / "rows.jsonl", "".join(map(json_line, rows)))
+    title = f"Importance-weighted autoencoders: {given.data}, {given.epochs} epochs, {given.seeds} seeds"
+    note = (
+        f"{given.importance_samples} samples of z for each of {count} test images. Intervals are 95 %, over the seeds."
+    )
+    summary = f"# {title}\n\n{markdown_table(table(found))}\n\n{note}\n"
+    write_atomically(workdir / "summary.md", summary)
+    print(summary)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "runs/iwae", "The folder of the runs.")
+    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
+    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    flags.DEFINE_list("samples", "1,5,50", "Samples of the objective, one training each.")
+    flags.DEFINE_integer("epochs", 60, "Epochs of each training.", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, "Seeds, trained together.", lower_bound=1)
+    flags.DEFINE_integer("importance_samples", 5000, "Draws of z for each image's likelihood.", lower_bound=1)
+    flags.DEFINE_integer("count", 10_000, "Test images.", lower_bound=1)
+    launch.start("iwae", main)
