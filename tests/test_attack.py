@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -282,7 +283,7 @@ def test_a_checkpoint_of_another_run_is_noticed(copy, tmp_path):
     with pytest.raises(ValueError, match="is not what checkpoint 18 was trained with .seed is 1 there, 0 here"):
         vae_jax.load(str(copy), "latest")
     (copy / "config.json").unlink()
-    assert vae_jax.load(str(copy), "latest").config["seed"] == 1  # nothing tells
+    assert vae_jax.load(str(copy), 18).config["seed"] == 1  # nothing tells
 
 
 OUT_OF_MEMORY = """
@@ -346,6 +347,76 @@ def test_other_random_numbers_are_reported(monkeypatch):
     )
     assert "random numbers was threefry2x32, partitionable, is threefry2x32, not partitionable" in changed
     assert environment(1)["CPU cores"].endswith("NPROC=1")
+
+
+@pytest.mark.parametrize("value", ["1", None])
+def test_a_setting_of_jax_that_changes_numbers_is_recorded(monkeypatch, value):
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    before = environment(1)
+    monkeypatch.setenv(name, value) if value else monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    expected = f"JAX settings was unset, is {name}=1" if value else ""
+    assert differences(before, environment(1)) == expected
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (None, "has no config.json of a run"),
+        ("[" * 100_000, "has no config.json of a run"),
+        ('"saved": null', "config.json is damaged"),
+        ('"saved": -1', "config.json is damaged"),
+        ('"saved": 33.5', "config.json is damaged"),
+        ('"format": 2', "has format 2, but this version of vae_jax reads 3"),
+        ('"format": true', "config.json is damaged"),
+        ('"epochs": 2.5', "config.json is damaged"),
+    ],
+)
+def test_a_checkpoint_is_the_latest_only_if_config_json_says_so(copy, content, message):
+    """Without it a lost checkpoint would be replaced silently; a step that is asked for needs none."""
+    file = copy / "config.json"
+    found = steps(copy / "checkpoints")
+    shutil.rmtree(copy / "checkpoints" / str(found[0]))
+    if content is None:
+        file.unlink()
+    elif content.startswith("["):
+        file.write_text(content)
+    else:
+        name = content.partition(":")[0].strip('"')
+        file.write_text(re.sub(rf'"{name}": [\d.]+', content, file.read_text(), count=1))
+    with pytest.raises(ValueError, match=f"{message}.*choose a step"):
+        vae_jax.load(str(copy), "latest")
+    assert vae_jax.load(str(copy), found[1]).step == found[1]
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "config.json"])
+def test_a_pipe_or_a_device_in_the_run_directory_is_not_read(copy, name):
+    """A pipe would be waited for, and a device would fill the memory."""
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path = copy / name
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(OSError, match="is no file|has no config.json of a run"):
+            run_job(validated(3)[0], validated(3)[1], copy)
+        if name == "config.json":
+            with pytest.raises(ValueError, match="has no config.json of a run"):
+                vae_jax.load(str(copy))
+
+
+def test_a_device_in_place_of_the_list_of_digests_is_damage(copy):
+    step = steps(copy / "checkpoints")[0]
+    file = copy / "checkpoints" / str(step) / "sha256.json"
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"checkpoint {step} is damaged: .*it is no file"):
+        vae_jax.load(str(copy))
+
+
+def test_a_masked_array_is_refused(copy):
+    vae = vae_jax.load(str(copy))
+    with pytest.raises(ValueError, match="images is a masked array"):
+        vae.encode(np.ma.masked_array(vae.sample(1), mask=True))
+    with pytest.raises(ValueError, match="z is a masked array"):
+        vae.decode(np.ma.zeros((1, vae.model.latent_dim)))
 
 
 def test_the_last_of_several_values_of_a_field_counts():

@@ -64,6 +64,8 @@ def test_every_number_stands_beside_its_floor_or_its_error(run, found):
     assert found["test/pareto_k"] == "left out: 12 samples are too few"
     assert found["test/nll/images"] == 40 and found["test/generated_images"] == 360
     assert found["test/nll"] < found["test/nll/with_1_samples"]
+    assert found["test/coverage"] < 0.1  # after one epoch
+    assert found["test/coverage/floor"] > 0.9
     assert found["test/nll/simulated_images_at_least"] < found["test/nll/simulated_images_at_most"]
     stored = json.loads(next(full_path(run[0]).glob("*.json")).read_text())
     assert stored == {name: found[name] for name in stored} and "test/nll" in stored
@@ -112,6 +114,17 @@ def test_bad_numbers_are_refused(run, changes, message):
 
 
 @pytest.mark.slow
+def test_a_fitted_mixture_takes_the_place_of_the_prior(run, found):
+    """The likelihood, the samples and the KL are those under the mixture; the same draws of q serve both."""
+    numbers = commands.evaluate(*run, "latest", **QUICK, prior="gmm")
+    assert numbers["test/aggregate_kl"] < found["test/aggregate_kl"]
+    assert numbers["test/nll"] != found["test/nll"]
+    assert numbers["test/mutual_information"] == pytest.approx(found["test/mutual_information"], rel=1e-5)
+    assert numbers["test/bound"] == found["test/bound"]
+    assert len([*full_path(run[0]).glob("*-gmm.json")]) == 1
+
+
+@pytest.mark.slow
 def test_binary_images_and_the_training_split(tmp_path, monkeypatch):
     """Draws have a floor of their own, of binary images; what has no meaning says why."""
     workdir, config = train(tmp_path, model={"likelihood": "bernoulli"}, data={"binarize": "dynamic"})
@@ -147,6 +160,7 @@ def numbers(**given):
             {"kl": 0.002, "kl_by_latent": [0.0002] * 10, "active_units": 0, "bound": 26.01},
             "collapsed: the latents carry 0.002 nats, and the bound 26.01 beside 26.00",
         ),
+        ({"active_units": 0}, "collapsed: the latents carry 11 nats"),
         ({"kl_by_latent": [3.0] * 3 + [0.001] * 7}, "half asleep: 3 of 10 latents carry more than 0.01 nats"),
         ({"bound": 27.0}, "undertrained: the bound 27.00 is above 26.00"),
         ({"nearest_training_distance/closer_than_1_percent": 0.9}, "memorising: 90% of the generated images"),

@@ -535,5 +535,5 @@ def test_without_a_limit_of_the_device_the_free_memory_counts(monkeypatch, devic
 def test_options_of_a_run_are_those_of_its_section(config):
     config["run"] |= {"steps_per_call": 3, "keep": 5}
     assert isinstance(session.build(config), loop.Job)
-    assert session.build(config).run == RunOptions(steps_per_call=3, keep=5)
+    assert session.build(config).run == RunOptions(steps_per_call=3, keep=5, likelihood_samples=0)
     assert run_config.RunOptions() == RunOptions(**defaults("vae")["run"])

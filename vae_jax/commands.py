@@ -32,10 +32,12 @@ def evaluate(
     full: bool = False,
     samples: int = 5000,
     count: int | None = None,
+    prior: str = "model",
 ) -> dict[str, Any]:
     """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images.
 
-    With `full` also the numbers of `full_evaluation` and a verdict in words.
+    With `full` also the numbers of `full_evaluation` and a verdict in words; for the prior "gmm" those of the model with a mixture
+    in place of its prior.
     """
     metadata, variables = load_variables(workdir, checkpoint)
     job = build(config)
@@ -47,7 +49,9 @@ def evaluate(
     named = {f"{split}/{name}": value for name, value in numbers.items()}
     found = {"step": metadata["step"]} | named
     if full:
-        found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir))
+        if prior == "gmm":
+            vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
+        found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
         found |= verdict(found, split, job.baselines())
     return found | job.ledger(named, split) | job.baselines()
 

@@ -269,7 +269,7 @@ def evaluation(
         )
         axes[name].set(title=name, xlabel=f"first, {share[0]:.0%} of the variance", ylabel=f"second, {share[1]:.0%}")
         if 0 < label.max() < 10:
-            axes[name].legend(*points.legend_elements(), fontsize=8, loc="upper right")
+            axes[name].legend(*points.legend_elements(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     set_title(figure, title)
     return figure
 

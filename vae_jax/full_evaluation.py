@@ -79,13 +79,14 @@ class Subject(NamedTuple):
 
 
 def evaluate_fully(
-    vae: Pretrained, dataset: Dataset, split: str, samples: int, count: int | None, folder: Path
+    vae: Pretrained, dataset: Dataset, split: str, samples: int, count: int | None, folder: Path, prior: str = "model"
 ) -> dict[str, Any]:
     """Every number of a VAE on a split, under its name, and reasons in place of those that do not apply.
 
     Args:
         samples: draws of z for each image's likelihood.
         count: images of the split whose likelihood is estimated; by default 1,000, or all if there are fewer.
+        prior: its name in the names of files.
         folder: where finished parts, figures and the numbers are kept; the same call continues an interrupted one.
 
     Raises ValueError for samples below 1, and if the split has fewer images than `count`.
@@ -99,7 +100,9 @@ def evaluate_fully(
         raise ValueError(f"--count is {count}, but {split} has {size} images: give 1 to {size}")
     seen = as_seen(stored, dataset.binarize, vae.config["seed"])
     subject = Subject(vae, dataset, split, seen, stored, Devices())
-    name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}"
+    name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (
+        "" if prior == "model" else f"-{prior}"
+    )
     codes = subject.encode(seen)
     numbers = likelihood_numbers(subject, samples, count, folder / f"{name}.jsonl")
     numbers |= latent_numbers(subject, codes)

@@ -14,7 +14,7 @@ from vae_jax.run.output import survive_closed_streams
 
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
-    "evaluate": "checkpoint split full samples count",
+    "evaluate": "checkpoint split full samples count prior",
     "sample": "checkpoint count sample_seed prior",
     "reconstruct": "checkpoint split count",
     "interpolate": "checkpoint split count images labels",
@@ -28,7 +28,7 @@ CONFIG = """A file in configs/ and, after a colon, its variant: configs/vae.py:d
 other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
 MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # that one picture can show
-PRIOR = """For sample: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
+PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
 FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
 images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
 HELP = ("--help", "-help", "--helpfull", "-h")
@@ -137,8 +137,8 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
 
     check_jax()
     count = COUNTS.get(mode) if FLAGS.count is None else FLAGS.count
-    if mode == "evaluate" and not FLAGS.full and (FLAGS["count"].present or FLAGS["samples"].present):
-        raise ValueError("--count and --samples of --mode=evaluate need --full")
+    if mode == "evaluate" and not FLAGS.full and any(FLAGS[name].present for name in ("count", "samples", "prior")):
+        raise ValueError("--count, --samples and --prior of --mode=evaluate need --full")
     if mode in MOST and not 1 <= count <= MOST[mode]:
         more = "more do not fit in one picture; vae_jax.load makes as many as you like"
         raise ValueError(f"--count is {count}, but must be 1 to {MOST[mode]:,}: {more}")

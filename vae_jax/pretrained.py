@@ -1,6 +1,5 @@
 """Trained models for use in other code: no command line, no config, no training set."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from vae_jax import generate
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
+from vae_jax.priors import Prior
 from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, changes, choose, fill_in, make_title
 from vae_jax.run.directory import read_config
@@ -52,13 +52,19 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     Raises ValueError as `load` does, and if the run's config.json is another config than the checkpoint's.
     """
     metadata, variables = checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
-    with contextlib.suppress(OSError):  # config.json is not needed, but where it is whole it must agree
+    try:
         stored = read_config(str(local_path(workdir))) or metadata["config"]
-        if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
-            raise ValueError(
-                f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
-                f"({'; '.join(changed)}): restore the one or the other"
-            )
+    except OSError as error:
+        if str(which) == str(metadata["step"]):  # the one that was asked for
+            return metadata, variables
+        raise ValueError(
+            f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
+        ) from error
+    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
+        raise ValueError(
+            f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
+            f"({'; '.join(changed)}): restore the one or the other"
+        )
     return metadata, variables
 
 
@@ -128,6 +134,12 @@ class Pretrained:
 
     def __reduce__(self):
         return Pretrained, (self.metadata, jax.device_get(self.variables))
+
+    def with_prior(self, prior: Prior) -> "Pretrained":
+        """The same model with another p(z), such as one that `evaluation.aggregate.fit_gmm` fits."""
+        other = dataclasses.replace(self)
+        vars(other)["model"] = self.model._replace(prior=prior)
+        return other
 
     def encode(self, image) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image)."""
@@ -223,7 +235,7 @@ def in_batches(function: Callable, array: np.ndarray) -> Any:
 
 def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "n h w c"]:
     """Images in [0, 1] as float32. Raises ValueError, naming size, type or value, for what a model of `shape` does not take."""
-    image = np.asarray(image)
+    image = as_array("images", image)
     if image.ndim == 3 and shape[2] == 1:
         image = image[..., None]
     if image.ndim != 4 or image.shape[1:] != shape or len(image) == 0:
@@ -239,13 +251,22 @@ def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "
 
 def check_latents(z: Any, latent_dim: int) -> Float[np.ndarray, "n latent"]:
     """Latents as float32. Raises ValueError, naming shape, type or value, for what a decoder does not take."""
-    z = np.asarray(z)
+    z = as_array("z", z)
     if z.ndim != 2 or z.shape[1] != latent_dim or len(z) == 0:
         raise ValueError(f"z has shape {z.shape}, but must be [n, {latent_dim}]")
     if z.dtype.kind not in "iuf":
         raise ValueError(f"z is {z.dtype}, but must be real numbers")
     check_range("z", z, -LARGEST_LATENT, LARGEST_LATENT)
     return z.astype(np.float32)
+
+
+def as_array(name: str, values: Any) -> np.ndarray:
+    """A plain array. Raises ValueError for a masked one, whose mask NumPy would drop silently."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError(  # noqa: TRY004
+            f"{name} is a masked array, but must be a plain one: fill what is masked"
+        )
+    return np.asarray(values)
 
 
 def check_range(name: str, values: np.ndarray, least: float, most: float) -> None:

@@ -18,6 +18,7 @@ from vae_jax.run.files import (
     describe_os_error,
     is_remote,
     local_path,
+    read_regular,
     save_figure,
     write_atomically,
 )
@@ -26,7 +27,7 @@ from vae_jax.run.log import LogDigest, OwnedDirectory, read_rows
 FORMAT = 3
 OLD_FORMAT = "was written by an earlier format of vae_jax, which commit af11a1a reads"
 SECTIONS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
-FIELDS = SECTIONS | dict.fromkeys(("epochs", "seed", "seeds"), int) | {"best": str}
+FIELDS = SECTIONS | {"best": str}
 LEFTOVERS = {"lock", "config.tmp"}  # of a run killed in its first moment
 
 
@@ -44,17 +45,19 @@ def read_settings(path: str) -> dict | None:
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= LEFTOVERS:
         return None
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_regular(folder / "config.json").decode())
     except (FileNotFoundError, ValueError, RecursionError):
         config = None
     another = "name another with --workdir"
     if not isinstance(config, dict) or not SECTIONS.keys() <= config.keys():
         raise FileExistsError(f"the work directory {path} is not empty and has no config.json of a run: {another}")
-    if (number := config.pop("format", 1)) != FORMAT:
+    number, saved = config.pop("format", 1), config.pop("saved", 0)
+    if type(number) is int and number != FORMAT:
         what = OLD_FORMAT if number == 1 else f"has format {number}, but this version of vae_jax reads {FORMAT}"
         raise FileExistsError(f"the run in {path} {what}: {another}")
-    saved = config.pop("saved", 0)
-    if type(saved) is not int or not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
+    integers = [number, saved, *(config.get(name) for name in ("epochs", "seed", "seeds"))]
+    whole = all(type(value) is int and value >= 0 for value in integers)
+    if not whole or not all(isinstance(config.get(name), kind) for name, kind in FIELDS.items()):
         raise FileExistsError(f"{path}/config.json is damaged: restore it, or {another}")
     return {"saved": saved, "config": config}
 

@@ -4,10 +4,14 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 
 import jax
 
 THREADS = ("NPROC", "OMP_NUM_THREADS")  # variables that limit the threads of XLA and of BLAS
+HARMLESS = re.compile(
+    "JAX_(PLATFORM|COMPILATION_CACHE|PERSISTENT_CACHE|LOG|TRACEBACK|DEBUG_LOG|COORDINATOR|THREEFRY|DEFAULT_PRNG|DEFAULT_MATMUL)"
+)
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -27,8 +31,16 @@ def environment(devices: int) -> dict[str, str]:
         ),
         "random numbers": random_numbers(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "JAX settings": " ".join(sorted(jax_settings())),
         "matmul precision": str(jax.config.jax_default_matmul_precision or "default"),
     }
+
+
+def jax_settings() -> list[str]:
+    """The variables JAX_... of this process, but those that change no number or are recorded otherwise."""
+    return [
+        f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_") and not HARMLESS.match(name)
+    ]
 
 
 def random_numbers() -> str:

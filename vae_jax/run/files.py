@@ -70,14 +70,24 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
+def read_regular(file: Path | epath.Path) -> bytes:
+    """The content of a file. Raises ValueError for a pipe or a device, which might never end."""
+    if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
+        raise ValueError("it is no file")
+    return file.read_bytes()
+
+
 def read_json_lines(
     file: Path | epath.Path, check: Callable[[dict, dict], None] = lambda row, before: None
 ) -> list[dict]:
     """The objects in a file of one JSON object per line; an incomplete last line is dropped, a missing file is empty.
 
-    Raises OSError, naming the line, for a damaged one, and where `check(row, the row before or {})` raises ValueError or KeyError.
+    Raises OSError for what is no file, naming the line for a damaged one, and where `check(row, the row before or {})` raises ValueError or KeyError.
     """
-    *lines, _ = (file.read_bytes() if file.exists() else b"").split(b"\n")
+    try:
+        *lines, _ = (read_regular(file) if file.exists() else b"").split(b"\n")
+    except ValueError as error:
+        raise OSError(f"{file} is no file: delete it to continue") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -26,7 +26,10 @@ class OwnedDirectory:
         self.rows: list[dict] = []
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as on_error:
-            self._lock = on_error.enter_context(open(path / "lock", "w"))
+            lock = path / "lock"
+            if lock.exists() and not lock.is_file():  # a pipe would be waited for
+                raise OSError(f"{lock} is no file: delete it")
+            self._lock = on_error.enter_context(open(lock, "w"))
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from vae_jax.run.directory import OLD_FORMAT
-from vae_jax.run.files import describe_error
+from vae_jax.run.directory import OLD_FORMAT, read_settings
+from vae_jax.run.files import describe_error, read_regular
 
 DIGESTS = "sha256.json"
 DATA = ("image_shape", "num_classes", "data")  # of the metadata: what must be the same when a training continues
@@ -29,8 +29,8 @@ def steps(folder) -> list[int]:
 
 def latest_saved(folder) -> int:
     """The step of the latest checkpoint that a run has saved, as its config.json says; 0 where that does not say."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        return int(json.loads((epath.Path(folder).parent / "config.json").read_text()).get("saved", 0))
+    with contextlib.suppress(OSError):
+        return (read_settings(str(epath.Path(folder).parent)) or {}).get("saved", 0)
     return 0
 
 
@@ -58,8 +58,9 @@ def select(folder, which: str | int = "") -> dict:
             f"there is no checkpoint {which!r} in {folder}: give latest, best, or one of {', '.join(map(str, found))}"
         )
     others = f"train again, or choose another checkpoint: {', '.join(map(str, found))}"
-    if found[0] < latest_saved(folder):
-        raise ValueError(f"the latest checkpoint, of step {latest_saved(folder)}, is lost from {folder}: {others}")
+    saved = latest_saved(folder)
+    if found[0] < saved:
+        raise ValueError(f"the latest checkpoint, of step {saved}, is lost from {folder}: {others}")
     latest = read(found[0])
     best = latest["best"]
     if which == "best" and best is None:
@@ -94,13 +95,13 @@ def read_metadata(folder, step: int) -> dict:
         raise ValueError(f"checkpoint {step} in {folder} {OLD_FORMAT}")
     file = path / DIGESTS
     try:
-        listed = json.loads(file.read_text())
+        listed = json.loads(read_regular(file))
         for name in sorted({*listed, *_names(path)}):
             file = path / name
             if listed.get(name) != _sha256(file):
                 raise ValueError("not as it was saved")
         file = path / "metadata" / "metadata"
-        metadata = json.loads(file.read_text())
+        metadata = json.loads(read_regular(file))
         if not {"step", "best", "log"} <= metadata.keys():
             raise ValueError("of another version of vae_jax")
         if metadata["step"] != step:
@@ -155,6 +156,4 @@ def _files(path):
 
 
 def _sha256(file):
-    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would never end
-        raise ValueError("it is no file")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return hashlib.sha256(read_regular(file)).hexdigest()
