@@ -13,7 +13,7 @@ from vae_jax import generate
 from vae_jax.augment import augment
 from vae_jax.batch import Batch, Dataset, Split, example_keys, named_key
 from vae_jax.evaluation.classification import expected_calibration_error
-from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, vae
+from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, conditional, vae
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
 from vae_jax.priors import PRIORS, standard_normal
 
@@ -176,9 +176,13 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
     model, _, _ = small(family)
     capabilities = {
         vae: {"latent_dim", "encode", "decode_raw", "likelihood", "prior"},
+        conditional: {
+            *("latent_dim", "encode", "decode_raw", "likelihood", "prior", "probabilities", "num_classes"),
+            *("condition_on", "condition", "given"),
+        },
         classifier: {"probabilities", "num_classes", "features", "apply"},
     }
-    present = {name for name, value in model._asdict().items() if value is not None}
+    present = {name for name, value in model._asdict().items() if value not in (None, "")}
     assert present == {"init"} | capabilities[family]
 
 

@@ -56,11 +56,23 @@ def evaluate(
     return found | job.ledger(named, split) | job.baselines()
 
 
-def sample(workdir: str, config: dict, checkpoint: str, count: int, seed: int, prior: str = "model") -> list[Any]:
-    """Images decoded from the prior, as a grid and as .npz; for the prior "gmm" also the test bound under both priors."""
+def sample(
+    workdir: str,
+    config: dict,
+    checkpoint: str,
+    count: int,
+    seed: int,
+    prior: str = "model",
+    labels: list[int] | None = None,
+) -> list[Any]:
+    """Images decoded from the prior, as a grid and as .npz; for the prior "gmm" also the test bound under both priors.
+
+    A model that is conditioned on labels takes the given ones in turn.
+    """
     if prior == "model":
         vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
-        image, lines, of = vae.sample(count, seed), [], "the prior"
+        given = {} if labels is None else {"label": np.resize(np.array(labels), count)}
+        image, lines, of = vae.sample(count, seed, **given), [], "the prior"
     else:
         vae, dataset = load_with_data(workdir, config, checkpoint)
         gmm, lines = fit_prior(vae, dataset)
@@ -68,12 +80,15 @@ def sample(workdir: str, config: dict, checkpoint: str, count: int, seed: int, p
         image, of = vae.decode(z), "a mixture fitted to the posteriors"
     title = f"{count} images decoded from {of}: {vae.title}"
     name = f"sample-step{vae.step}-count{count}-seed{seed}" + ("" if prior == "model" else f"-{prior}")
+    name += "" if labels is None else f"-labels{'-'.join(map(str, labels))}"
     return save(workdir, name, figures.image_grid(image, title), image=image) + lines
 
 
 def fit_prior(vae: Pretrained, dataset: Dataset) -> tuple[Prior, list[str]]:
     """A mixture fitted to draws of q(z | x) over the training images, and lines with the test bound under it and the model's."""
     seed = vae.config["seed"]
+    if vae.model.condition_on:
+        raise ValueError("--prior=gmm replaces p(z), but the prior of a conditional model depends on its condition")
 
     def on(split, function):
         def measure(variables, batch, key):
@@ -93,7 +108,7 @@ def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: 
     if count > len(examples.label):
         raise ValueError(f"--count is {count}, but {split} has {len(examples.label)} images")
     image, label = examples.image[:count], examples.label[:count]
-    reconstruction = vae.reconstruct(image)
+    reconstruction = vae.reconstruct(image, **own_label(vae, label))
     return save(
         workdir,
         f"reconstruct-step{vae.step}-{split}-count{count}",
@@ -123,8 +138,9 @@ def interpolate(
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
     index = choose_images(examples, split, 2, images, labels)
-    mean, _ = vae.encode(examples.image[index])
-    image = vae.decode(generate.interpolate(*jnp.asarray(mean), count))
+    image, label = examples.image[index], examples.label[index]
+    mean, _ = vae.encode(image, **own_label(vae, label))
+    image = vae.decode(generate.interpolate(*jnp.asarray(mean), count), **condition_of(vae, image[:1], label[0]))
     ends = examples.image[index] / np.float32(255)
     row = np.concatenate([ends[:1], image, ends[1:]])
     marks = [f"{share:.0%}" for share in np.linspace(0, 1, count)]
@@ -157,15 +173,16 @@ def traverse(
     """
     vae, examples = load_with_split(workdir, config, checkpoint, split)
     index = choose_images(examples, split, 1, images, labels)
-    mean, logvar = map(jnp.asarray, vae.encode(examples.image))
-    if vae.model.prior.kl is None:
+    mean, logvar = map(jnp.asarray, vae.encode(examples.image, **own_label(vae, examples.label)))
+    if vae.model.prior.kl is None or vae.model.condition_on:
         use, unit = np.var(mean, axis=0), "variance"
     else:
         use, unit = np.mean(vae.model.prior.kl(vae.variables, mean, logvar), axis=0), "nats"
     order = np.argsort(-use)
     values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
     z = generate.traverse(mean[index[0]], jnp.asarray(values))[order]
-    image = vae.decode(z.reshape(-1, z.shape[-1]))
+    conditions = condition_of(vae, examples.image[index], examples.label[index[0]])
+    image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)
     image = image.reshape(*z.shape[:2], *image.shape[1:])
     return save(
         workdir,
@@ -200,6 +217,16 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
         raise FileExistsError(f"{path} holds other predictions: move it away")
     write_atomically(path, text.getvalue())
     return [path]
+
+
+def own_label(vae: Pretrained, label: Any) -> dict[str, Any]:
+    """The argument `label`, where a model is conditioned on labels."""
+    return {"label": label} if vae.model.condition_on == "label" else {}
+
+
+def condition_of(vae: Pretrained, image: np.ndarray, label: Any) -> dict[str, Any]:
+    """The arguments that condition a model on an image or its label."""
+    return {"image": image} if vae.model.condition_on == "image" else own_label(vae, label)
 
 
 def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:

@@ -6,6 +6,7 @@ What does not apply is left out with its reason. The numbers go to generated/eva
 import functools
 import json
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vae_jax import figures, weights
-from vae_jax.batch import Batch, Dataset, Split, example_keys, mean_image, named_key
+from vae_jax.batch import Batch, Dataset, Split, example_keys, make_batch, mean_image, named_key
 from vae_jax.evaluation.baselines import convert
 from vae_jax.evaluation.latents import decompose_kl, principal_plane, probe_labels, standard_error
 from vae_jax.evaluation.likelihood import (
@@ -60,9 +61,9 @@ class Subject(NamedTuple):
 
     def encode(self, split: Split) -> dict[str, np.ndarray]:
         """Of each image: mean and logvar of q(z | x), a draw z, the KL, and its latents' where they have a closed form."""
-        model = self.vae.model
 
         def measure(variables, batch, key):
+            model = self.vae.model.of(batch)
             mean, logvar = model.encode(variables, batch.image)
             z = reparameterize(mean, logvar, example_keys(key, None, batch.index))
             found = {"mean": mean, "logvar": logvar, "z": z[0]}
@@ -72,6 +73,11 @@ class Subject(NamedTuple):
             return found | {"kl": by_latent.sum(axis=-1), "kl_by_latent": by_latent}
 
         return map_examples(measure, split, devices=self.devices)(self.vae.variables, self.root)
+
+    def batch(self, start: int, count: int) -> Batch:
+        """`count` images of the split as the model sees them, from a position on, and from the first one again after the last."""
+        rows = jnp.asarray(np.arange(start, start + count) % len(self.seen.label))
+        return make_batch(jnp.asarray(self.seen.image[rows]), jnp.asarray(self.seen.label[rows]), rows, rows)
 
     @property
     def root(self):
@@ -151,6 +157,9 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
         numbers["pareto_k"] = f"left out: {samples} samples are too few"
     else:
         numbers |= {"pareto_k": float(np.median(k_hat)), "pareto_k/share_above_0.7": float(np.mean(k_hat > TRUSTED))}
+    if vae.model.probabilities is not None:
+        known = subject.seen.label[:count]
+        numbers["bayes_accuracy"] = float(np.mean(vae.predict(subject.seen.image[:count])[0] == known))
     lower, upper = simulated_bounds(subject, samples)
     return numbers | {
         "nll/simulated_images_at_most": float(-lower.mean()) + pixels * p_x.constant,
@@ -195,9 +204,14 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
 def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """`sandwich` of images that are drawn from the model."""
     vae = subject.vae
-    z, image = jax.jit(simulate, static_argnums=(0, 3))(
-        vae.model, vae.variables, named_key(subject.root, "simulate"), SIMULATED
-    )
+    batch = subject.batch(0, SIMULATED)
+
+    @jax.jit
+    def draw(variables, batch, key):
+        return simulate(vae.model.of(batch), variables, key, SIMULATED)
+
+    z, image = draw(vae.variables, batch, named_key(subject.root, "simulate"))
+    batch = batch._replace(image=image)
     log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE))
     at_truth = jax.jit(make_log_weight_at(vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
@@ -205,9 +219,9 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
     with progress(f"likelihood of {SIMULATED} simulated images", SIMULATED) as bar:
         for start in range(0, SIMULATED, WEIGHED):
             rows = slice(start, start + WEIGHED)
-            index = jnp.arange(start, start + WEIGHED)
-            log_w = log_weights(vae.variables, Batch(image[rows], index, index, index), keys[rows])
-            true = at_truth(vae.variables, image[rows], z[rows])
+            some = jax.tree.map(itemgetter(rows), batch)
+            log_w = log_weights(vae.variables, some, keys[rows])
+            true = at_truth(vae.variables, some, z[rows])
             parts.append(sandwich(np.asarray(log_w), np.asarray(true)))
             bar.update(WEIGHED)
     lower, upper = (np.concatenate(part) for part in zip(*parts))
@@ -242,7 +256,7 @@ def generated_numbers(subject: Subject) -> tuple[dict[str, Any], np.ndarray | No
     featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
     count = min(len(subject.stored.label), MOST_GENERATED)
     print(f"vae_jax: {count:,} generated images", file=sys.stderr, flush=True)
-    means, draws = generate(vae, count)
+    means, draws = generate(subject, count)
     average = np.broadcast_to(mean_image(training.image).astype(np.float32), means.shape)
     of_training, of_means = featurize(as_floats(training.image)), featurize(means)
     real = manifold(featurize(as_floats(subject.stored.image[:count])))
@@ -272,19 +286,24 @@ def as_floats(image: np.ndarray) -> np.ndarray:
     return image / np.float32(255)
 
 
-def generate(vae: Pretrained, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The mean images of `count` draws z ~ p(z), and a draw from p(x | z) of each, cut to [0, 1]."""
-    model = vae.model
+def generate(subject: Subject, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean images of `count` draws z ~ p(z), and a draw from p(x | z) of each, cut to [0, 1].
+
+    A conditional model has the conditions of the split's images.
+    """
+    vae = subject.vae
 
     @jax.jit
-    def some(key):
+    def some(key, batch):
+        model = vae.model.of(batch)
         raw = model.decode_raw(vae.variables, model.prior.sample(vae.variables, key, BATCH_SIZE))
         drawn = model.likelihood.sample(vae.variables, jax.random.fold_in(key, 0), raw)
         return model.likelihood.mean(vae.variables, raw), drawn.clip(0, 1)
 
     root = named_key(jax.random.key(vae.config["seed"]), "samples")
     keys = jax.random.split(root, -(-count // BATCH_SIZE))
-    means, draws = zip(*(jax.device_get(some(key)) for key in keys))
+    batches = (subject.batch(i * BATCH_SIZE, BATCH_SIZE) for i in range(len(keys)))
+    means, draws = zip(*(jax.device_get(some(key, batch)) for key, batch in zip(keys, batches)))
     return np.concatenate(means)[:count], np.concatenate(draws)[:count]
 
 
@@ -302,7 +321,8 @@ def compare(real: Manifold, fake: np.ndarray, suffix: str) -> dict[str, Any]:
 def draw(subject: Subject, codes: dict[str, np.ndarray], numbers: dict[str, Any], title: str, path: Path) -> None:
     """One picture of the likelihood's curve, the latents and the reconstruction errors."""
     image = as_floats(subject.seen.image)
-    error = np.mean((image - subject.vae.decode(codes["mean"])) ** 2, axis=(1, 2, 3))
+    label = {"label": subject.seen.label} if subject.vae.model.condition_on == "label" else {}
+    error = np.mean((image - subject.vae.reconstruct(image, **label)) ** 2, axis=(1, 2, 3))
     curve = {int(name.split("_")[1]): value for name, value in numbers.items() if name.startswith("nll/with_")} | (
         {numbers["nll/samples"]: numbers["nll"]} if "nll/samples" in numbers else {}
     )

@@ -15,7 +15,7 @@ from vae_jax.run.output import survive_closed_streams
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
     "evaluate": "checkpoint split full samples count prior",
-    "sample": "checkpoint count sample_seed prior",
+    "sample": "checkpoint count sample_seed prior labels",
     "reconstruct": "checkpoint split count",
     "interpolate": "checkpoint split count images labels",
     "traverse": "checkpoint split count images labels",
@@ -55,7 +55,12 @@ TABLE = (  # kind, name, default, help
     (seed, "sample_seed", 0, "Seed of --mode=sample."),
     (flags.DEFINE_enum, "prior", "model", ["model", "gmm"], PRIOR),
     (items, "images", None, "Positions in the split: two for interpolate (3,18), one for traverse."),
-    (items, "labels", None, "Instead of --images: labels, each standing for its first image."),
+    (
+        items,
+        "labels",
+        None,
+        "Instead of --images: labels, each standing for its first image. For sample: the labels of a conditional model.",
+    ),
     (string, "input", None, "For predict: the path of an .npz with `image`, or of a folder."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),
     (switch, "distributed", False, "Train on the hosts of a cluster: Cloud TPU, Slurm, Open MPI or Kubernetes (GKE)."),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array
 
+from vae_jax.batch import Batch
 from vae_jax.likelihoods import Likelihood
 from vae_jax.priors import Prior
 
@@ -24,6 +25,9 @@ class Model(NamedTuple):
         prior: p(z).
         probabilities: (variables, image) -> p(label | image), [batch, classes].
         num_classes: number of classes.
+        condition_on: what p(x | c) is conditioned on: "label", "image" (a part of it), or "" for p(x).
+        condition: (image, label) -> the conditions c of a batch, [batch, ...].
+        given: c -> the model of p(x | c), whose functions hold for a batch of these conditions.
         features: (variables, image) -> what generated and real images are compared by, [batch, feature].
         apply: the family's own one-pass function, for its objective alone.
     """
@@ -37,4 +41,11 @@ class Model(NamedTuple):
     probabilities: Callable[[Variables, Array], Array] = ABSENT
     num_classes: int = ABSENT
     features: Callable[[Variables, Array], Array] = ABSENT
+    condition_on: str = ""
+    condition: Callable[[Array, Array], Array] = ABSENT
+    given: Callable[[Array], "Model"] = ABSENT
     apply: Any = ABSENT
+
+    def of(self, batch: Batch) -> "Model":
+        """The model given the conditions of a batch; the model itself if it has none."""
+        return self if self.given is None else self.given(self.condition(batch.image, batch.label))

@@ -141,52 +141,101 @@ class Pretrained:
         vars(other)["model"] = self.model._replace(prior=prior)
         return other
 
-    def encode(self, image) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
-        """Mean and log-variance of q(z | image)."""
+    def encode(self, image, label=None) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
+        """Mean and log-variance of q(z | image), of a conditional model given the label, or the visible part of the image."""
         self.check_has("encode", "encoder")
-        return self._map("encode", self._as_seen(image))
+        seen = self._as_seen(image)
+        return self._map("encode", seen, self._condition(len(seen), label, seen if self._sees_images else None))
 
-    def decode(self, z) -> Float[np.ndarray, "n height width channel"]:
-        """Mean images of p(x | z), in [0, 1]."""
+    def decode(self, z, label=None, image=None) -> Float[np.ndarray, "n height width channel"]:
+        """Mean images of p(x | z), in [0, 1], of a conditional model given the label, or the visible part of the image."""
         self.check_has("decode_raw", "decoder")
-        return self._map("decode", check_latents(z, self.model.latent_dim))
+        z = check_latents(z, self.model.latent_dim)
+        return self._map("decode", z, self._condition(len(z), label, image))
 
-    def sample(self, count: int, seed: int = 0) -> Float[np.ndarray, "count height width channel"]:
-        """Mean images of `count` draws z ~ p(z), in [0, 1]; count is 1 to a million, seed at most 2**32 - 1."""
+    def sample(
+        self, count: int, seed: int = 0, label=None, image=None
+    ) -> Float[np.ndarray, "count height width channel"]:
+        """Mean images of `count` draws z ~ p(z), in [0, 1]; count is 1 to a million, seed at most 2**32 - 1.
+
+        A conditional model needs a label, or an image whose visible part it completes: one for all, or one for each.
+        """
         self.check_has("decode_raw", "decoder")
         check_integer("count", count, 1, 1_000_000)
         check_integer("seed", seed, 0, 2**32 - 1)
-        z = self.model.prior.sample(self.variables, jax.random.key(seed), count)
-        return self.decode(z)
+        condition = self._condition(count, label, image)
+        z = self._given(condition).prior.sample(self.variables, jax.random.key(seed), count)
+        return self._map("decode", np.asarray(z), condition)
 
-    def reconstruct(self, image) -> Float[np.ndarray, "n height width channel"]:
-        """decode(mean of q(z | image))."""
-        return self.decode(self.encode(image)[0])
+    def reconstruct(self, image, label=None) -> Float[np.ndarray, "n height width channel"]:
+        """decode(mean of q(z | image)), of a conditional model given the label, or the visible part of the image."""
+        return self.decode(self.encode(image, label)[0], label, image if self._sees_images else None)
 
-    def log_likelihood(self, image, samples: int = 1000) -> Float[np.ndarray, " n"]:
+    def log_likelihood(self, image, samples: int = 1000, label=None) -> Float[np.ndarray, " n"]:
         """An estimate of log p(image) in nats, with the likelihood's constant, from `samples` draws of q(z | image).
 
         Its mean lies below log p(image), by less with more samples (Burda et al. 2016, equation 8). `evaluation.likelihood` says
-        how to see whether it can be trusted. The noise of an image depends on its position alone.
+        how to see whether it can be trusted. The noise of an image depends on its position alone. Of a conditional model it
+        is log p(image | label), or that of the hidden pixels given the visible ones.
         """
-        log_w = self.log_weights(image, samples, log_mean_exp)
+        log_w = self.log_weights(image, samples, log_mean_exp, label)
         return log_w - np.prod(self.image_shape) * self.model.likelihood.constant
 
-    def log_weights(self, image, samples: int, reduce: Callable = np.asarray) -> Any:
+    def log_weights(self, image, samples: int, reduce: Callable = np.asarray, label=None) -> Any:
         """`reduce` of each image's log p(x, z_k) - log q(z_k | x), less the likelihood's constant, [n, samples]."""
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
         check_integer("samples", samples, 1, 1_000_000)
         seen, root = self._as_seen(image), jax.random.key(self.config["seed"])
+        label = self._labels(len(seen), label)
         measure = jax.jit(make_log_weights(self.model, samples, SAMPLES_AT_ONCE))
         parts = []
         for start in range(0, len(seen), WEIGHED):
             index = start + jnp.arange(WEIGHED)  # the last batch is filled up, so that nothing is compiled twice
-            given = jnp.asarray(seen[np.minimum(index, len(seen) - 1)])
-            batch = Batch(given, label=index, weight=index, index=index)
+            rows = np.minimum(index, len(seen) - 1)
+            batch = Batch(jnp.asarray(seen[rows]), jnp.asarray(label[rows]), weight=index, index=index)
             log_w = measure(self.variables, batch, example_keys(root, None, index))
             parts.append(reduce(np.asarray(log_w)[: len(seen) - start]))
         return np.concatenate(parts)
+
+    @property
+    def _sees_images(self) -> bool:
+        return self.model.condition_on == "image"
+
+    def _given(self, condition) -> Model:
+        return self.model if condition is None else self.model.given(jnp.asarray(condition))
+
+    def _labels(self, count: int, label: Any) -> Int[np.ndarray, " count"]:
+        """One label for each of `count` examples; -1 of a model that takes none. Raises ValueError for what does not fit."""
+        if self.model.condition_on != "label":
+            if label is not None:
+                raise ValueError("label is given, but this model is not conditioned on labels: leave it out")
+            return np.full(count, -1, np.int32)
+        last = self.model.num_classes - 1
+        if label is None:
+            raise ValueError(f"this model is conditioned on the label: give label=, from 0 to {last}")
+        given = np.asarray(label)
+        if given.dtype.kind not in "iu" or given.shape not in ((), (count,)):
+            raise ValueError(f"label is {str(label)[:60]}, but must be an integer, or one for each of {count}")
+        if given.min() < 0 or given.max() > last:
+            raise ValueError(
+                f"label is {given.min() if given.min() < 0 else given.max()}, but must be from 0 to {last}"
+            )
+        return np.broadcast_to(given, count).astype(np.int32)
+
+    def _condition(self, count: int, label: Any, image: Any) -> np.ndarray | None:
+        """The conditions of `count` examples, or None. Raises ValueError for what the model does not take, or lacks."""
+        labels = self._labels(count, label)
+        if not self._sees_images:
+            if image is not None:
+                raise ValueError("image is given, but this model does not complete images: leave it out")
+            return np.asarray(self.model.condition(None, labels)) if self.model.condition_on else None
+        if image is None:
+            raise ValueError("this model completes images: give image=, whose visible part it keeps")
+        image = self._as_seen(image)
+        if len(image) not in (1, count):
+            raise ValueError(f"there are {len(image)} images, but must be 1 or {count}")
+        return np.broadcast_to(np.asarray(self.model.condition(image, labels)), (count, *self.image_shape))
 
     def probabilities(self, image) -> Float[np.ndarray, "n classes"]:
         """p(label | image) of every class."""
@@ -215,21 +264,21 @@ class Pretrained:
     @functools.cached_property
     def _functions(self):
         functions = {
-            "encode": self.model.encode,
-            "decode": functools.partial(generate.decode, self.model),
+            "encode": lambda variables, image, c=None: self._given(c).encode(variables, image),
+            "decode": lambda variables, z, c=None: generate.decode(self._given(c), variables, z),
             "probabilities": self.model.probabilities,
         }
         return {name: jax.jit(f) for name, f in functions.items() if f is not None}
 
-    def _map(self, name, array):
+    def _map(self, name, array, condition=None):
         function = functools.partial(self._functions[name], self.variables)
-        return in_batches(function, array)
+        return in_batches(function, array) if condition is None else in_batches(function, array, condition)
 
 
-def in_batches(function: Callable, array: np.ndarray) -> Any:
-    """`function` of an array, batch by batch, as NumPy arrays."""
-    starts = range(0, len(array), BATCH_SIZE)
-    parts = [function(array[start : start + BATCH_SIZE]) for start in starts]
+def in_batches(function: Callable, *arrays: np.ndarray) -> Any:
+    """`function` of arrays, batch by batch, as NumPy arrays."""
+    starts = range(0, len(arrays[0]), BATCH_SIZE)
+    parts = [function(*(array[start : start + BATCH_SIZE] for array in arrays)) for start in starts]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 

@@ -50,6 +50,27 @@ def standard_normal(latent_dim: int) -> Prior:
     return Prior(init=lambda key: {}, log_prob=log_prob, sample=sample, kl=kl)
 
 
+def conditional_normal(parts: Callable[[Any], tuple]) -> Prior:
+    """p(z | c) = N(m, diag(v)) for a batch of conditions, with m and ln v, [batch, latent], as `parts(variables)` gives them.
+
+    KL_j = 1/2 (ln v - logvar + (exp(logvar) + (mean - m)^2) / v - 1) of each latent. Source: Sohn et al. 2015, section 4.1.
+    """
+
+    def log_prob(variables, z: Float[Array, "*samples batch latent"]) -> Float[Array, "*samples batch"]:
+        m, log_v = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in parts(variables))
+        return -0.5 * jnp.sum((z - m) ** 2 * jnp.exp(-log_v) + log_v + math.log(2 * math.pi), axis=-1)
+
+    def sample(variables, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
+        m, log_v = parts(variables)
+        return m + jnp.exp(log_v / 2) * jax.random.normal(key, (count, m.shape[-1]))
+
+    def kl(variables, mean: Float[Array, "batch latent"], logvar: Float[Array, "batch latent"]):
+        m, log_v = parts(variables)
+        return 0.5 * (log_v - logvar + (jnp.exp(logvar) + (mean - m) ** 2) * jnp.exp(-log_v) - 1)
+
+    return Prior(init=lambda key: {}, log_prob=log_prob, sample=sample, kl=kl)
+
+
 def mixture_log_prob(
     z: Float[Array, "*samples batch latent"],
     log_weight: Float[Array, " components"],

@@ -31,12 +31,13 @@ def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
     chunk = min(chunk, samples)
 
     def measure(variables: Variables, batch: Batch, keys: Key[Array, " batch"]) -> Float[Array, "batch samples"]:
-        mean, logvar = model.encode(variables, batch.image)
+        net = model.of(batch)
+        mean, logvar = net.encode(variables, batch.image)
 
         def some(first):
             z = reparameterize(mean, logvar, keys, chunk, first)
-            raw = model.decode_raw(variables, z)
-            return log_weights(model, variables, raw, z, mean, logvar, batch.image)
+            raw = net.decode_raw(variables, z)
+            return log_weights(net, variables, raw, z, mean, logvar, batch.image)
 
         log_w = lax.map(some, jnp.arange(0, samples, chunk))
         return log_w.reshape(-1, len(batch.image))[:samples].T
@@ -54,12 +55,13 @@ def simulate(
 
 
 def make_log_weight_at(model: Model) -> Callable:
-    """`measure(variables, image, z)`: log w at one given z for each image, [batch]."""
+    """`measure(variables, batch, z)`: log w at one given z for each image, [batch]."""
 
-    def measure(variables, image, z) -> Float[Array, " batch"]:
-        mean, logvar = model.encode(variables, image)
-        raw = model.decode_raw(variables, z[None])
-        return log_weights(model, variables, raw, z[None], mean, logvar, image)[0]
+    def measure(variables, batch, z) -> Float[Array, " batch"]:
+        net = model.of(batch)
+        mean, logvar = net.encode(variables, batch.image)
+        raw = net.decode_raw(variables, z[None])
+        return log_weights(net, variables, raw, z[None], mean, logvar, batch.image)[0]
 
     return measure
 

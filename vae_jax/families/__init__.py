@@ -83,6 +83,6 @@ class Family(Protocol):
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 
-from vae_jax.families import classifier, vae
+from vae_jax.families import classifier, conditional, vae
 
-FAMILIES = {"vae": vae, "classifier": classifier}
+FAMILIES = {"vae": vae, "conditional": conditional, "classifier": classifier}

@@ -2,13 +2,15 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import figures, generate
-from vae_jax.batch import first_of_each_label, has_grey
+from vae_jax.batch import Batch, first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
 from vae_jax.evaluation.latents import active_units, decompose_kl
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, make_log_weights, summarize
@@ -33,10 +35,11 @@ def make_probes(model: Model) -> Probes:
     """Which latents are in use: active units (Burda et al. 2016) and the mean KL of each latent."""
 
     def measure(variables, batch, keys):
-        mean, logvar = model.encode(variables, batch.image)
-        if model.prior.kl is None:
+        net = model.of(batch)
+        mean, logvar = net.encode(variables, batch.image)
+        if net.prior.kl is None:
             return {"mean": mean}
-        return {"mean": mean, "kl_by_latent": model.prior.kl(variables, mean, logvar)}
+        return {"mean": mean, "kl_by_latent": net.prior.kl(variables, mean, logvar)}
 
     def reduce(arrays, split):
         numbers = {"active_units": active_units(arrays["mean"])}
@@ -54,9 +57,10 @@ def make_final_probes(model: Model, samples: int, binarize: str) -> Probes | Non
     weigh = make_log_weights(model, samples, SAMPLES_AT_ONCE)
 
     def measure(variables, batch, keys):
-        mean, logvar = model.encode(variables, batch.image)
+        net = model.of(batch)
+        mean, logvar = net.encode(variables, batch.image)
         z = reparameterize(mean, logvar, keys)
-        kl = (log_normal(z, mean, logvar) - model.prior.log_prob(variables, z))[0]
+        kl = (log_normal(z, mean, logvar) - net.prior.log_prob(variables, z))[0]
         return {"log_w": weigh(variables, batch, keys), "z": z[0], "mean": mean, "logvar": logvar, "kl": kl}
 
     def reduce(arrays, split):
@@ -132,14 +136,15 @@ def ledger(
     return lines
 
 
-def make_figures(model: Model, test, key, title: str):
-    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5)."""
+def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], Any] | None = None):
+    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` draws other ones."""
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     panels = PANELS
     if model.likelihood.support == BINARY and has_grey(test.image):
         panels = PANELS | {"loss": f"loss = {GREY} + beta KL", "reconstruction": GREY}
-    reconstruct = jax.jit(functools.partial(generate.reconstruct, model))
+    of_shown = model.of(Batch(jnp.asarray(image), jnp.asarray(label), weight=label, index=label))
+    reconstruct = jax.jit(functools.partial(generate.reconstruct, of_shown))
     sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))
 
     def draw(variables, arrays, history, baselines):
@@ -151,9 +156,10 @@ def make_figures(model: Model, test, key, title: str):
                 label,
                 f"Test images and their reconstructions: {title}",
             ),
-            "samples": lambda: figures.image_grid(
-                np.asarray(sample(variables)),
-                f"Images decoded from the prior: {title}",
+            "samples": lambda: (
+                samples(variables)
+                if samples
+                else figures.image_grid(np.asarray(sample(variables)), f"Images decoded from the prior: {title}")
             ),
         }
 

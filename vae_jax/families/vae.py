@@ -139,13 +139,14 @@ def make_objective(
     Raises ValueError for a number out of range, for fields that do not go together, and if a likelihood of grey pixels is given
     binarized ones. A Bernoulli takes grey ones too, but `ledger` then names its number grey cross-entropy.
     """
-    p_x, p_z = model.likelihood, model.prior
     check_objective(model, beta, warmup_steps, free_bits, samples, estimator, binarize)
 
     def objective(variables, batch, keys, train, step, axis_name=None):
-        mean, logvar = model.encode(variables, batch.image)
+        net = model.of(batch)
+        p_x, p_z = net.likelihood, net.prior
+        mean, logvar = net.encode(variables, batch.image)
         z = reparameterize(mean, logvar, keys, samples)
-        raw = model.decode_raw(variables, z)
+        raw = net.decode_raw(variables, z)
         model_state = {}
         if train and p_x.update is not None:
             variables, state = p_x.update(variables, raw, batch.image, batch.weight, axis_name)
@@ -164,10 +165,10 @@ def make_objective(
         else:
             parts = (z, mean, logvar, batch.image)
             loss, bound = (
-                importance_weighted_bound(log_weights(model, variables, raw, *parts, b)) for b in (weight, 1.0)
+                importance_weighted_bound(log_weights(net, variables, raw, *parts, b)) for b in (weight, 1.0)
             )
             if train and estimator == "dreg":
-                loss = dreg_loss(model, variables, *parts, weight)
+                loss = dreg_loss(net, variables, *parts, weight)
         metrics = {"loss": loss, "reconstruction": reconstruction.mean(axis=0), "kl": kl, "bound": bound}
         if p_x.scale is not None:
             metrics["scale"] = jnp.broadcast_to(p_x.scale(variables), kl.shape)

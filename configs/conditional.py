@@ -1,0 +1,36 @@
+"""Conditional VAEs with the post's networks: images of a given label, or the rest of an image.
+
+python -m vae_jax.main --config=configs/conditional.py            MNIST by label, trained as configs/vae.py:best
+python -m vae_jax.main --config=configs/conditional.py:bernoulli  the same on binarized images, with a learned p(z | y)
+python -m vae_jax.main --config=configs/conditional.py:quadrant1  the rest of an image from its lower left quadrant, dense networks
+                                                                  on grey pixels as in Pyro's tutorial; :quadrant2, :quadrant3
+python -m vae_jax.main --config=configs/conditional.py:column     from its centre column (Doersch 2016)
+python -m vae_jax.main --config=configs/conditional.py:digits     scikit-learn's bundled digits by label
+python -m vae_jax.main --config=configs/conditional.py:smoke      two steps on the bundled digits, for tests
+"""
+
+from configs import vae
+from vae_jax.run.config import make_config
+
+
+def get_config(variant: str = "default"):
+    return make_config("conditional", vae.BASE, VARIANTS, variant)
+
+
+PARTS = {
+    "model.network": "mlp",
+    "model.hidden": (500, 500),
+    "model.latent_dim": 200,
+    "model.condition_hidden": (500, 500),
+    "model.likelihood": "bernoulli",
+    "model.prior": "learned",
+}
+VARIANTS = {
+    "default": vae.BEST,
+    "bernoulli": vae.BEST | vae.BINARY | {"model.prior": "learned"},
+    **{
+        name: vae.BEST | PARTS | {"model.condition": name} for name in ("quadrant1", "quadrant2", "quadrant3", "column")
+    },
+    "digits": vae.VARIANTS["digits"],
+    "smoke": vae.VARIANTS["smoke"],
+}

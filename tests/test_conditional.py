@@ -1,0 +1,243 @@
+"""The conditional VAE: closed forms of its prior, conditions that belong to their example, Bayes' rule, completions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from small_run import run_job
+
+import vae_jax
+from configs import conditional as config_file
+from vae_jax import commands, generate
+from vae_jax.batch import Batch, Split, example_keys
+from vae_jax.families import conditional
+from vae_jax.priors import conditional_normal, standard_normal
+from vae_jax.run import session
+
+SMALL = {"latent_dim": 3, "network": "mlp", "hidden": (8,)}
+
+
+def make(**fields):
+    model = conditional.make((4, 4, 1), 3, **SMALL | fields)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    noise = iter(jax.random.split(jax.random.key(1), 50))
+    moved = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(noise), leaf.shape), variables)
+    return model, moved
+
+
+def batch_of(n=6):
+    rng = np.random.default_rng(0)
+    index = jnp.arange(n)
+    return Batch(jnp.asarray(rng.random((n, 4, 4, 1), np.float32)), index % 3, jnp.ones(n), index)
+
+
+def test_the_conditional_normal_is_a_density_with_its_kl_and_its_draws():
+    m, log_v = jnp.array([[0.5], [-1.0]]), jnp.array([[-0.7], [0.4]])
+    prior = conditional_normal(lambda variables: (m, log_v))
+    z = jnp.linspace(-9, 9, 4001)
+    density = np.exp(np.float64(prior.log_prob({}, jnp.broadcast_to(z[:, None, None], (4001, 2, 1)))))
+    np.testing.assert_allclose(np.trapezoid(density, np.asarray(z), axis=0), 1, atol=1e-5)
+    mean, logvar = jnp.array([[0.1], [0.2]]), jnp.array([[-1.0], [0.3]])
+    q, p = (
+        scipy.stats.norm(np.asarray(a)[:, 0], np.exp(np.asarray(b)[:, 0] / 2)) for a, b in ((mean, logvar), (m, log_v))
+    )
+    grid = np.linspace(-9, 9, 20_001)[:, None]
+    expected = np.trapezoid(q.pdf(grid) * (q.logpdf(grid) - p.logpdf(grid)), grid, axis=0)
+    np.testing.assert_allclose(prior.kl({}, mean, logvar)[:, 0], expected, rtol=1e-4)
+    wide = conditional_normal(lambda variables: (jnp.full((20_000, 1), 0.5), jnp.full((20_000, 1), -0.7)))
+    draws = np.asarray(wide.sample({}, jax.random.key(0), 20_000))
+    assert draws.mean() == pytest.approx(0.5, abs=0.02) and draws.var() == pytest.approx(math.exp(-0.7), rel=0.05)
+
+
+def test_a_learned_prior_starts_as_the_standard_normal():
+    model = conditional.make((4, 4, 1), 3, prior="learned", **SMALL)
+    variables, batch = model.init(jax.random.key(0)), batch_of()
+    net = model.of(batch)
+    z = jax.random.normal(jax.random.key(1), (5, 6, 3))
+    np.testing.assert_allclose(net.prior.log_prob(variables, z), standard_normal(3).log_prob({}, z), rtol=1e-5)
+    mean, logvar = net.encode(variables, batch.image)
+    expected = standard_normal(3).kl({}, mean, logvar)
+    np.testing.assert_allclose(net.prior.kl(variables, mean, logvar), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"prior": "learned"}, {"condition": "quadrant2", "condition_hidden": (5,)}])
+def test_each_example_has_its_own_condition(fields):
+    """In a batch, with leading sample axes, and alone: the same numbers."""
+    model, variables = make(**fields)
+    objective = conditional.make_objective(model, samples=4)
+    batch = batch_of()
+
+    def evaluate(batch):
+        return objective(variables, batch, example_keys(jax.random.key(2), 0, batch.index), True, 0)[0]
+
+    together = jax.jit(evaluate)(batch)
+    for i in (0, 4):
+        alone = evaluate(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))
+        for name in together:
+            np.testing.assert_allclose(together[name][i], alone[name][0], rtol=1e-5)
+    other = evaluate(batch._replace(label=(batch.label + 1) % 3))
+    assert np.any(np.abs(together["loss"] - other["loss"]) > 1e-3) == (model.condition_on == "label")
+
+
+def test_without_a_condition_there_is_no_answer():
+    model, variables = make()
+    for function in (model.encode, model.decode_raw, model.prior.log_prob):
+        with pytest.raises(ValueError, match="needs a condition"):
+            function(variables, jnp.zeros((1, 3)))
+
+
+def test_labels_by_bayes_rule():
+    """log p(y | x) = log p(x | y) - lse_y log p(x | y), each the importance-weighted bound given that label."""
+    model, variables = make(likelihood="bernoulli")
+    batch = batch_of()
+    found = np.asarray(jax.jit(model.probabilities)(variables, batch.image))
+    objective = conditional.make_objective(model, samples=conditional.BAYES_SAMPLES)
+    bound = []
+    for label in range(3):
+        keys = example_keys(jax.random.key(0), None, batch.index)
+        metrics, _ = objective(variables, batch._replace(label=jnp.full(6, label)), keys, False, None)
+        bound.append(-np.float64(metrics["bound"]))
+    expected = np.exp(bound - np.logaddexp.reduce(bound, axis=0)).T
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert (np.abs(found - 1 / 3) > 0.01).any()
+    evidence = np.logaddexp.reduce(bound, axis=0) - math.log(3)
+    assert (-evidence <= -np.array(bound)[np.asarray(batch.label), np.arange(6)] + math.log(3)).all()
+
+
+@pytest.mark.parametrize(
+    "condition,count,seen,hidden",
+    [
+        ("quadrant1", 4, (3, 0), (0, 0)),
+        ("quadrant2", 8, (0, 1), (0, 2)),
+        ("quadrant3", 12, (3, 3), (0, 3)),
+        ("column", 4, (1, 2), (1, 1)),
+    ],
+)
+def test_the_visible_part(condition, count, seen, hidden):
+    visible = conditional.visible_part((4, 4, 1), condition)
+    assert visible.sum() == count and visible[seen] == 1 and visible[hidden] == 0
+
+
+def test_only_hidden_pixels_count_and_visible_ones_are_kept():
+    model, variables = make(condition="quadrant1", likelihood="gaussian", scale=0.5)
+    batch = batch_of()
+    net, raw = model.of(batch), jnp.zeros((2, 6, 4, 4, 1))
+    energy = net.likelihood.energy(variables, raw, batch.image)
+    whole = conditional.LIKELIHOODS["gaussian"](0.5)
+    assert (energy[:, :, 2:, :2] == 0).all()
+    np.testing.assert_array_equal(energy[:, :, :2], whole.energy(variables, raw, batch.image)[:, :, :2])
+    assert 16 * net.likelihood.constant == pytest.approx(12 * whole.constant)
+    decoded = generate.decode(net, variables, jnp.zeros((6, 3)))
+    np.testing.assert_array_equal(decoded[:, 2:, :2], batch.image[:, 2:, :2])
+    assert (decoded[:, :2] != batch.image[:, :2]).all()
+
+
+def test_a_completion_never_asks_the_encoder():
+    """The recognition network sees the hidden pixels: with NaN in its place the completion is the same."""
+    model, variables = make(condition="quadrant1", prior="learned")
+    poisoned = jax.tree.map(lambda leaf: leaf, variables)
+    poisoned["params"]["autoencoder"]["encoder"] = jax.tree.map(
+        lambda leaf: leaf * jnp.nan, variables["params"]["autoencoder"]["encoder"]
+    )
+    net = model.of(batch_of())
+    z = net.prior.sample(variables, jax.random.key(0), 6)
+    np.testing.assert_array_equal(net.prior.sample(poisoned, jax.random.key(0), 6), z)
+    np.testing.assert_array_equal(generate.decode(net, poisoned, z), generate.decode(net, variables, z))
+
+
+@pytest.mark.parametrize(
+    "shape,classes,fields,message",
+    [
+        ((4, 4, 1), 0, {}, "model.condition is 'label', but the data have 0 classes"),
+        ((4, 5, 1), 3, {"condition": "quadrant1"}, "images of 4x5 have no equal quadrants"),
+        ((4, 4, 1), 3, {"condition": "corner"}, "model.condition is 'corner', but must be one of label, quadrant1"),
+        ((4, 4, 1), 3, {"prior": "vamp"}, "model.prior is 'vamp', but must be one of standard_normal, learned"),
+        (
+            (4, 4, 1),
+            3,
+            {"condition": "column", "likelihood": "optimal_gaussian"},
+            "model.likelihood is 'optimal_gaussian', whose variance is that of all pixels",
+        ),
+        ((4, 4, 1), 3, {"condition_hidden": (0,)}, "model.condition_hidden is 0, but must be at least 1"),
+    ],
+)
+def test_bad_fields_are_refused(shape, classes, fields, message):
+    with pytest.raises(ValueError, match=message):
+        conditional.make(shape, classes, **SMALL | fields)
+
+
+def test_an_unlabelled_image_is_refused():
+    image, label = np.zeros((4, 4, 4, 1), np.uint8), np.array([0, 1, -1, 2], np.int32)
+    splits = {"train": Split(image, label), "test": Split(image[:1], label[:1])}
+    dataset = session.Dataset(splits, num_classes=3, shuffle=True)
+    with pytest.raises(ValueError, match="1 of 4 train images have no label: give all, or the family vae"):
+        conditional.check_data(dataset)
+
+
+def train(path, **changes):
+    config = config_file.get_config("smoke").to_dict()
+    config["model"] |= {"network": "mlp", "hidden": (16,), "latent_dim": 4} | changes
+    job = session.build(config)
+    run_job(job, config, path)
+    return vae_jax.load(str(path)), config
+
+
+@pytest.fixture(scope="module")
+def by_label(tmp_path_factory):
+    path = tmp_path_factory.mktemp("label")
+    return path, *train(path)
+
+
+def test_a_loaded_model_takes_labels(by_label):
+    path, vae, config = by_label
+    image = vae.sample(4, seed=1, label=[0, 1, 2, 3])
+    np.testing.assert_allclose(vae.sample(4, seed=1, label=2)[2], image[2], atol=1e-6)
+    mean, _ = vae.encode(image, label=3)
+    np.testing.assert_allclose(vae.reconstruct(image, label=3), vae.decode(mean, label=3), atol=1e-6)
+    by_class = [vae.log_likelihood(image, samples=100, label=label) for label in range(10)]
+    expected = np.exp(by_class - np.logaddexp.reduce(by_class, axis=0)).T
+    np.testing.assert_allclose(vae.probabilities(image), expected, rtol=1e-3)
+    paths = commands.sample(str(path), config, "", 6, 0, labels=[3, 5])
+    assert paths[0].name == "sample-step2-count6-seed0-labels3-5.png"
+    for written in (
+        commands.reconstruct(str(path), config, "", "test", 3),
+        commands.interpolate(str(path), config, "", "test", 3, None, [0, 1]),
+        commands.traverse(str(path), config, "", "test", 3, None, [7]),
+    ):
+        assert all(file.exists() for file in written)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda vae: vae.sample(2), "conditioned on the label: give label=, from 0 to 9"),
+        (lambda vae: vae.sample(2, label=10), "label is 10, but must be from 0 to 9"),
+        (lambda vae: vae.sample(2, label=[1, -1]), "label is -1, but must be from 0 to 9"),
+        (lambda vae: vae.sample(2, label=[1, 2, 3]), "must be an integer, or one for each of 2"),
+        (lambda vae: vae.sample(2, label=1.5), "label is 1.5, but must be an integer"),
+        (lambda vae: vae.decode(np.zeros((1, 4)), label=1, image=np.zeros((1, 28, 28, 1))), "does not complete images"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(by_label, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(by_label[1])
+
+
+def test_a_loaded_model_completes_images(tmp_path):
+    vae, _ = train(tmp_path, condition="quadrant2", prior="learned", condition_hidden=(8,), likelihood="bernoulli")
+    image = np.random.default_rng(0).random((3, 28, 28, 1)).astype(np.float32)
+    completed = vae.sample(3, image=image)
+    np.testing.assert_array_equal(completed[:, :, :14], image[:, :, :14])
+    changed = image.copy()
+    changed[:, :, 14:] = 0  # the hidden half tells nothing
+    np.testing.assert_array_equal(vae.sample(3, image=changed), completed)
+    assert vae.log_likelihood(image, samples=3).shape == (3,)
+    with pytest.raises(ValueError, match="this model completes images: give image="):
+        vae.sample(3)
+    with pytest.raises(ValueError, match="this model is not conditioned on labels"):
+        vae.sample(3, label=1, image=image)
+    with pytest.raises(ValueError, match="a model of the family conditional has no classes"):
+        vae.predict(image)

@@ -1,0 +1,244 @@
+"""The conditional VAE: p(x | c), where c is the label or a visible part of the image (Sohn et al. 2015; Doersch 2016, section 3).
+
+    loss = E_q(z | x, c)[-log p(x | z, c)] + beta KL(q(z | x, c) || p(z | c))
+
+Given a condition it is a VAE, `model.given(c)`: objective, probes and evaluation are those of families/vae.py. With a part of
+the image as the condition, p is that of the hidden pixels alone.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vae_jax import figures, generate
+from vae_jax.batch import Batch, example_keys, first_of_each_label
+from vae_jax.evaluation.likelihood import make_log_weights
+from vae_jax.families import reports
+from vae_jax.families.reports import METRICS, ledger, make_final_probes, make_probes  # noqa: F401
+from vae_jax.families.vae import decodes_per_example, make_objective  # noqa: F401
+from vae_jax.likelihoods import LIKELIHOODS, Likelihood, align
+from vae_jax.model import ABSENT, Model
+from vae_jax.nn.networks import (
+    NETWORKS,
+    PRECISIONS,
+    ConditionalAutoencoder,
+    check_sizes,
+    choose,
+    configure,
+)
+from vae_jax.priors import Prior, conditional_normal, standard_normal
+
+NAME = "Conditional VAE"
+PARTS = ("quadrant1", "quadrant2", "quadrant3", "column")
+CONDITIONS = ("label", *PARTS)
+PRIORS = ("standard_normal", "learned")
+BAYES_SAMPLES = 100  # of each class, from which the classes' probabilities are computed
+DECODED = 8  # of these, decoded at once, which bounds the memory
+STYLES = 8  # rows of the figure of samples
+
+
+def make(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    condition: str = "label",
+    condition_hidden: tuple[int, ...] = (),
+    latent_dim: int = 20,
+    network: str = "conv",
+    encoder_features: tuple[int, ...] = (32, 64),
+    decoder_features: tuple[int, ...] = (64, 32),
+    hidden: tuple[int, ...] = (200, 200),
+    likelihood: str = "unit_gaussian",
+    scale: float = 1.0,
+    learn_scale: bool = False,
+    prior: str = "standard_normal",
+    precision: str = "float32",
+) -> Model:
+    """The conditional VAE, by default with the post's networks; other fields are those of the family vae.
+
+    Args:
+        condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"), all
+            but the upper right quadrant ("quadrant3"), or the centre "column" (Sohn et al. 2015; Doersch 2016).
+        condition_hidden: widths of dense layers that embed the condition; none: the condition itself.
+        prior: p(z | c): "standard_normal" whatever the condition, or "learned", a Gaussian that depends on it.
+
+    Raises ValueError as the family vae does, and for labels that the data lack, an unknown condition or prior, quadrants of an
+    image of odd size, and a likelihood whose scale depends on all pixels beside a part of the image.
+    """
+    dtype = choose(PRECISIONS, "precision", precision)
+    choose(dict.fromkeys(CONDITIONS), "condition", condition)
+    choose(dict.fromkeys(PRIORS), "prior", prior)
+    check_sizes(latent_dim=(latent_dim,), **({"condition_hidden": condition_hidden} if condition_hidden else {}))
+    by_label = condition == "label"
+    if by_label and num_classes < 2:
+        raise ValueError(f"model.condition is 'label', but the data have {num_classes} classes: give labelled data")
+    visible = None if by_label else visible_part(image_shape, condition)
+    scales = {"scale": (scale, 1.0), "learn_scale": (learn_scale, False)}
+    p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, **scales)
+    if visible is not None:
+        p_x = of_hidden(p_x, visible, likelihood)
+    sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": p_x.channels, "dtype": dtype}
+    fields = {
+        "encoder_features": (tuple(encoder_features), (32, 64)),
+        "decoder_features": (tuple(decoder_features), (64, 32)),
+        "pooling": (False, False),
+        "hidden": (tuple(hidden), (200, 200)),
+    }
+    autoencoder = configure(NETWORKS, "network", network, sizes, **fields)
+    net = ConditionalAutoencoder(autoencoder, latent_dim, tuple(condition_hidden))
+
+    def call(method, variables, *arguments) -> Any:
+        networks = {name: part for name, part in variables["params"].items() if name != "likelihood"}
+        return net.apply({"params": networks}, *arguments, method=method)
+
+    def condition_of(image, label):
+        return jax.nn.one_hot(label, num_classes) if visible is None else image * visible[None]
+
+    def init(key, pixel_mean=None):
+        image = jnp.zeros((1, *image_shape))
+        variables = dict(net.init(key, image, condition_of(image, jnp.zeros(1, jnp.int32))))
+        own = {"likelihood": own} if (own := p_x.init(key)) else {}
+        state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
+        return variables | state | {"params": {**variables["params"], **own}}
+
+    def given(c) -> Model:
+        p_z = standard_normal(latent_dim)
+        if prior == "learned":
+            p_z = conditional_normal(lambda variables: call("prior", variables, c))
+        return model._replace(
+            encode=lambda variables, image: call("encode", variables, image, c),
+            decode_raw=lambda variables, z: call("decode", variables, z, c),
+            likelihood=p_x if visible is None else keep_visible(p_x, visible, c),
+            prior=p_z,
+            given=ABSENT,
+        )
+
+    model = Model(
+        init=init,
+        latent_dim=latent_dim,
+        encode=needs_condition,
+        decode_raw=needs_condition,
+        likelihood=p_x,
+        prior=Prior(init=lambda key: {}, log_prob=needs_condition, sample=needs_condition, kl=needs_condition),
+        num_classes=num_classes,
+        condition_on="label" if by_label else "image",
+        condition=condition_of,
+        given=given,
+    )
+    return model._replace(probabilities=functools.partial(bayes, model)) if by_label else model
+
+
+def needs_condition(*arguments):
+    """What a conditional model does without a condition."""
+    raise ValueError("this model needs a condition: take model.given(condition)")
+
+
+def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.ndarray, "height width 1"]:
+    """1 for a visible pixel, 0 for a hidden one. Raises ValueError for quadrants of an image of odd size."""
+    height, width, _ = image_shape
+    if condition != "column" and (height % 2 or width % 2):
+        raise ValueError(f"model.condition is {condition!r}, but images of {height}x{width} have no equal quadrants")
+    visible = np.zeros((height, width, 1), np.float32)
+    if condition == "column":
+        visible[:, width // 2] = 1
+    else:
+        visible[height // 2 :, : width // 2] = 1
+    if condition in ("quadrant2", "quadrant3"):
+        visible[:, : width // 2] = 1
+    if condition == "quadrant3":
+        visible[height // 2 :] = 1
+    return visible
+
+
+def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], name: str) -> Likelihood:
+    """The likelihood of the hidden pixels; its constant is spread over all pixels. Raises ValueError if it depends on them all."""
+    if p_x.update is not None:
+        raise ValueError(f"model.likelihood is {name!r}, whose variance is that of all pixels: take another one")
+    hidden = 1 - visible
+
+    def energy(variables, raw, image):
+        values = p_x.energy(variables, raw, image)
+        return values * hidden.reshape((1,) * (values.ndim - 3) + hidden.shape)
+
+    return p_x._replace(energy=energy, constant=p_x.constant * float(hidden.mean()))
+
+
+def keep_visible(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], c: Array) -> Likelihood:
+    """The likelihood whose mean images and draws have the visible pixels of the conditions."""
+
+    def keep(image):
+        return jnp.where((visible > 0).reshape((1,) * (image.ndim - 3) + visible.shape), align(c, image), image)
+
+    return p_x._replace(
+        mean=lambda variables, raw: keep(p_x.mean(variables, raw)),
+        sample=lambda variables, key, raw: keep(p_x.sample(variables, key, raw)),
+    )
+
+
+def bayes(
+    model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int = BAYES_SAMPLES
+) -> Float[Array, "batch classes"]:
+    """p(y | x) by Bayes' rule, with equal p(y) and p(x | y) from `samples` importance samples of q(z | x, y).
+
+    The noise is always the same. Source: Kingma et al. 2014, section 3.1.2, there with an inference network instead.
+    """
+    return jax.nn.softmax(log_likelihood_by_label(model, variables, image, samples), axis=-1)
+
+
+def log_likelihood_by_label(
+    model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int
+) -> Float[Array, "batch classes"]:
+    """log p(x | y) of every label, less the likelihood's constant."""
+    index = jnp.arange(len(image))
+    weigh = make_log_weights(model, samples, min(samples, DECODED))
+
+    def of(label):
+        batch = Batch(image, jnp.full(len(image), label), weight=index, index=index)
+        log_w = weigh(variables, batch, example_keys(jax.random.key(0), None, index))
+        return jax.nn.logsumexp(log_w, axis=1) - jnp.log(samples)
+
+    return jax.lax.map(of, jnp.arange(model.num_classes)).T
+
+
+def check_data(dataset) -> None:
+    """Raise ValueError for an image without a label, where there are labels."""
+    for name, split in dataset.splits.items():
+        unlabelled = int(np.sum(split.label < 0))
+        if unlabelled and dataset.num_classes:
+            raise ValueError(
+                f"{unlabelled} of {len(split.label)} {name} images have no label: give all, or the family vae"
+            )
+
+
+def baselines(model: Model, image: np.ndarray, *, likelihood: str = "unit_gaussian") -> dict:
+    """There is none in closed form that knows the condition."""
+    return {}
+
+
+def make_figures(model: Model, test, key, title: str):
+    """Training curve, reconstructions, and samples: one style a row and one label a column, or completed images."""
+    shown = first_of_each_label(test.label)
+    image, label = test.image[shown] / np.float32(255), test.label[shown]
+    condition = model.condition(jnp.asarray(image), jnp.asarray(label))
+
+    @jax.jit
+    def rows(variables):
+        def row(key):
+            z = jax.lax.map(lambda c: model.given(c[None]).prior.sample(variables, key, 1)[0], condition)  # one noise
+            return generate.decode(model.given(condition), variables, z)
+
+        return jax.lax.map(row, jax.random.split(jax.random.clone(key), STYLES))
+
+    def samples(variables):
+        made, heading = np.asarray(rows(variables)), [str(one) for one in label]
+        if model.condition_on == "label":
+            return figures.image_rows(made, [""] * STYLES, heading, f"One style a row: {title}")
+        table = np.stack([np.asarray(condition), *made[: STYLES // 2], image])
+        names = ["visible", *["completed"] * (STYLES // 2), "truth"]
+        return figures.image_rows(table, names, heading, f"Completions of the visible part: {title}")
+
+    return reports.make_figures(model, test, key, title, samples)
