@@ -14,9 +14,10 @@ from vae_jax.run.config import make_config
 
 
 def get_config(variant: str = "default"):
-    return make_config("conditional", vae.BASE, VARIANTS, variant)
+    return make_config("conditional", BASE, VARIANTS, variant)
 
 
+BASE = vae.BASE | vae.BEST
 PARTS = {
     "model.network": "mlp",
     "model.hidden": (500, 500),
@@ -26,11 +27,9 @@ PARTS = {
     "model.prior": "learned",
 }
 VARIANTS = {
-    "default": vae.BEST,
-    "bernoulli": vae.BEST | vae.BINARY | {"model.prior": "learned"},
-    **{
-        name: vae.BEST | PARTS | {"model.condition": name} for name in ("quadrant1", "quadrant2", "quadrant3", "column")
-    },
-    "digits": vae.VARIANTS["digits"],
+    "default": {},
+    "bernoulli": vae.BINARY | {"model.prior": "learned"},
+    **{name: PARTS | {"model.condition": name} for name in ("quadrant1", "quadrant2", "quadrant3", "column")},
+    "digits": vae.VARIANTS["digits"] | {"optimizer.warmup": 0.0},
     "smoke": vae.VARIANTS["smoke"],
 }

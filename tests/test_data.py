@@ -75,12 +75,12 @@ def test_first_of_each_label():
 
 
 def test_order_is_a_function_of_seed_and_epoch():
-    order = data.epoch_order(3, 1, 100, shuffle=True)
-    np.testing.assert_array_equal(order, data.epoch_order(3, 1, 100, shuffle=True))
+    order = data.epoch_order(3, 1, np.zeros(100, np.int32), shuffle=True)
+    np.testing.assert_array_equal(order, data.epoch_order(3, 1, np.zeros(100, np.int32), shuffle=True))
     np.testing.assert_array_equal(np.sort(order), np.arange(100))
     for seed, epoch in [(3, 2), (4, 1)]:
-        assert (order != data.epoch_order(seed, epoch, 100, shuffle=True)).any()
-    np.testing.assert_array_equal(data.epoch_order(3, 1, 100, shuffle=False), np.arange(100))
+        assert (order != data.epoch_order(seed, epoch, np.zeros(100, np.int32), shuffle=True)).any()
+    np.testing.assert_array_equal(data.epoch_order(3, 1, np.zeros(100, np.int32), shuffle=False), np.arange(100))
 
 
 def test_read_idx():

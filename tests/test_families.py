@@ -13,7 +13,7 @@ from vae_jax import generate
 from vae_jax.augment import augment
 from vae_jax.batch import Batch, Dataset, Split, example_keys, named_key
 from vae_jax.evaluation.classification import expected_calibration_error
-from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, conditional, vae
+from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, conditional, sparse_labels, vae
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
 from vae_jax.priors import PRIORS, standard_normal
 
@@ -21,7 +21,14 @@ ROOT = jax.random.key(0)
 SHAPE = (8, 8, 1)
 # What `session.build` knows of the data and the training, and fills in by name.
 PANELS = {vae: ("loss", "reconstruction", "kl"), classifier: ("loss", "accuracy")}
-KNOWN = {"image_shape": SHAPE, "num_classes": 3, "train_size": 6, "steps_per_epoch": 2, "binarize": "none"}
+KNOWN = {
+    "image_shape": SHAPE,
+    "num_classes": 3,
+    "train_size": 6,
+    "steps_per_epoch": 2,
+    "labelled_share": 1.0,
+    "binarize": "none",
+}
 
 
 def make_batch(image, label=None):
@@ -182,6 +189,7 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
         },
         classifier: {"probabilities", "num_classes", "features", "apply"},
     }
+    capabilities[sparse_labels] = capabilities[conditional] | {"apply"}
     present = {name for name, value in model._asdict().items() if value not in (None, "")}
     assert present == {"init"} | capabilities[family]
 

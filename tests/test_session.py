@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ml_collections import ConfigDict
 
-from configs import classifier, vae
+from configs import classifier, conditional, sparse_labels, vae
 from vae_jax import data, families, optimizers, steps
 from vae_jax.batch import make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
@@ -29,7 +29,7 @@ def config():
     return vae.get_config("smoke").to_dict()
 
 
-CONFIGS = {"vae": vae, "classifier": classifier}
+CONFIGS = {"vae": vae, "conditional": conditional, "sparse_labels": sparse_labels, "classifier": classifier}
 VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
 SIGNATURES = {
     name: {
@@ -39,7 +39,7 @@ SIGNATURES = {
         "optimizer": [optimizers.make_adam, optimizers.ema],
         "run": [RunOptions],
     }
-    for name, family in [("vae", families.vae), ("classifier", families.classifier)]
+    for name, family in FAMILIES.items()
 }
 SECTIONS = [(name, section) for name, sections in SIGNATURES.items() for section in sections]
 
@@ -120,6 +120,7 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
     config = CONFIGS[name].get_config(variant).to_dict()
     config["data"]["name"] = "digits"
     config["batch_size"] = 8
+    config["data"]["labelled_per_batch"] = min(config["data"]["labelled_per_batch"], 4)
     job = session.build(config)
     image, label = (array[:8] for array in job.dataset.splits["train"])
     batch = make_batch(jnp.asarray(image), label, jnp.ones(8), jnp.arange(8))
@@ -271,7 +272,7 @@ def test_an_error_in_any_section_is_raised_before_data_are_read(config, monkeypa
         ("model.latent_dims", 3, "unknown config field model.latent_dims: did you mean latent_dim"),
         ("optimizer.zzz", 3, "unknown config field optimizer.zzz: there are learning_rate, "),
         ("model.name", "vea", "unknown model.name 'vea': did you mean vae"),
-        ("model.name", 7, "unknown model.name 7: there are vae, classifier"),
+        ("model.name", 7, "unknown model.name 7: there are vae, conditional, sparse_labels, classifier"),
         ("optimizer.name", "adm", "unknown optimizer.name 'adm': did you mean adam"),
         ("model.likelihood", "gauss", "model.likelihood is 'gauss', but must be one of unit_gaussian"),
         ("model.prior", "normal", "model.prior is 'normal', but must be one of standard_normal"),
@@ -328,6 +329,9 @@ DIRECTIONS = [
     ("vae", "reconstruction", "lower"),
     ("vae", "kl", "lower"),
     ("vae", "bound", "lower"),
+    *(("conditional", name, "lower") for name in ("loss", "reconstruction", "kl", "bound")),
+    *(("sparse_labels", name, "lower") for name in ("loss", "reconstruction", "kl", "bound", "cross_entropy")),
+    ("sparse_labels", "accuracy", "higher"),
     ("classifier", "loss", "lower"),
     ("classifier", "accuracy", "higher"),
 ]

@@ -14,7 +14,7 @@ from vae_jax.batch import example_keys, named_key
 from vae_jax.objectives import reparameterize
 
 ROOT = jax.random.key(0)
-NAMES = ("noise", "shift", "rotation", "binarize", "training", "evaluation", "init", "samples")
+NAMES = ("noise", "shift", "rotation", "binarize", "training", "evaluation", "init", "samples", "generate", "simulate")
 
 
 def bits(keys):

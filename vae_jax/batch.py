@@ -24,6 +24,7 @@ class Dataset(NamedTuple):
     num_classes: int  # 0 = unlabelled
     shuffle: bool
     binarize: str = "none"
+    labelled_per_batch: int = 0  # 0 = as the order gives them
 
     @property
     def is_binary(self) -> bool:

@@ -300,7 +300,7 @@ def generate(subject: Subject, count: int) -> tuple[np.ndarray, np.ndarray]:
         drawn = model.likelihood.sample(vae.variables, jax.random.fold_in(key, 0), raw)
         return model.likelihood.mean(vae.variables, raw), drawn.clip(0, 1)
 
-    root = named_key(jax.random.key(vae.config["seed"]), "samples")
+    root = named_key(subject.root, "generate")
     keys = jax.random.split(root, -(-count // BATCH_SIZE))
     batches = (subject.batch(i * BATCH_SIZE, BATCH_SIZE) for i in range(len(keys)))
     means, draws = zip(*(jax.device_get(some(key, batch)) for key, batch in zip(keys, batches)))

@@ -139,6 +139,16 @@ def free_bits_kl(
     return jnp.sum(jnp.where(paid, kl, least), axis=-1)
 
 
+def marginalize_label(
+    by_label: Float[Array, "classes batch"], log_q: Float[Array, "batch classes"]
+) -> Float[Array, " batch"]:
+    """U(x) = sum_y q(y | x) (L(x, y) + log q(y | x)), a bound on -log p(x) if L(x, y) is one on -log p(x, y).
+
+    The label is summed out, which differs from one L at a soft label. Source: Kingma et al. 2014, equation 7.
+    """
+    return jnp.sum(jnp.exp(log_q) * (by_label.T + log_q), axis=-1)
+
+
 def warm_up(weight: float, step: Int[Array, ""] | int | None, warmup_steps: int) -> float | Float[Array, ""]:
     """A weight that rises linearly, weight (t + 1) / warmup_steps at step t; the weight itself in evaluation.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from vae_jax.batch import BINARIZE, Dataset
+from vae_jax.batch import BINARIZE, Dataset, Split
 from vae_jax.data.named import DATASETS, MNIST_FAMILY, load_tfds
 from vae_jax.data.own import SPLIT_SEED as SPLIT_SEED
 from vae_jax.data.own import load_own, take
@@ -13,7 +13,15 @@ from vae_jax.data.own import read_images as read_images
 
 
 def load(
-    *, name: str = "mnist", manual_dir: str = "", validation: int = 0, shuffle: bool = True, binarize: str = "none"
+    *,
+    name: str = "mnist",
+    manual_dir: str = "",
+    validation: int = 0,
+    shuffle: bool = True,
+    binarize: str = "none",
+    labelled: int = -1,
+    label_seed: int = 0,
+    labelled_per_batch: int = 0,
 ) -> Dataset:
     """Load a data set.
 
@@ -26,6 +34,9 @@ def load(
         validation: number of training images to hold out for validation.
         shuffle: whether to shuffle the training images anew in each epoch.
         binarize: "dynamic" draws each pixel from Bernoulli(x) at each use, "threshold" rounds it, "none" keeps it.
+        labelled: training images that keep their label, as many of each class as can be; -1: all, 0: none.
+        label_seed: which ones these are.
+        labelled_per_batch: labelled images in each batch, whose others are unlabelled; 0: as the order gives them.
 
     Raises ValueError or OSError, in one line, for anything that cannot be loaded.
     """
@@ -54,11 +65,87 @@ def load(
         order = np.random.default_rng(SPLIT_SEED).permutation(size)
         splits["train"] = take(train, np.sort(order[validation:]))
         splits["validation"] = take(train, np.sort(order[:validation]))
-    return Dataset(splits, int(max(train.label.max(), test.label.max())) + 1, shuffle, binarize)
+    num_classes = int(max(train.label.max(), test.label.max())) + 1
+    splits["train"] = hide_labels(splits["train"], labelled, label_seed, num_classes)
+    if labelled_per_batch and (labelled <= 0 or not shuffle):
+        raise ValueError(
+            f"data.labelled_per_batch is {labelled_per_batch}, which needs data.labelled above 0 and shuffled images: leave it at 0"
+        )
+    return Dataset(splits, num_classes, shuffle, binarize, labelled_per_batch)
 
 
-def epoch_order(seed: int, epoch: int, size: int, shuffle: bool) -> Int[np.ndarray, " size"]:
-    """The order of the `size` training examples in an epoch, a pure function of (seed, epoch)."""
+def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Split:
+    """The split with the labels of all but `labelled` images replaced by -1; -1 keeps all.
+
+    Each class keeps as many, or one more where they cannot be divided evenly, chosen at random by `seed`.
+    """
+    known = int(np.sum(split.label >= 0))
+    if labelled == -1:
+        return split
+    if labelled and not num_classes <= labelled <= known:
+        raise ValueError(
+            f"data.labelled is {labelled}, but must be -1 for all, 0 for none, or from {num_classes}, one a class, to {known}"
+        )
+    if seed < 0:
+        raise ValueError(f"data.label_seed is {seed}, but must be at least 0")
+    rng = np.random.default_rng(seed)
+    more = rng.permutation(num_classes) < labelled % num_classes
+    hidden = np.full_like(split.label, -1)
+    for label in range(num_classes if labelled else 0):
+        count = labelled // num_classes + int(more[label])
+        members = np.flatnonzero(split.label == label)
+        if len(members) < count:
+            raise ValueError(f"data.labelled is {labelled}, but class {label} has {len(members)} images: give fewer")
+        hidden[rng.permutation(members)[:count]] = label
+    return split._replace(label=hidden)
+
+
+def epoch_order(
+    seed: int, epoch: int, label: Int[np.ndarray, " size"], shuffle: bool, batch_size: int = 1, labelled: int = 0
+) -> Int[np.ndarray, " size"]:
+    """The order of the training examples in an epoch, a pure function of seed, epoch, and which ones are labelled.
+
+    With `labelled` above 0 each batch begins with as many labelled examples, which come again where they are few, but never twice in
+    a batch; the rest of it is unlabelled.
+    """
+    size = len(label)
     if not shuffle:
         return np.arange(size, dtype=np.int32)
-    return np.random.default_rng((seed, epoch)).permutation(size).astype(np.int32)
+    rng = np.random.default_rng((seed, epoch))
+    if not labelled:
+        return rng.permutation(size).astype(np.int32)
+    batches = size // batch_size
+    parts = [
+        rounds(rng, np.flatnonzero(chosen), each, batches)
+        for chosen, each in ((label >= 0, labelled), (label < 0, batch_size - labelled))
+    ]
+    order = np.concatenate(parts, axis=1).reshape(-1)
+    return np.resize(order, size).astype(np.int32)
+
+
+def rounds(
+    rng: np.random.Generator, index: Int[np.ndarray, " n"], each: int, count: int
+) -> Int[np.ndarray, "count each"]:
+    """`count` rows of `each` different entries, from as many permutations as it takes."""
+    rows: list[np.ndarray] = []
+    while len(rows) < count:
+        whole = len(index) // each * each
+        rows.extend(rng.permutation(index)[:whole].reshape(-1, each))
+    return np.stack(rows[:count])
+
+
+def labelled_share(dataset: Dataset, batch_size: int) -> float:
+    """The share of labelled examples in a batch, on average."""
+    if dataset.labelled_per_batch:
+        return dataset.labelled_per_batch / batch_size
+    return float(np.mean(dataset.splits["train"].label >= 0))
+
+
+def check_labelled_per_batch(dataset: Dataset, batch_size: int) -> None:
+    """Raise ValueError if there are not as many labelled and unlabelled images as one batch takes."""
+    each, known = dataset.labelled_per_batch, int(np.sum(dataset.splits["train"].label >= 0))
+    rest = len(dataset.splits["train"].label) - known
+    if each and not (0 < each <= known and 0 < batch_size - each <= rest):
+        raise ValueError(
+            f"data.labelled_per_batch is {each}, but a batch of {batch_size} needs at most {known} labelled and {rest} unlabelled images"
+        )

@@ -49,7 +49,7 @@ class Family(Protocol):
 
     Keyword-only arguments of `make` and `make_objective` are the fields of the config's sections `model` and
     `objective`; both raise ValueError, naming the field, for a value out of range. Other arguments are filled in by
-    name: image_shape, num_classes, model, train_size, steps_per_epoch, binarize.
+    name: image_shape, num_classes, model, train_size, steps_per_epoch, labelled_share, binarize.
 
     Attributes:
         NAME: for titles.
@@ -83,6 +83,6 @@ class Family(Protocol):
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 
-from vae_jax.families import classifier, conditional, vae
+from vae_jax.families import classifier, conditional, sparse_labels, vae
 
-FAMILIES = {"vae": vae, "conditional": conditional, "classifier": classifier}
+FAMILIES = {"vae": vae, "conditional": conditional, "sparse_labels": sparse_labels, "classifier": classifier}

@@ -76,8 +76,10 @@ class Job(NamedTuple):
 
     def order(self, epoch: int) -> np.ndarray:
         """The order of the training examples in an epoch, [size]; with several seeds [seeds, size]."""
-        size, shuffle = len(self.dataset.splits["train"].label), self.dataset.shuffle
-        orders = [epoch_order(seed, epoch, size, shuffle) for seed in self.seeds]
+        of_data = self.dataset.splits["train"].label, self.dataset.shuffle
+        orders = [
+            epoch_order(seed, epoch, *of_data, self.batch_size, self.dataset.labelled_per_batch) for seed in self.seeds
+        ]
         return orders[0] if len(orders) == 1 else np.stack(orders)
 
     def evaluate_finally(self, variables: Any, key: Any, devices: Devices) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from vae_jax.batch import Dataset, binarize, mean_image, named_key
-from vae_jax.data import load
+from vae_jax.data import check_labelled_per_batch, labelled_share, load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
@@ -85,8 +85,10 @@ def make_job(
     size = len(dataset.splits["train"].label)
     if batch_size > size:
         raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
+    check_labelled_per_batch(dataset, batch_size)
     per_epoch = size // batch_size
     known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch, "binarize": dataset.binarize}
+    known["labelled_share"] = labelled_share(dataset, batch_size)
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= fields_of_objective | {"image": dataset.splits["train"].image}
     pixel_mean = mean_image(known["image"]).astype(np.float32)
