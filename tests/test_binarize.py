@@ -108,6 +108,7 @@ def test_training_evaluation_and_load_see_the_same_test_images(trained):
     np.testing.assert_array_equal(examples.image, binary.image)
 
 
+@pytest.mark.slow
 def test_a_bernoulli_on_grey_pixels_is_named_grey_cross_entropy(tmp_path):
     job, config = configured({"model": {"likelihood": "bernoulli"}})
     job = session.build(config)

@@ -103,7 +103,8 @@ def test_the_weight_rises_linearly_and_is_whole_in_evaluation():
     assert warm_up(2.0, None, 4) == 2.0 and warm_up(2.0, 0, 0) == 2.0
 
 
-@pytest.mark.parametrize("fields", [{"warmup_steps": 12}, pytest.param({"samples": 3}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"warmup_steps": 12}, {"samples": 3}])
 def test_two_epochs_and_one_more_equal_three(tmp_path, fields):
     def job_of(epochs):
         _, config = small_job({"epochs": epochs})
@@ -174,6 +175,7 @@ def test_the_reported_value_falls_along_the_negative_gradient():
         assert after.mean() < before.mean() - 0.01
 
 
+@pytest.mark.slow
 def test_bounds_fall_with_the_samples():
     """On average over images, with a model of random weights, and an estimated KL where the prior has none in closed form."""
     for prior in ("standard_normal", "mixture", "vamp"):

@@ -64,6 +64,7 @@ def test_other_data_are_refused(run, monkeypatch):
             use()
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
     job, config = small_job({"seeds": 2})
     _, directory = run_job(job, config, tmp_path)

@@ -73,7 +73,8 @@ def test_each_example_has_its_own_condition(fields):
     def evaluate(batch):
         return objective(variables, batch, example_keys(jax.random.key(2), 0, batch.index), True, 0)[0]
 
-    together = jax.jit(evaluate)(batch)
+    evaluate = jax.jit(evaluate)
+    together = evaluate(batch)
     for i in (0, 4):
         alone = evaluate(jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], batch))
         for name in together:

@@ -84,7 +84,13 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    "name,count", [("vae", 8), ("classifier", 8), ("two seeds", 2), ("optimal variance, free bits", 8)]
+    "name,count",
+    [
+        ("vae", 8),
+        ("classifier", 8),
+        pytest.param("two seeds", 2, marks=pytest.mark.slow),
+        pytest.param("optimal variance, free bits", 8, marks=pytest.mark.slow),
+    ],
 )
 def test_several_devices_equal_one(alone, name, count):
     """Parameters, BatchNorm's statistics and what evaluation gives; 360 test images are not divisible by 256."""
@@ -118,6 +124,7 @@ def test_a_step_that_does_not_add_up_is_noticed(alone, name):
             assert_close(alone(name)[0].model_state, other.model_state)
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_other_devices(tmp_path):
     """From 1 to 8 and to 1 again, stopped after five of ten steps and after seven."""
     job, config = small_job(steps_per_call=2)
@@ -146,6 +153,7 @@ def weighted_job():
     return job._replace(objective=objective, optimizer=optax.sgd(1e-3)), config
 
 
+@pytest.mark.slow
 def test_metrics_with_weights_of_their_own_on_several_devices_equal_one(tmp_path):
     """Rows of metrics.jsonl: sums over devices and calls come before the division; a metric of no example has no row."""
     job, config = weighted_job()

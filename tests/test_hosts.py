@@ -107,6 +107,7 @@ def assert_same(params, other, tolerance=0):
         np.testing.assert_allclose(params[name], other[name], rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_continue_exactly(tmp_path, start, start_pair):
     whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
     finish(*start_pair(whole, *CONFIG))

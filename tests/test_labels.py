@@ -121,7 +121,7 @@ def batch_of(label):
 def metrics_of(model, variables, batch, train=True, **fields):
     objective = sparse_labels.make_objective(model, 0.5, **fields)
     keys = example_keys(jax.random.key(2), 0 if train else None, batch.index)
-    return objective(variables, batch, keys, train, 0 if train else None)[0]
+    return jax.jit(lambda *given: objective(*given, train, 0 if train else None)[0])(variables, batch, keys)
 
 
 def test_the_bound_is_that_of_a_mixture_of_labels(model, variables):

@@ -204,6 +204,7 @@ def check_best(path, directory, metric, most):
     assert f"| at the best step: {metric} | {values[best]:.4g} |" in summary
 
 
+@pytest.mark.slow
 def test_several_seeds_equal_each_alone(tmp_path):
     job, config = small_job({"seeds": 2, "seed": 5}, steps_per_call=2)
     job = job._replace(baselines=lambda: {"a baseline": 3.0})
@@ -224,6 +225,7 @@ def test_several_seeds_equal_each_alone(tmp_path):
     assert "±" in summary and "| a baseline | 3 |" in summary
 
 
+@pytest.mark.slow
 def test_a_profile_is_written(tmp_path):
     job, config = small_job(steps_per_call=2, profile=True)
     run_job(job, config, tmp_path)

@@ -84,6 +84,7 @@ def test_modes_need_only_the_run_directory(digits, forks):
     assert picture.exists() and arrays.exists()
 
 
+@pytest.mark.slow
 def test_a_run_can_have_more_epochs(tmp_path, forks):
     for epochs in (1, 2):
         process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}")
@@ -108,6 +109,7 @@ def test_a_stopped_program_saves_and_continues(tmp_path, forks, number, code):
     assert steps == [*range(1, 89)]
 
 
+@pytest.mark.slow
 def test_a_bar_on_a_terminal(tmp_path):
     reader, writer = pty.openpty()
     termios.tcsetwinsize(writer, (24, 120))
@@ -131,6 +133,7 @@ def test_a_bar_on_a_terminal(tmp_path):
         assert part in shown
 
 
+@pytest.mark.slow
 def test_own_images_of_another_size(tmp_path, forks):
     path, workdir = tmp_path / "own.npz", tmp_path / "run"
     command = [*SMALL, f"--config.data.name={path}", "--config.batch_size=16", f"--workdir={workdir}"]

@@ -281,6 +281,7 @@ def logits(model, variables, image):
     return model.apply(variables, image)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make,output",
     [

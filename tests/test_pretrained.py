@@ -93,6 +93,7 @@ def test_bad_latents(vae):
         vae.decode(np.zeros((3, 19)))
 
 
+@pytest.mark.slow
 def test_seeds(tmp_path):
     job, config = small_job({"seeds": 2, "seed": 5})
     state, _ = run_job(job, config, tmp_path)

@@ -54,6 +54,7 @@ def family_model(name):
     return classifier, classifier.make((8, 8, 1), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vae", "classifier"])
 def test_nothing_is_encoded_twice(name):
     """The compiler merges the probes' pass with the objective's: together they cost little more than the objective."""
@@ -85,6 +86,7 @@ def test_a_classifier_reports_confusion_and_calibration():
     assert "class_accuracy" not in without  # class 2 has no image
 
 
+@pytest.mark.slow
 def test_logs_and_the_evaluate_mode_agree_on_every_split(tmp_path):
     _, config = small_job({"epochs": 1})
     config["data"]["validation"] = 100

@@ -191,6 +191,7 @@ def test_plain_flax_has_the_shapes_of_ours(model):
     assert shapes(speed_peers.ours(model)) == shapes(speed_peers.plain_flax(model))
 
 
+@pytest.mark.slow
 def test_our_peers_run():
     work = speed_peers.random_work(4, 2)
     ours, plain = speed_peers.ours("classifier"), speed_peers.plain_flax("classifier")

@@ -238,6 +238,7 @@ def test_interrupted_in_every_other_way(reference, interrupted, program, tmp_pat
         assert_same_end(workdir, reference)
 
 
+@pytest.mark.slow
 def test_files_that_were_moved_are_recorded(program, tmp_path):
     """`data.manual_dir` may change when a run continues; its data may not."""
     original, moved, workdir = tmp_path / "original", tmp_path / "moved", tmp_path / "run"

@@ -159,6 +159,7 @@ def labelled_batch(seed):
     return batch._replace(label=batch.index % 3)
 
 
+@pytest.mark.slow
 def test_batch_statistics_on_eight_devices_equal_one(classifier):
     """Running statistics and parameters; without the reduction each device has statistics of its own."""
     objective, initial = classifier
