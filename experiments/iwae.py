@@ -20,7 +20,8 @@ from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.latents import active_units
 from vae_jax.evaluation.statistics import mean_and_interval
-from vae_jax.full_evaluation import Subject, weigh
+from vae_jax.full_evaluation.likelihood import weigh
+from vae_jax.full_evaluation.subject import Subject
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import json_line, local_path, write_atomically

@@ -1,6 +1,7 @@
 """`--mode=evaluate --full`: every number or its reason, continued after an interruption, and the verdict in words."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_every_number_stands_beside_its_floor_or_its_error(run, found):
 
 
 def full_path(workdir):
-    return full_evaluation.Path(workdir) / "generated"
+    return Path(workdir) / "generated"
 
 
 def test_the_numbers_are_those_of_the_loaded_model(run, found):
@@ -128,13 +129,23 @@ def test_a_fitted_mixture_takes_the_place_of_the_prior(run, found):
 def test_binary_images_and_the_training_split(tmp_path, monkeypatch):
     """Draws have a floor of their own, of binary images; what has no meaning says why."""
     workdir, config = train(tmp_path, model={"likelihood": "bernoulli"}, data={"binarize": "dynamic"})
-    monkeypatch.setattr(full_evaluation, "SIMULATED", 16)
+    monkeypatch.setattr(full_evaluation.likelihood, "SIMULATED", 16)
     numbers = commands.evaluate(workdir, config, "latest", **QUICK | {"split": "train", "count": 16})
     assert numbers["train/nll/bits_a_dimension"] == pytest.approx(numbers["train/nll"] / 784 / np.log(2))
     assert numbers["train/linear_probe_accuracy"] == "left out: a probe is fitted to the training images"
     assert numbers["train/nearest_training_distance"].startswith("left out: the training images themselves")
     assert np.isfinite(numbers["train/coverage/draws/floor"]) and "train/coverage/floor" not in numbers
     assert np.isfinite(numbers["train/frechet_distance"])
+
+
+def test_an_unlabelled_image_has_no_condition(run):
+    """An all-zero label would give numbers that mean nothing."""
+    vae, dataset = vae_jax.load(run[0]), session.build(run[1]).dataset
+    vars(vae)["model"] = vae.model._replace(condition_on="label")
+    hidden = dataset.splits["test"]._replace(label=np.full(360, -1, np.int32))
+    dataset = dataset._replace(splits=dataset.splits | {"test": hidden})
+    with pytest.raises(ValueError, match="test has unlabelled images, but this model is conditioned on the label"):
+        full_evaluation.evaluate_fully(vae, dataset, "test", 3, 3, Path(run[0]))
 
 
 def test_grey_pixels_have_no_bernoulli_likelihood(tmp_path):

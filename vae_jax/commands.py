@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import data, figures, generate
-from vae_jax.batch import Dataset, Split, example_keys
-from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
+from vae_jax.batch import Dataset, Split
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.full_evaluation import evaluate_fully
+from vae_jax.full_evaluation.prior import fit_prior
 from vae_jax.pretrained import Pretrained, load, load_variables
-from vae_jax.priors import Prior
 from vae_jax.run.config import bind
-from vae_jax.run.evaluate import as_seen, map_examples
+from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
 from vae_jax.run.session import build, fingerprint
 
@@ -82,24 +81,6 @@ def sample(
     name = f"sample-step{vae.step}-count{count}-seed{seed}" + ("" if prior == "model" else f"-{prior}")
     name += "" if labels is None else f"-labels{'-'.join(map(str, labels))}"
     return save(workdir, name, figures.image_grid(image, title), image=image) + lines
-
-
-def fit_prior(vae: Pretrained, dataset: Dataset) -> tuple[Prior, list[str]]:
-    """A mixture fitted to draws of q(z | x) over the training images, and lines with the test bound under it and the model's."""
-    seed = vae.config["seed"]
-    if vae.model.condition_on:
-        raise ValueError("--prior=gmm replaces p(z), but the prior of a conditional model depends on its condition")
-
-    def on(split, function):
-        def measure(variables, batch, key):
-            return function(variables, batch, example_keys(key, None, batch.index))
-
-        seen = as_seen(dataset.splits[split], dataset.binarize, seed)
-        return map_examples(measure, seen)(vae.variables, jax.random.key(seed))
-
-    gmm = fit_gmm(on("train", draw_posterior(vae.model)))
-    bounds = on("test", bound_under(vae.model, {"the model's prior": vae.model.prior, "the mixture": gmm}))
-    return gmm, [f"test/bound under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()]
 
 
 def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: int) -> list[Path]:

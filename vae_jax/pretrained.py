@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vae_jax import generate
+from vae_jax.arguments import check_images, check_integer, check_labels, check_latents
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
@@ -22,7 +23,6 @@ from vae_jax.run.files import local_path
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 WEIGHED = 16  # images of which SAMPLES_AT_ONCE are decoded at once for a likelihood
-LARGEST_LATENT = 1e4  # far outside any prior; beyond it the decoder's float32 would overflow
 
 
 def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
@@ -207,21 +207,11 @@ class Pretrained:
 
     def _labels(self, count: int, label: Any) -> Int[np.ndarray, " count"]:
         """One label for each of `count` examples; -1 of a model that takes none. Raises ValueError for what does not fit."""
-        if self.model.condition_on != "label":
-            if label is not None:
-                raise ValueError("label is given, but this model is not conditioned on labels: leave it out")
-            return np.full(count, -1, np.int32)
-        last = self.model.num_classes - 1
-        if label is None:
-            raise ValueError(f"this model is conditioned on the label: give label=, from 0 to {last}")
-        given = np.asarray(label)
-        if given.dtype.kind not in "iu" or given.shape not in ((), (count,)):
-            raise ValueError(f"label is {str(label)[:60]}, but must be an integer, or one for each of {count}")
-        if given.min() < 0 or given.max() > last:
-            raise ValueError(
-                f"label is {given.min() if given.min() < 0 else given.max()}, but must be from 0 to {last}"
-            )
-        return np.broadcast_to(given, count).astype(np.int32)
+        if self.model.condition_on == "label":
+            return check_labels(label, count, self.model.num_classes)
+        if label is not None:
+            raise ValueError("label is given, but this model is not conditioned on labels: leave it out")
+        return np.full(count, -1, np.int32)
 
     def _condition(self, count: int, label: Any, image: Any) -> np.ndarray | None:
         """The conditions of `count` examples, or None. Raises ValueError for what the model does not take, or lacks."""
@@ -280,53 +270,3 @@ def in_batches(function: Callable, *arrays: np.ndarray) -> Any:
     starts = range(0, len(arrays[0]), BATCH_SIZE)
     parts = [function(*(array[start : start + BATCH_SIZE] for array in arrays)) for start in starts]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-
-
-def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "n h w c"]:
-    """Images in [0, 1] as float32. Raises ValueError, naming size, type or value, for what a model of `shape` does not take."""
-    image = as_array("images", image)
-    if image.ndim == 3 and shape[2] == 1:
-        image = image[..., None]
-    if image.ndim != 4 or image.shape[1:] != shape or len(image) == 0:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"images of shape {image.shape}, but must be [n, {wanted}]")
-    if image.dtype == np.uint8:
-        return image / np.float32(255)
-    if not np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"images are {image.dtype}, but must be uint8, or float in [0, 1]")
-    check_range("images", image, 0.0, 1.0)
-    return image.astype(np.float32)
-
-
-def check_latents(z: Any, latent_dim: int) -> Float[np.ndarray, "n latent"]:
-    """Latents as float32. Raises ValueError, naming shape, type or value, for what a decoder does not take."""
-    z = as_array("z", z)
-    if z.ndim != 2 or z.shape[1] != latent_dim or len(z) == 0:
-        raise ValueError(f"z has shape {z.shape}, but must be [n, {latent_dim}]")
-    if z.dtype.kind not in "iuf":
-        raise ValueError(f"z is {z.dtype}, but must be real numbers")
-    check_range("z", z, -LARGEST_LATENT, LARGEST_LATENT)
-    return z.astype(np.float32)
-
-
-def as_array(name: str, values: Any) -> np.ndarray:
-    """A plain array. Raises ValueError for a masked one, whose mask NumPy would drop silently."""
-    if isinstance(values, np.ma.MaskedArray):
-        raise ValueError(  # noqa: TRY004
-            f"{name} is a masked array, but must be a plain one: fill what is masked"
-        )
-    return np.asarray(values)
-
-
-def check_range(name: str, values: np.ndarray, least: float, most: float) -> None:
-    """Raise ValueError, naming the first value that is not a number in [least, most]."""
-    wrong = values[~((values >= least) & (values <= most))]  # NaN is not either
-    if wrong.size:
-        raise ValueError(f"{name} has the value {wrong[0]}, but must lie in [{least:g}, {most:g}]")
-
-
-def check_integer(name: str, value: Any, least: int, most: int) -> None:
-    """Raise ValueError unless `value` is an integer in [least, most]; a boolean is none."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        shown = repr(value).splitlines()[0][:60]
-        raise ValueError(f"{name} is {shown}, but must be an integer from {least} to {most}")

@@ -1,0 +1,97 @@
+"""`--mode=evaluate --full`: all that is known about a trained VAE, each number beside its floor, its ceiling or its error.
+
+What does not apply is left out with its reason. The numbers go to generated/evaluation-*.json, the figures beside them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vae_jax import figures
+from vae_jax.batch import Dataset
+from vae_jax.evaluation.latents import decompose_kl, principal_plane, probe_labels
+from vae_jax.full_evaluation.likelihood import likelihood_numbers
+from vae_jax.full_evaluation.samples import generated_numbers
+from vae_jax.full_evaluation.subject import Subject, as_floats
+from vae_jax.pretrained import Pretrained
+from vae_jax.run.devices import Devices
+from vae_jax.run.evaluate import as_seen
+from vae_jax.run.files import save_figure, write_atomically
+
+
+def evaluate_fully(
+    vae: Pretrained, dataset: Dataset, split: str, samples: int, count: int | None, folder: Path, prior: str = "model"
+) -> dict[str, Any]:
+    """Every number of a VAE on a split, under its name, and reasons in place of those that do not apply.
+
+    Args:
+        samples: draws of z for each image's likelihood.
+        count: images of the split whose likelihood is estimated; by default 1,000, or all if there are fewer.
+        prior: its name in the names of files.
+        folder: where finished parts, figures and the numbers are kept; the same call continues an interrupted one.
+
+    Raises ValueError for samples below 1, and if the split has fewer images than `count`.
+    """
+    stored = dataset.splits[split]
+    size = len(stored.label)
+    count = min(1000, size) if count is None else count
+    if samples < 1:
+        raise ValueError(f"--samples is {samples}, but must be at least 1")
+    if not 1 <= count <= size:
+        raise ValueError(f"--count is {count}, but {split} has {size} images: give 1 to {size}")
+    if vae.model.condition_on == "label" and (stored.label < 0).any():
+        raise ValueError(
+            f"{split} has unlabelled images, but this model is conditioned on the label: choose another --split"
+        )
+    seen = as_seen(stored, dataset.binarize, vae.config["seed"])
+    subject = Subject(vae, dataset, split, seen, stored, Devices())
+    name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (
+        "" if prior == "model" else f"-{prior}"
+    )
+    codes = subject.encode(seen)
+    numbers = likelihood_numbers(subject, samples, count, folder / f"{name}.jsonl")
+    numbers |= latent_numbers(subject, codes)
+    generated, pairs = generated_numbers(subject)
+    numbers |= generated
+    found = {f"{split}/{key}": value for key, value in numbers.items()}
+    write_atomically(folder / f"{name}.json", json.dumps(found, indent=2) + "\n")
+    title = f"{split} of {vae.title}"
+    draw(subject, codes, numbers, f"Evaluation on {title}", folder / f"{name}.png")
+    if pairs is not None:
+        rows = ["generated", "nearest training image"]
+        closest = figures.image_rows(
+            pairs, rows, [str(i + 1) for i in range(pairs.shape[1])], f"Closest pairs: {title}"
+        )
+        save_figure(closest, folder / f"{name}-pairs.png")
+    return found
+
+
+def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The parts of the KL, and how well the codes tell the labels."""
+    numbers = decompose_kl(codes["z"], codes["mean"], codes["logvar"], codes["kl"], codes.get("kl_by_latent"))
+    label, training = subject.stored.label, subject.dataset.splits["train"]
+    if subject.name == "train":
+        return numbers | {"linear_probe_accuracy": "left out: a probe is fitted to the training images"}
+    if (label < 0).any() or (training.label < 0).any() or len(np.unique(training.label)) < 2:
+        return numbers | {"linear_probe_accuracy": "left out: a probe needs labels of at least two classes"}
+    seen = as_seen(training, subject.dataset.binarize, subject.vae.config["seed"])
+    trained = subject.encode(seen)["mean"]
+    return numbers | probe_labels((trained, training.label), (codes["mean"], label))
+
+
+def draw(subject: Subject, codes: dict[str, np.ndarray], numbers: dict[str, Any], title: str, path: Path) -> None:
+    """One picture of the likelihood's curve, the latents and the reconstruction errors."""
+    image = as_floats(subject.seen.image)
+    label = {"label": subject.seen.label} if subject.vae.model.condition_on == "label" else {}
+    error = np.mean((image - subject.vae.reconstruct(image, **label)) ** 2, axis=(1, 2, 3))
+    curve = {int(name.split("_")[1]): value for name, value in numbers.items() if name.startswith("nll/with_")} | (
+        {numbers["nll/samples"]: numbers["nll"]} if "nll/samples" in numbers else {}
+    )
+    variance = codes["mean"].var(axis=0, dtype=np.float64)
+    planes = {
+        f"PCA of the {what}": principal_plane(codes[part])
+        for what, part in (("means", "mean"), ("log-variances", "logvar"))
+    }
+    save_figure(figures.evaluation(curve, variance, error, planes, subject.stored.label, title), path)

@@ -1,0 +1,132 @@
+"""The likelihood of a trained VAE by importance sampling, and whether it can be trusted."""
+
+import sys
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from vae_jax.batch import Split, example_keys, named_key
+from vae_jax.evaluation.baselines import convert
+from vae_jax.evaluation.latents import standard_error
+from vae_jax.evaluation.likelihood import (
+    SAMPLES_AT_ONCE,
+    TRUSTED,
+    make_log_weight_at,
+    make_log_weights,
+    sandwich,
+    simulate,
+    summarize,
+)
+from vae_jax.full_evaluation.subject import Subject
+from vae_jax.likelihoods import BINARY, DENSITY
+from vae_jax.pretrained import WEIGHED
+from vae_jax.run.evaluate import map_blocks
+from vae_jax.run.files import json_line, read_json_lines
+
+SIMULATED = 128  # images drawn from the model, for the sandwich
+
+
+def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -> dict[str, Any]:
+    """-log p(x) by importance sampling, what says whether to trust it, and the sandwich on simulated images."""
+    vae, p_x = subject.vae, subject.vae.model.likelihood
+    if p_x.support == BINARY and not subject.dataset.is_binary:
+        return {"nll": "left out: a Bernoulli is no likelihood of grey pixels"}
+    pixels = int(np.prod(vae.image_shape))
+    each = weigh(subject, samples, count, path)
+    nll = each["nll"] + pixels * p_x.constant
+    ess, k_hat = each["effective_sample_size"], each["pareto_k"]
+    numbers = {
+        "nll": float(nll.mean()),
+        "nll/standard_error": standard_error(nll) if count > 1 else "left out: one image has none",
+        "nll/images": count,
+        "nll/samples": samples,
+    }
+    if p_x.support != DENSITY:
+        numbers["nll/bits_a_dimension"] = convert(numbers["nll"], "nats", pixels)["bits a dimension"]
+    for name, values in each.items():
+        if name.startswith("bound_"):
+            fewer = name.removeprefix("bound_")
+            numbers[f"nll/with_{fewer}_samples"] = float(values.mean()) + pixels * p_x.constant
+    numbers |= {
+        "effective_sample_size": float(np.median(ess)),
+        "effective_sample_size/5_percent_quantile": float(np.quantile(ess, 0.05)),
+        "effective_sample_size/share_below_5": float(np.mean(ess < 5)),
+    }
+    if np.isnan(k_hat).any():
+        numbers["pareto_k"] = f"left out: {samples} samples are too few"
+    else:
+        numbers |= {"pareto_k": float(np.median(k_hat)), "pareto_k/share_above_0.7": float(np.mean(k_hat > TRUSTED))}
+    if vae.model.probabilities is not None:
+        known = subject.seen.label[:count]
+        numbers["bayes_accuracy"] = float(np.mean(vae.predict(subject.seen.image[:count])[0] == known))
+    lower, upper = simulated_bounds(subject, samples)
+    return numbers | {
+        "nll/simulated_images_at_most": float(-lower.mean()) + pixels * p_x.constant,
+        "nll/simulated_images_at_least": float(-upper.mean()) + pixels * p_x.constant,
+        "nll/sandwich_width": float(np.mean(upper - lower)),
+        "nll/sandwich_width/standard_error": standard_error(upper - lower),
+    }
+
+
+def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, np.ndarray]:
+    """What `summarize` keeps of the first `count` images; finished blocks are read from the JSON lines in `path`."""
+    vae = subject.vae
+    log_weights = make_log_weights(vae.model, samples, SAMPLES_AT_ONCE)
+
+    def measure(variables, batch, key):
+        return log_weights(variables, batch, example_keys(key, None, batch.index))
+
+    few = Split(subject.seen.image[:count], subject.seen.label[:count])
+    blocks = map_blocks(measure, few, batch_size=WEIGHED, devices=subject.devices, batches=1)
+    rows = read_json_lines(path)
+    done = sum(len(row["nll"]) for row in rows)
+    label = f"likelihood of {count:,} images, {samples:,} samples each"
+    with open(path, "a", encoding="utf-8") as file, progress(label, count, done) as bar:
+        if done < count:
+            for log_w in blocks(vae.variables, subject.root, done):
+                row = {name: values.tolist() for name, values in summarize(log_w).items()}
+                file.write(json_line(row))
+                file.flush()
+                rows.append(row)
+                bar.update(len(log_w))
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def progress(label: str, total: int, done: int = 0) -> tqdm:
+    """A progress bar on a terminal; elsewhere one line."""
+    shown = sys.stderr.isatty()
+    if not shown:
+        print(f"vae_jax: {label}", file=sys.stderr, flush=True)
+    return tqdm(total=total, initial=done, desc=label, unit=" images", disable=not shown)
+
+
+def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """`sandwich` of images that are drawn from the model."""
+    vae = subject.vae
+    batch = subject.batch(0, SIMULATED)
+
+    @jax.jit
+    def draw(variables, batch, key):
+        return simulate(vae.model.of(batch), variables, key, SIMULATED)
+
+    z, image = draw(vae.variables, batch, named_key(subject.root, "simulate"))
+    batch = batch._replace(image=image)
+    log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE))
+    at_truth = jax.jit(make_log_weight_at(vae.model))
+    keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
+    parts = []
+    with progress(f"likelihood of {SIMULATED} simulated images", SIMULATED) as bar:
+        for start in range(0, SIMULATED, WEIGHED):
+            rows = slice(start, start + WEIGHED)
+            some = jax.tree.map(itemgetter(rows), batch)
+            log_w = log_weights(vae.variables, some, keys[rows])
+            true = at_truth(vae.variables, some, z[rows])
+            parts.append(sandwich(np.asarray(log_w), np.asarray(true)))
+            bar.update(WEIGHED)
+    lower, upper = (np.concatenate(part) for part in zip(*parts))
+    return lower, upper

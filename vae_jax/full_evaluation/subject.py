@@ -1,0 +1,53 @@
+"""What a full evaluation evaluates."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vae_jax.batch import Batch, Dataset, Split, example_keys, make_batch
+from vae_jax.objectives import log_normal, reparameterize
+from vae_jax.pretrained import Pretrained
+from vae_jax.run.devices import Devices
+from vae_jax.run.evaluate import map_examples
+
+
+class Subject(NamedTuple):
+    """What is evaluated: a model, and a split as the model sees it and as it is stored."""
+
+    vae: Pretrained
+    dataset: Dataset
+    name: str  # of the split
+    seen: Split
+    stored: Split
+    devices: Devices
+
+    def encode(self, split: Split) -> dict[str, np.ndarray]:
+        """Of each image: mean and logvar of q(z | x), a draw z, the KL, and its latents' where they have a closed form."""
+
+        def measure(variables, batch, key):
+            model = self.vae.model.of(batch)
+            mean, logvar = model.encode(variables, batch.image)
+            z = reparameterize(mean, logvar, example_keys(key, None, batch.index))
+            found = {"mean": mean, "logvar": logvar, "z": z[0]}
+            if model.prior.kl is None:
+                return found | {"kl": (log_normal(z, mean, logvar) - model.prior.log_prob(variables, z))[0]}
+            by_latent = model.prior.kl(variables, mean, logvar)
+            return found | {"kl": by_latent.sum(axis=-1), "kl_by_latent": by_latent}
+
+        return map_examples(measure, split, devices=self.devices)(self.vae.variables, self.root)
+
+    def batch(self, start: int, count: int) -> Batch:
+        """`count` images of the split as the model sees them, from a position on, and from the first one again after the last."""
+        rows = jnp.asarray(np.arange(start, start + count) % len(self.seen.label))
+        return make_batch(jnp.asarray(self.seen.image[rows]), jnp.asarray(self.seen.label[rows]), rows, rows)
+
+    @property
+    def root(self):
+        return jax.random.key(self.vae.config["seed"])
+
+
+def as_floats(image: np.ndarray) -> np.ndarray:
+    """Stored bytes as floats in [0, 1]."""
+    return image / np.float32(255)
