@@ -25,7 +25,8 @@ class RunOptions:
         save_every: training steps between two checkpoints; there is also one at the end, and one at each best epoch.
         keep: how many of the latest checkpoints are kept, besides the best one.
         figures_every: epochs between two drawings of the figures; they are also drawn after the first and last epoch.
-        likelihood_samples: draws of z from which the summary estimates log p(x) of 1,000 test images at the end; 0: it does not.
+        likelihood_samples: draws of z from which the summary estimates log p(x) of 1,000 test images of 28x28, or fewer larger
+            ones, at the end; 0: it does not.
         tensorboard: also write the metrics for TensorBoard.
         profile: write a trace of three calls into the run directory, for TensorBoard or Perfetto.
         compilation_cache: keep compiled programs in a folder of the user's, so that the next start is faster.

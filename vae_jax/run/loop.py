@@ -28,7 +28,7 @@ from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
 
-FINAL_IMAGES = 1000
+FINAL_PIXELS = 1000 * 784  # of the test images at the end: what they take does not grow with the size of an image
 
 
 class Job(NamedTuple):
@@ -83,11 +83,12 @@ class Job(NamedTuple):
         return orders[0] if len(orders) == 1 else np.stack(orders)
 
     def evaluate_finally(self, variables: Any, key: Any, devices: Devices) -> dict[str, Any]:
-        """What the final probes measure on the first 1,000 test images."""
+        """What the final probes measure on the first test images."""
         if self.final_probes is None:
             return {}
         image, label = self.dataset.splits["test"]
-        few = Split(image[:FINAL_IMAGES], label[:FINAL_IMAGES])
+        count = max(1, FINAL_PIXELS // image[0].size)
+        few = Split(image[:count], label[:count])
         shares = (self.seeds, SAMPLES_AT_ONCE, devices, self.prepare)
         numbers, _ = make_evaluate(lambda *_: ({}, {}), self.final_probes, few, *shares)(variables, key)
         return {f"test/{name}": value for name, value in numbers.items()}
