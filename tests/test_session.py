@@ -20,8 +20,9 @@ from vae_jax.batch import make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
 from vae_jax.families import FAMILIES, Metric
 from vae_jax.run import config as run_config
-from vae_jax.run import loop, memory, session
+from vae_jax.run import memory, session
 from vae_jax.run.config import RunOptions, bind, changes, defaults, fields, fill_in, flatten, make_config, signatures
+from vae_jax.run.job import Job
 
 
 @pytest.fixture
@@ -538,6 +539,6 @@ def test_without_a_limit_of_the_device_the_free_memory_counts(monkeypatch, devic
 
 def test_options_of_a_run_are_those_of_its_section(config):
     config["run"] |= {"steps_per_call": 3, "keep": 5}
-    assert isinstance(session.build(config), loop.Job)
+    assert isinstance(session.build(config), Job)
     assert session.build(config).run == RunOptions(steps_per_call=3, keep=5, likelihood_samples=0)
     assert run_config.RunOptions() == RunOptions(**defaults("vae")["run"])

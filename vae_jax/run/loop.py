@@ -3,107 +3,23 @@
 A step's logs reach the disk before its checkpoint does, so a resumed run equals an uninterrupted one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from vae_jax.batch import Dataset, Split
-from vae_jax.data import epoch_order
-from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
 from vae_jax.evaluation.verdict import verdict
-from vae_jax.families import Model, Probes
-from vae_jax.objectives import Objective
 from vae_jax.run.checkpoint import Checkpoints
-from vae_jax.run.config import RunOptions
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
-from vae_jax.run.evaluate import make_evaluate
 from vae_jax.run.hosts import gather, raise_on_all_hosts
+from vae_jax.run.job import Job
 from vae_jax.run.profile import Profile
 from vae_jax.run.progress import Progress
-from vae_jax.run.seeds import first_seed, map_seeds, root_keys
+from vae_jax.run.seeds import first_seed
 from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
-
-FINAL_PIXELS = 1000 * 784  # of the test images at the end: what they take does not grow with the size of an image
-
-
-class Job(NamedTuple):
-    """All that the loop needs; `session.build` makes it."""
-
-    title: str
-    seeds: range
-    epochs: int
-    batch_size: int
-    dataset: Dataset
-    model: Model
-    init: Callable  # key -> variables
-    objective: Objective
-    probes: Probes
-    final_probes: Probes | None  # of the first test images at the end
-    prepare: Callable  # as in `make_train_step`
-    decodes_per_example: int
-    optimizer: optax.GradientTransformation
-    ema_decay: float
-    best: tuple[str, str] | None  # the metric that marks the best checkpoint, and which direction is better
-    baselines: Callable[[], Mapping[str, float]]
-    ledger: Callable[[Mapping[str, Any], str], Mapping[str, Any]]  # numbers, split -> what they measure
-    figures: Callable  # as `Family.make_figures` returns
-    metadata: dict  # stored with each checkpoint
-    run: RunOptions
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Training batches are full; the examples left over differ from epoch to epoch."""
-        return len(self.dataset.splits["train"].label) // self.batch_size
-
-    @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    def map_seeds(self, function: Callable, seeded: int) -> Callable:
-        """`map_seeds` over the job's seeds."""
-        return map_seeds(function, seeded, len(self.seeds))
-
-    def root(self):
-        """The root key; with several seeds one for each, [seeds]."""
-        if len(self.seeds) == 1:
-            return jax.random.key(self.seeds[0])
-        return root_keys(self.seeds)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The order of the training examples in an epoch, [size]; with several seeds [seeds, size]."""
-        of_data = self.dataset.splits["train"].label, self.dataset.shuffle
-        orders = [
-            epoch_order(seed, epoch, *of_data, self.batch_size, self.dataset.labelled_per_batch) for seed in self.seeds
-        ]
-        return orders[0] if len(orders) == 1 else np.stack(orders)
-
-    def evaluate_finally(self, variables: Any, key: Any, devices: Devices) -> dict[str, Any]:
-        """What the final probes measure on the first test images."""
-        if self.final_probes is None:
-            return {}
-        image, label = self.dataset.splits["test"]
-        count = max(1, FINAL_PIXELS // image[0].size)
-        few = Split(image[:count], label[:count])
-        shares = (self.seeds, SAMPLES_AT_ONCE, devices, self.prepare)
-        numbers, _ = make_evaluate(lambda *_: ({}, {}), self.final_probes, few, *shares)(variables, key)
-        return {f"test/{name}": value for name, value in numbers.items()}
-
-    def evaluate_on(self, split: str, devices: Devices | None = None) -> Callable:
-        """`make_evaluate` for one of the data set's splits."""
-        return make_evaluate(
-            self.objective,
-            self.probes,
-            self.dataset.splits[split],
-            self.seeds,
-            self.decodes_per_example,
-            devices,
-            self.prepare,
-        )
 
 
 def train(

@@ -36,8 +36,9 @@ from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import check_reachable, describe_os_error
+from vae_jax.run.job import Job, describe_data
 from vae_jax.run.log import LogDigest, read_rows
-from vae_jax.run.loop import Job, train
+from vae_jax.run.loop import train
 from vae_jax.run.memory import check_fits
 from vae_jax.run.progress import Progress
 from vae_jax.run.stored import check_same_data, survey
@@ -172,11 +173,6 @@ def describe_numbers(family: Family, known: Mapping, dataset: Dataset, numbers: 
     """The family's ledger of the numbers of a split."""
     of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary}
     return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})
-
-
-def describe_data(dataset: Dataset) -> dict:
-    """What a model must know of the data it is made for."""
-    return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
 
 
 def fingerprint(dataset: Dataset) -> dict:
