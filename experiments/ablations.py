@@ -105,8 +105,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/ablations", "The folder of the runs.")
-    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
-    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    launch.define_data_flags("runs/ablations")
     flags.DEFINE_integer("epochs", 10, "Epochs of each variant.", lower_bound=1)
     launch.start("ablations", main)

@@ -104,9 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/iwae", "The folder of the runs.")
-    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
-    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    launch.define_data_flags("runs/iwae")
     flags.DEFINE_list("samples", "1,5,50", "Samples of the objective, one training each.")
     flags.DEFINE_integer("epochs", 60, "Epochs of each training.", lower_bound=1)
     flags.DEFINE_integer("seeds", 3, "Seeds, trained together.", lower_bound=1)

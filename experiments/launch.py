@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from vae_jax.run.directory import read_config
 from vae_jax.run.log import read_rows
@@ -33,6 +33,13 @@ def start(program: str, main: Callable[[], None]) -> None:
             sys.exit(130)
 
     app.run(run)
+
+
+def define_data_flags(workdir: str) -> None:
+    """The flags --workdir, --data and --manual_dir of an experiment on a data set."""
+    flags.DEFINE_string("workdir", workdir, "The folder of the runs.")
+    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
+    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
 
 
 def make_command(config: str, workdir: Path, fields: dict, manual_dir: str = "") -> list[str]:

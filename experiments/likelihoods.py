@@ -87,9 +87,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/likelihoods", "The folder of the runs.")
-    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
-    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    launch.define_data_flags("runs/likelihoods")
     flags.DEFINE_integer("epochs", 20, "Epochs of each likelihood.", lower_bound=1)
     flags.DEFINE_integer("seeds", 3, "Seeds of each likelihood, trained together.", lower_bound=1)
     launch.start("likelihoods", main)

@@ -104,9 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/rate-distortion", "The folder of the runs.")
-    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
-    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+    launch.define_data_flags("runs/rate-distortion")
     flags.DEFINE_list("betas", "0.05,0.2,0.5,1,2,5", "Weights of the KL.")
     flags.DEFINE_list("latents", "2,5,10", "Latent sizes at beta 1.")
     flags.DEFINE_integer("epochs", 5, "Epochs of each run.", lower_bound=1)

@@ -89,7 +89,7 @@ def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: 
     if count > len(examples.label):
         raise ValueError(f"--count is {count}, but {split} has {len(examples.label)} images")
     image, label = examples.image[:count], examples.label[:count]
-    reconstruction = vae.reconstruct(image, **own_label(vae, label))
+    reconstruction = vae.reconstruct(image, **vae.own_label(label))
     return save(
         workdir,
         f"reconstruct-step{vae.step}-{split}-count{count}",
@@ -120,8 +120,8 @@ def interpolate(
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
     index = choose_images(examples, split, 2, images, labels)
     image, label = examples.image[index], examples.label[index]
-    mean, _ = vae.encode(image, **own_label(vae, label))
-    image = vae.decode(generate.interpolate(*jnp.asarray(mean), count), **condition_of(vae, image[:1], label[0]))
+    mean, _ = vae.encode(image, **vae.own_label(label))
+    image = vae.decode(generate.interpolate(*jnp.asarray(mean), count), **vae.condition_of(image[:1], label[0]))
     ends = examples.image[index] / np.float32(255)
     row = np.concatenate([ends[:1], image, ends[1:]])
     marks = [f"{share:.0%}" for share in np.linspace(0, 1, count)]
@@ -154,7 +154,7 @@ def traverse(
     """
     vae, examples = load_with_split(workdir, config, checkpoint, split)
     index = choose_images(examples, split, 1, images, labels)
-    mean, logvar = map(jnp.asarray, vae.encode(examples.image, **own_label(vae, examples.label)))
+    mean, logvar = map(jnp.asarray, vae.encode(examples.image, **vae.own_label(examples.label)))
     if vae.model.prior.kl is None or vae.model.condition_on:
         use, unit = np.var(mean, axis=0), "variance"
     else:
@@ -162,7 +162,7 @@ def traverse(
     order = np.argsort(-use)
     values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
     z = generate.traverse(mean[index[0]], jnp.asarray(values))[order]
-    conditions = condition_of(vae, examples.image[index], examples.label[index[0]])
+    conditions = vae.condition_of(examples.image[index], examples.label[index[0]])
     image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)
     image = image.reshape(*z.shape[:2], *image.shape[1:])
     return save(
@@ -198,16 +198,6 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
         raise FileExistsError(f"{path} holds other predictions: move it away")
     write_atomically(path, text.getvalue())
     return [path]
-
-
-def own_label(vae: Pretrained, label: Any) -> dict[str, Any]:
-    """The argument `label`, where a model is conditioned on labels."""
-    return {"label": label} if vae.model.condition_on == "label" else {}
-
-
-def condition_of(vae: Pretrained, image: np.ndarray, label: Any) -> dict[str, Any]:
-    """The arguments that condition a model on an image or its label."""
-    return {"image": image} if vae.model.condition_on == "image" else own_label(vae, label)
 
 
 def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:

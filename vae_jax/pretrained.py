@@ -141,6 +141,14 @@ class Pretrained:
         vars(other)["model"] = self.model._replace(prior=prior)
         return other
 
+    def own_label(self, label: Any) -> dict[str, Any]:
+        """The argument `label`, where the model is conditioned on labels."""
+        return {"label": label} if self.model.condition_on == "label" else {}
+
+    def condition_of(self, image: np.ndarray, label: Any) -> dict[str, Any]:
+        """The arguments that condition the model on an image or its label."""
+        return {"image": image} if self._sees_images else self.own_label(label)
+
     def encode(self, image, label=None) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
         """Mean and log-variance of q(z | image), of a conditional model given the label, or the visible part of the image."""
         self.check_has("encode", "encoder")

@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from vae_jax.evaluation.statistics import standard_error
+
 LOG_2PI = math.log(2 * math.pi)
 CHUNK = 256  # codes whose densities under all posteriors are in memory at once
 ACTIVE = 0.01  # variance of the posterior mean
@@ -78,11 +80,6 @@ def decompose_kl(
         by_latent = (log_q_given_x - log_q_by_latent).mean(axis=0)
         numbers["aggregate_kl_by_latent"] = kl_by_latent.mean(axis=0, dtype=np.float64) - by_latent
     return {name: np.asarray(value).tolist() for name, value in numbers.items()}
-
-
-def standard_error(values: Float[np.ndarray, " n"]) -> float:
-    """The standard error of the mean of independent values."""
-    return float(np.std(values, ddof=1, dtype=np.float64) / math.sqrt(len(values)))
 
 
 def probe_labels(

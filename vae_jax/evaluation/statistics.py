@@ -13,6 +13,10 @@ def mean_and_interval(values: Sequence[Any]) -> tuple[Any, Any]:
 
     Values that are nested lists of numbers are taken entry by entry.
     """
-    error = np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
     quantile = scipy.special.stdtrit(len(values) - 1, 0.975)
-    return np.mean(values, axis=0).tolist(), (quantile * error).tolist()
+    return np.mean(values, axis=0).tolist(), (quantile * standard_error(values)).tolist()
+
+
+def standard_error(values: Any) -> Any:
+    """The standard error of the mean of independent values, entry by entry."""
+    return np.std(values, axis=0, ddof=1, dtype=np.float64) / math.sqrt(len(values))

@@ -55,8 +55,8 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
             f"memorising: {copies:.0%} of the generated images are nearer to a training image than 1 % of the {split} images",
             "use more images, a smaller network, or fewer epochs",
         )
-    if by_latent is not None and sum(value >= ASLEEP for value in by_latent) < len(by_latent) / 2:
-        used = sum(value >= ASLEEP for value in by_latent)
+    used = sum(value >= ASLEEP for value in by_latent or [])
+    if by_latent is not None and used < len(by_latent) / 2:
         return (
             f"half asleep: {used} of {len(by_latent)} latents carry more than {ASLEEP} nats",
             f"lower model.latent_dim to {used}, which changes little, or wake them by objective.free_bits or a lower objective.beta",

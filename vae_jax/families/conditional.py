@@ -19,16 +19,16 @@ from vae_jax.batch import Batch, example_keys, first_of_each_label
 from vae_jax.evaluation.likelihood import make_log_weights
 from vae_jax.families import reports
 from vae_jax.families.reports import METRICS, ledger, make_final_probes, make_probes  # noqa: F401
-from vae_jax.families.vae import decodes_per_example, make_objective  # noqa: F401
+from vae_jax.families.vae import decodes_per_example, make_objective, with_parts  # noqa: F401
 from vae_jax.likelihoods import LIKELIHOODS, Likelihood, align
 from vae_jax.model import ABSENT, Model
+from vae_jax.nn.conditional import ConditionalAutoencoder
 from vae_jax.nn.networks import (
-    NETWORKS,
     PRECISIONS,
-    ConditionalAutoencoder,
     check_sizes,
     choose,
     configure,
+    make_autoencoder,
 )
 from vae_jax.priors import Prior, conditional_normal, standard_normal
 
@@ -81,15 +81,25 @@ def make(
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, **scales)
     if visible is not None:
         p_x = of_hidden(p_x, visible, likelihood)
-    sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": p_x.channels, "dtype": dtype}
-    fields = {
-        "encoder_features": (tuple(encoder_features), (32, 64)),
-        "decoder_features": (tuple(decoder_features), (64, 32)),
-        "pooling": (False, False),
-        "hidden": (tuple(hidden), (200, 200)),
-    }
-    autoencoder = configure(NETWORKS, "network", network, sizes, **fields)
+    autoencoder = make_autoencoder(
+        *(network, image_shape, latent_dim, p_x.channels, dtype),
+        encoder_features=encoder_features,
+        decoder_features=decoder_features,
+        hidden=hidden,
+    )
     net = ConditionalAutoencoder(autoencoder, latent_dim, tuple(condition_hidden))
+    return make_given(net, p_x, prior, image_shape, num_classes, visible)
+
+
+def make_given(
+    net: ConditionalAutoencoder,
+    p_x: Likelihood,
+    prior: str,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    visible: Float[np.ndarray, "height width 1"] | None,
+) -> Model:
+    """The model of these networks, conditioned on the `visible` pixels, or on the label where that is None."""
 
     def call(method, variables, *arguments) -> Any:
         networks = {name: part for name, part in variables["params"].items() if name != "likelihood"}
@@ -101,12 +111,10 @@ def make(
     def init(key, pixel_mean=None):
         image = jnp.zeros((1, *image_shape))
         variables = dict(net.init(key, image, condition_of(image, jnp.zeros(1, jnp.int32))))
-        own = {"likelihood": own} if (own := p_x.init(key)) else {}
-        state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
-        return variables | state | {"params": {**variables["params"], **own}}
+        return with_parts(variables, p_x, standard_normal(net.latent_dim), key)
 
     def given(c) -> Model:
-        p_z = standard_normal(latent_dim)
+        p_z = standard_normal(net.latent_dim)
         if prior == "learned":
             p_z = conditional_normal(lambda variables: call("prior", variables, c))
         return model._replace(
@@ -119,17 +127,17 @@ def make(
 
     model = Model(
         init=init,
-        latent_dim=latent_dim,
+        latent_dim=net.latent_dim,
         encode=needs_condition,
         decode_raw=needs_condition,
         likelihood=p_x,
         prior=Prior(init=lambda key: {}, log_prob=needs_condition, sample=needs_condition, kl=needs_condition),
         num_classes=num_classes,
-        condition_on="label" if by_label else "image",
+        condition_on="label" if visible is None else "image",
         condition=condition_of,
         given=given,
     )
-    return model._replace(probabilities=functools.partial(bayes, model)) if by_label else model
+    return model._replace(probabilities=functools.partial(bayes, model)) if visible is None else model
 
 
 def needs_condition(*arguments):

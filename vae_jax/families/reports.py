@@ -147,6 +147,9 @@ def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], A
     reconstruct = jax.jit(functools.partial(generate.reconstruct, of_shown))
     sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))
 
+    def grid(variables):
+        return figures.image_grid(np.asarray(sample(variables)), f"Images decoded from the prior: {title}")
+
     def draw(variables, arrays, history, baselines):
         return {
             "training": lambda: figures.training_curve(history, baselines, f"Training progress: {title}", panels),
@@ -156,11 +159,7 @@ def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], A
                 label,
                 f"Test images and their reconstructions: {title}",
             ),
-            "samples": lambda: (
-                samples(variables)
-                if samples
-                else figures.image_grid(np.asarray(sample(variables)), f"Images decoded from the prior: {title}")
-            ),
+            "samples": lambda: (samples or grid)(variables),
         }
 
     return draw

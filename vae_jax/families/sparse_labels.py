@@ -23,7 +23,7 @@ from vae_jax.families.reports import ledger, make_final_probes, make_probes  # n
 from vae_jax.families.vae import check_objective
 from vae_jax.likelihoods import LIKELIHOODS, distortion
 from vae_jax.model import ABSENT, Model
-from vae_jax.nn.networks import NETWORKS, PRECISIONS, check_sizes, choose, configure
+from vae_jax.nn.networks import PRECISIONS, check_sizes, choose, configure, make_autoencoder
 from vae_jax.objectives import cross_entropy, marginalize_label, reparameterize, warm_up
 from vae_jax.priors import standard_normal
 
@@ -62,20 +62,12 @@ def make(
         raise ValueError(
             f"model.likelihood is {likelihood!r}, whose variance depends on one reconstruction: take another"
         )
-    fields = {
-        "encoder_features": (tuple(encoder_features), (32, 64)),
-        "decoder_features": (tuple(decoder_features), (64, 32)),
-        "pooling": (False, False),
-        "hidden": (tuple(hidden), (200, 200)),
-    }
-    dtype = choose(PRECISIONS, "precision", precision)
-    sizes = {
-        "image_shape": image_shape,
-        "latent_dim": latent_dim + num_classes,
-        "channels": p_x.channels,
-        "dtype": dtype,
-    }
-    autoencoder = configure(NETWORKS, "network", network, sizes, **fields)
+    autoencoder = make_autoencoder(
+        *(network, image_shape, latent_dim + num_classes, p_x.channels, choose(PRECISIONS, "precision", precision)),
+        encoder_features=encoder_features,
+        decoder_features=decoder_features,
+        hidden=hidden,
+    )
 
     def parts(variables, image) -> tuple[Array, Array, Array]:
         """mean and logvar of q(z | x), and the logits of the classes."""
@@ -148,9 +140,9 @@ def make_objective(
             by_label = jax.lax.map(lambda pi: reconstruct(jnp.broadcast_to(pi[None], log_pi.shape)), one_hot)
             metrics["reconstruction"] = jnp.sum(jnp.exp(log_pi) * by_label.T, axis=-1)
             by_label = by_label + math.log(classes)
-            metrics["bound"] = marginalize_label(by_label + kl[None], log_pi)
-        if charge:
             unlabelled = marginalize_label(by_label, log_pi)
+            metrics["bound"] = unlabelled + kl
+        if charge:
             known = jnp.take_along_axis(by_label, label[None], axis=0)[0]
             loss = jnp.where(labelled > 0, known, unlabelled) if train else unlabelled
         else:

@@ -16,12 +16,12 @@ from vae_jax.families import Model
 from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_final_probes, make_probes  # noqa: F401
 from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion
 from vae_jax.nn.networks import (
-    NETWORKS,
     PRECISIONS,
     DenseDecoder,
     check_sizes,
     choose,
     configure,
+    make_autoencoder,
     start_at,
 )
 from vae_jax.objectives import (
@@ -80,14 +80,13 @@ def make(
     scales = {"scale": (scale, 1.0), "learn_scale": (learn_scale, False)}
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, **scales)
     check_sizes(latent_dim=(latent_dim,))
-    sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": p_x.channels, "dtype": dtype}
-    fields = {
-        "encoder_features": (tuple(encoder_features), (32, 64)),
-        "decoder_features": (tuple(decoder_features), (64, 32)),
-        "pooling": (pooling, False),
-        "hidden": (tuple(hidden), (200, 200)),
-    }
-    autoencoder = configure(NETWORKS, "network", network, sizes, **fields)
+    autoencoder = make_autoencoder(
+        *(network, image_shape, latent_dim, p_x.channels, dtype),
+        encoder_features=encoder_features,
+        decoder_features=decoder_features,
+        hidden=hidden,
+        pooling=pooling,
+    )
     encode, decode = (functools.partial(autoencoder.apply, method=name) for name in ("encode", "decode"))
     known = {"latent_dim": latent_dim, "image_shape": image_shape, "encode": encode}
     p_z = configure(PRIORS, "prior", prior, known, components=(components, 100))
@@ -107,13 +106,17 @@ def init(
 ) -> dict:
     """The variables of networks, likelihood and prior; the mean training image sets the bias of dense decoders."""
     variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
-    params = variables["params"]
     if pixel_mean is not None and isinstance(getattr(autoencoder, "decoder", None), DenseDecoder):
-        params = start_at(params, pixel_mean)
+        variables["params"] = start_at(variables["params"], pixel_mean)
+    return with_parts(variables, p_x, p_z, key)
+
+
+def with_parts(variables: dict, p_x: Likelihood, p_z: Prior, key) -> dict:
+    """The variables of networks, and beside them those that likelihood and prior have."""
     parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
     own = {name: part for name, part in parts.items() if part}
     state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
-    return variables | state | {"params": {**params, **own}}
+    return variables | state | {"params": {**variables["params"], **own}}
 
 
 def make_objective(

@@ -84,8 +84,8 @@ def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, 
 def draw(subject: Subject, codes: dict[str, np.ndarray], numbers: dict[str, Any], title: str, path: Path) -> None:
     """One picture of the likelihood's curve, the latents and the reconstruction errors."""
     image = as_floats(subject.seen.image)
-    label = {"label": subject.seen.label} if subject.vae.model.condition_on == "label" else {}
-    error = np.mean((image - subject.vae.reconstruct(image, **label)) ** 2, axis=(1, 2, 3))
+    conditions = subject.vae.condition_of(image, subject.seen.label)
+    error = np.mean((image - subject.vae.decode(codes["mean"], **conditions)) ** 2, axis=(1, 2, 3))
     curve = {int(name.split("_")[1]): value for name, value in numbers.items() if name.startswith("nll/with_")} | (
         {numbers["nll/samples"]: numbers["nll"]} if "nll/samples" in numbers else {}
     )

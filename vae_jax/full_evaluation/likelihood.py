@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from vae_jax.batch import Split, example_keys, named_key
 from vae_jax.evaluation.baselines import convert
-from vae_jax.evaluation.latents import standard_error
 from vae_jax.evaluation.likelihood import (
     SAMPLES_AT_ONCE,
     TRUSTED,
@@ -22,6 +21,7 @@ from vae_jax.evaluation.likelihood import (
     simulate,
     summarize,
 )
+from vae_jax.evaluation.statistics import standard_error
 from vae_jax.full_evaluation.subject import Subject
 from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.pretrained import WEIGHED
@@ -42,7 +42,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
     ess, k_hat = each["effective_sample_size"], each["pareto_k"]
     numbers = {
         "nll": float(nll.mean()),
-        "nll/standard_error": standard_error(nll) if count > 1 else "left out: one image has none",
+        "nll/standard_error": float(standard_error(nll)) if count > 1 else "left out: one image has none",
         "nll/images": count,
         "nll/samples": samples,
     }
@@ -69,7 +69,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
         "nll/simulated_images_at_most": float(-lower.mean()) + pixels * p_x.constant,
         "nll/simulated_images_at_least": float(-upper.mean()) + pixels * p_x.constant,
         "nll/sandwich_width": float(np.mean(upper - lower)),
-        "nll/sandwich_width/standard_error": standard_error(upper - lower),
+        "nll/sandwich_width/standard_error": float(standard_error(upper - lower)),
     }
 
 
@@ -87,13 +87,12 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
     done = sum(len(row["nll"]) for row in rows)
     label = f"likelihood of {count:,} images, {samples:,} samples each"
     with open(path, "a", encoding="utf-8") as file, progress(label, count, done) as bar:
-        if done < count:
-            for log_w in blocks(vae.variables, subject.root, done):
-                row = {name: values.tolist() for name, values in summarize(log_w).items()}
-                file.write(json_line(row))
-                file.flush()
-                rows.append(row)
-                bar.update(len(log_w))
+        for log_w in blocks(vae.variables, subject.root, done):
+            row = {name: values.tolist() for name, values in summarize(log_w).items()}
+            file.write(json_line(row))
+            file.flush()
+            rows.append(row)
+            bar.update(len(log_w))
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 

@@ -128,50 +128,6 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(image)[0])
 
 
-class ConditionalAutoencoder(nn.Module):
-    """An autoencoder given conditions c, which are first embedded by dense layers with tanh if `hidden` names any.
-
-    c shifts mean and log-variance of q(z | x, c) linearly, and the decoder sees z and c side by side. `prior(c)` is the mean
-    and log-variance of p(z | c); it starts at N(0, I).
-    """
-
-    autoencoder: Autoencoder
-    latent_dim: int
-    hidden: tuple[int, ...] = ()
-
-    def setup(self):
-        self.embedding = Embedding(self.hidden)
-        self.shift = nn.Dense(2 * self.latent_dim, kernel_init=kernel_init)
-        self.of_prior = nn.Dense(2 * self.latent_dim, kernel_init=nn.initializers.zeros)
-
-    def encode(self, image, condition):
-        mean, logvar = self.autoencoder.encode(image)
-        by_mean, by_logvar = jnp.split(self.shift(self.embedding(condition)), 2, axis=-1)
-        return mean + by_mean, logvar + by_logvar
-
-    def decode(self, z: Float[Array, "*samples batch latent"], condition):
-        c = self.embedding(condition)
-        c = jnp.broadcast_to(c.reshape((1,) * (z.ndim - 2) + c.shape), (*z.shape[:-1], c.shape[-1]))
-        return self.autoencoder.decode(jnp.concatenate([z, c], axis=-1))
-
-    def prior(self, condition):
-        mean, logvar = jnp.split(self.of_prior(self.embedding(condition)), 2, axis=-1)
-        return mean, logvar
-
-    def __call__(self, image, condition):
-        return self.decode(self.encode(image, condition)[0], condition), self.prior(condition)
-
-
-class Embedding(nn.Module):
-    """Conditions -> dense layers with tanh, or the flattened conditions themselves."""
-
-    hidden: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, condition: Float[Array, "batch ..."]) -> Float[Array, "batch width"]:
-        return tanh_layers(condition.reshape(condition.shape[0], -1), self.hidden, jnp.float32)
-
-
 def conv(
     image_shape: tuple[int, int, int],
     latent_dim: int,
@@ -202,6 +158,29 @@ def mlp(
     return Autoencoder(
         DenseEncoder(latent_dim, hidden, dtype), DenseDecoder((height, width, colours * channels), hidden, dtype)
     )
+
+
+def make_autoencoder(
+    network: str,
+    image_shape: tuple[int, int, int],
+    latent_dim: int,
+    channels: int,
+    dtype: Any,
+    *,
+    encoder_features: tuple[int, ...],
+    decoder_features: tuple[int, ...],
+    hidden: tuple[int, ...],
+    pooling: bool = False,
+) -> Any:
+    """The `Autoencoder` that the field `network` names. Raises ValueError as `configure` does, for a field that they do not have."""
+    sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": channels, "dtype": dtype}
+    fields = {
+        "encoder_features": (tuple(encoder_features), (32, 64)),
+        "decoder_features": (tuple(decoder_features), (64, 32)),
+        "pooling": (pooling, False),
+        "hidden": (tuple(hidden), (200, 200)),
+    }
+    return configure(NETWORKS, "network", network, sizes, **fields)
 
 
 def start_at(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "height width channel"]) -> dict:

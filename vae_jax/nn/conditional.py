@@ -1,0 +1,52 @@
+"""Networks given a condition."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vae_jax.nn.layers import kernel_init
+from vae_jax.nn.networks import Autoencoder, tanh_layers
+
+
+class ConditionalAutoencoder(nn.Module):
+    """An autoencoder given conditions c, which are first embedded by dense layers with tanh if `hidden` names any.
+
+    c shifts mean and log-variance of q(z | x, c) linearly, and the decoder sees z and c side by side. `prior(c)` is the mean
+    and log-variance of p(z | c); it starts at N(0, I).
+    """
+
+    autoencoder: Autoencoder
+    latent_dim: int
+    hidden: tuple[int, ...] = ()
+
+    def setup(self):
+        self.embedding = Embedding(self.hidden)
+        self.shift = nn.Dense(2 * self.latent_dim, kernel_init=kernel_init)
+        self.of_prior = nn.Dense(2 * self.latent_dim, kernel_init=nn.initializers.zeros)
+
+    def encode(self, image, condition):
+        mean, logvar = self.autoencoder.encode(image)
+        by_mean, by_logvar = jnp.split(self.shift(self.embedding(condition)), 2, axis=-1)
+        return mean + by_mean, logvar + by_logvar
+
+    def decode(self, z: Float[Array, "*samples batch latent"], condition):
+        c = self.embedding(condition)
+        c = jnp.broadcast_to(c.reshape((1,) * (z.ndim - 2) + c.shape), (*z.shape[:-1], c.shape[-1]))
+        return self.autoencoder.decode(jnp.concatenate([z, c], axis=-1))
+
+    def prior(self, condition):
+        mean, logvar = jnp.split(self.of_prior(self.embedding(condition)), 2, axis=-1)
+        return mean, logvar
+
+    def __call__(self, image, condition):
+        return self.decode(self.encode(image, condition)[0], condition), self.prior(condition)
+
+
+class Embedding(nn.Module):
+    """Conditions -> dense layers with tanh, or the flattened conditions themselves."""
+
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, condition: Float[Array, "batch ..."]) -> Float[Array, "batch width"]:
+        return tanh_layers(condition.reshape(condition.shape[0], -1), self.hidden, jnp.float32)
