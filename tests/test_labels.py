@@ -78,7 +78,7 @@ def test_a_batch_holds_so_many_labelled_images_and_each_image_once():
 )
 def test_batches_that_cannot_be_filled(fields, message):
     with pytest.raises(ValueError, match=message):
-        data.check_labelled_per_batch(data.load(name="digits", **fields), 64)
+        data.check_batches(data.load(name="digits", **fields), 64)
 
 
 def test_the_label_summed_out_is_the_evidence_at_the_exact_posterior():

@@ -19,6 +19,7 @@ from vae_jax import data, families, optimizers, steps
 from vae_jax.batch import make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
 from vae_jax.families import FAMILIES, Metric
+from vae_jax.nn.networks import NETWORKS
 from vae_jax.run import config as run_config
 from vae_jax.run import memory, session
 from vae_jax.run.config import RunOptions, bind, changes, defaults, fields, fill_in, flatten, make_config, signatures
@@ -215,7 +216,7 @@ def fixed_network(image_shape, latent_dim, channels, dtype, encoder_features, de
 @pytest.fixture
 def terms(monkeypatch):
     """`terms(config)`: the metrics of the VAE's objective on two images, and the beta that they imply."""
-    monkeypatch.setitem(families.vae.NETWORKS, "conv", fixed_network)
+    monkeypatch.setitem(NETWORKS, "conv", fixed_network)
 
     def measure(config):
         job = session.build(config)

@@ -14,7 +14,7 @@ from vae_jax.batch import Dataset, Split
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
-from vae_jax.pretrained import Pretrained, load, load_variables
+from vae_jax.pretrained import Pretrained, load, load_variables, of_seed
 from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
@@ -43,7 +43,7 @@ def evaluate(
     check_trained_on(metadata["data"], job.metadata["data"])
     choose_split(job.dataset, split)
     if full:
-        vae = load_able(workdir, checkpoint, "encode", "encoder")
+        vae = check_able(of_seed(workdir, metadata, variables), workdir, "encode", "encoder")
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
     found = {"step": metadata["step"]} | named
@@ -201,8 +201,12 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
 
 
 def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:
-    """`load`. Raises ValueError if the model has not the function that a mode needs."""
-    pretrained = load(workdir, checkpoint)
+    """`load` and `check_able`."""
+    return check_able(load(workdir, checkpoint), workdir, function, what)
+
+
+def check_able(pretrained: Pretrained, workdir: str, function: str, what: str) -> Pretrained:
+    """The given model. Raises ValueError if it has not the function that a mode needs."""
     try:
         pretrained.check_has(function, what)
     except ValueError as error:

@@ -34,7 +34,11 @@ def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "
 
     Raises ValueError if there is no such checkpoint or seed, or if it is damaged.
     """
-    metadata, variables = load_variables(workdir, checkpoint)
+    return of_seed(workdir, *load_variables(workdir, checkpoint), seed)
+
+
+def of_seed(workdir: str, metadata: dict, variables: dict, seed: int | None = None) -> "Pretrained":
+    """The model of one seed, from what `load_variables` gives. Raises ValueError if that seed was not trained."""
     first, count = metadata["config"]["seed"], metadata["config"]["seeds"]
     seed = first if seed is None else seed
     check_integer("seed", seed, 0, 2**32 - 1)

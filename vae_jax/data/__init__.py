@@ -141,10 +141,13 @@ def labelled_share(dataset: Dataset, batch_size: int) -> float:
     return float(np.mean(dataset.splits["train"].label >= 0))
 
 
-def check_labelled_per_batch(dataset: Dataset, batch_size: int) -> None:
-    """Raise ValueError if there are not as many labelled and unlabelled images as one batch takes."""
-    each, known = dataset.labelled_per_batch, int(np.sum(dataset.splits["train"].label >= 0))
-    rest = len(dataset.splits["train"].label) - known
+def check_batches(dataset: Dataset, batch_size: int) -> None:
+    """Raise ValueError if there are not as many training images, labelled and unlabelled, as one batch takes."""
+    label = dataset.splits["train"].label
+    size, each, known = len(label), dataset.labelled_per_batch, int(np.sum(label >= 0))
+    if batch_size > size:
+        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
+    rest = size - known
     if each and not (0 < each <= known and 0 < batch_size - each <= rest):
         raise ValueError(
             f"data.labelled_per_batch is {each}, but a batch of {batch_size} needs at most {known} labelled and {rest} unlabelled images"

@@ -126,7 +126,6 @@ def make_objective(
         log_pi = jax.nn.log_softmax(logits)
         z = reparameterize(mean, logvar, keys)
         kl = model.prior.kl(variables, mean, logvar).sum(axis=-1)
-        weight = warm_up(beta, step, warmup_steps)
         labelled = (batch.label >= 0).astype(kl.dtype)
         label = jnp.maximum(batch.label, 0)
 
@@ -148,7 +147,7 @@ def make_objective(
         else:
             loss = reconstruct(jnp.exp(log_pi))
             metrics = {"reconstruction": loss} | metrics
-        loss = loss + weight * kl
+        loss = loss + warm_up(beta, step, warmup_steps) * kl
         own = cross_entropy(logits, label)
         if train:
             loss = loss + weight_of_labels * labelled * own

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from vae_jax.batch import Dataset, Split
-from vae_jax.data import epoch_order
+from vae_jax.data import epoch_order, labelled_share
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
 from vae_jax.families import Model, Probes
 from vae_jax.objectives import Objective
@@ -98,3 +98,14 @@ class Job(NamedTuple):
 def describe_data(dataset: Dataset) -> dict:
     """What a model must know of the data it is made for."""
     return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
+
+
+def describe_batches(dataset: Dataset, batch_size: int) -> dict:
+    """What an objective may ask about the batches that it will see."""
+    size = len(dataset.splits["train"].label)
+    return {
+        "train_size": size,
+        "steps_per_epoch": size // batch_size,
+        "labelled_share": labelled_share(dataset, batch_size),
+        "binarize": dataset.binarize,
+    }

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from vae_jax.batch import Dataset, binarize, mean_image, named_key
-from vae_jax.data import check_labelled_per_batch, labelled_share, load
+from vae_jax.data import check_batches, load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
@@ -36,7 +36,7 @@ from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import check_reachable, describe_os_error
-from vae_jax.run.job import Job, describe_data
+from vae_jax.run.job import Job, describe_batches, describe_data
 from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import train
 from vae_jax.run.memory import check_fits
@@ -79,19 +79,14 @@ def make_job(
     check_counts(seed, seeds, epochs, batch_size)
     # Every section is checked before the first one acts: a slip in the last is reported before data are read.
     bound = bind_sections(data, model, objective, optimizer, run)
-    family, fields_of_objective = bound.family, bound.make_objective.keywords
+    family = bound.family
     better = direction_of(best, family)
     dataset = bound.load_data()
     family.check_data(dataset)
-    size = len(dataset.splits["train"].label)
-    if batch_size > size:
-        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
-    check_labelled_per_batch(dataset, batch_size)
-    per_epoch = size // batch_size
-    known = describe_data(dataset) | {"train_size": size, "steps_per_epoch": per_epoch, "binarize": dataset.binarize}
-    known["labelled_share"] = labelled_share(dataset, batch_size)
+    check_batches(dataset, batch_size)
+    known = describe_data(dataset) | describe_batches(dataset, batch_size)
     known["model"] = net = fill_in(bound.make_model, **known)
-    known |= fields_of_objective | {"image": dataset.splits["train"].image}
+    known |= bound.make_objective.keywords | {"image": dataset.splits["train"].image}
     pixel_mean = mean_image(known["image"]).astype(np.float32)
     title, samples = make_title(family, data["name"]), named_key(jax.random.key(seed), "samples")
     job = Job(
@@ -107,7 +102,7 @@ def make_job(
         final_probes=family.make_final_probes(net, bound.options.likelihood_samples, dataset.binarize),
         prepare=partial(binarize, how=dataset.binarize),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
-        optimizer=fill_in(bound.make_optimizer, steps=epochs * per_epoch, batch_size=batch_size),
+        optimizer=fill_in(bound.make_optimizer, steps=epochs * known["steps_per_epoch"], batch_size=batch_size),
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
