@@ -2,6 +2,7 @@
 
 python -m vae_jax.main --config=configs/conditional.py            MNIST by label, trained as configs/vae.py:best
 python -m vae_jax.main --config=configs/conditional.py:bernoulli  the same on binarized images, with a learned p(z | y)
+python -m vae_jax.main --config=configs/conditional.py:dense      dense networks on binarized images
 python -m vae_jax.main --config=configs/conditional.py:quadrant1  the rest of an image from its lower left quadrant, dense networks
                                                                   on grey pixels as in Pyro's tutorial; :quadrant2, :quadrant3
 python -m vae_jax.main --config=configs/conditional.py:column     from its centre column (Doersch 2016)
@@ -26,8 +27,10 @@ PARTS = {
     "model.likelihood": "bernoulli",
     "model.prior": "learned",
 }
+DENSE = vae.BINARY | {"model.network": "mlp", "model.hidden": (500, 500), "model.latent_dim": 50}
 VARIANTS = {
     "default": {},
+    "dense": DENSE,
     "bernoulli": vae.BINARY | {"model.prior": "learned"},
     **{name: PARTS | {"model.condition": name} for name in ("quadrant1", "quadrant2", "quadrant3", "column")},
     "digits": vae.VARIANTS["digits"] | {"optimizer.warmup": 0.0},

@@ -11,8 +11,6 @@ results.jsonl, so the same command resumes an interrupted study; summary.md and 
 
 import functools
 import itertools
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,26 +20,20 @@ import numpy as np
 from absl import flags
 
 import vae_jax
-from configs import classifier as classifier_config
 from experiments import arms, augmentation_report, launch
 from experiments.arms import ARMS, SCALES, SHARES, SWEEP, Arm, Pool
+from experiments.study import compute_once, open_study
+from experiments.trainer import Trainer
 from vae_jax import data, generate
-from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label, named_key
-from vae_jax.families import classifier
-from vae_jax.objectives import Objective, reparameterize
-from vae_jax.optimizers import make_adam
+from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label
+from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
-from vae_jax.run.config import changes
 from vae_jax.run.directory import FORMAT
-from vae_jax.run.evaluate import map_examples
-from vae_jax.run.files import atomic_file, local_path, read_json_lines, write_atomically
+from vae_jax.run.files import atomic_file, local_path
 from vae_jax.run.log import OwnedDirectory
-from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.run.session import fingerprint
-from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 SWEPT = 10_000  # images that each noise of the sweep is applied to
-LEFTOVERS = {"lock", "settings.tmp"}  # of a study that was killed in its first moment
 
 
 def vary_images(vae: Pretrained, image: np.ndarray, choose_z: Callable) -> np.ndarray:
@@ -59,54 +51,6 @@ def perturb_images(vae: Pretrained, image: np.ndarray, share: float, scale: floa
 def redraw_images(vae: Pretrained, image: np.ndarray) -> np.ndarray:
     """One draw from q(z | x) of each image, decoded."""
     return vary_images(vae, image, lambda *q: reparameterize(*q)[0])
-
-
-class Trainer:
-    """Trains the classifier on rows of a pool by the recipe of configs/classifier.py, all seeds in one program."""
-
-    def __init__(self, dataset: Dataset, settings: dict):
-        self._seeds = range(settings["seeds"])
-        self._steps, self._batch_size = settings["steps"], settings["batch_size"]
-        self._keys = root_keys(self._seeds)
-        recipe = classifier_config.get_config().to_dict()["optimizer"]
-        del recipe["name"], recipe["ema_decay"]
-        self._optimizer = make_adam(self._steps, **recipe)
-        shape = dataset.image_shape
-        self._model = classifier.make(shape, dataset.num_classes)
-        make = functools.partial(classifier.make_objective, self._model, shape)
-        self._programs = {
-            False: self._make_program(make()),
-            True: self._make_program(make(shift=arms.SHIFT, rotation=arms.ROTATION)),
-        }
-
-    def _make_program(self, objective: Objective) -> Callable:
-        train_step = make_train_step(objective, self._optimizer)
-        run_steps = make_run_steps(train_step, self._batch_size, self._steps)
-
-        def program(key, order, label, image):
-            variables = self._model.init(named_key(key, "init"))
-            state = init_state(variables, self._optimizer, key)
-            state, _ = run_steps(state, order, 0, self._steps, image, label)
-            return state.variables
-
-        return jax.jit(map_seeds(program, 3, len(self._seeds)))
-
-    def __call__(self, image, label, rows: list[np.ndarray], augmented: bool) -> dict:
-        """Variables of all seeds; each seed reads its own rows, and its own labels if `label` is [seeds, images]."""
-        label = jnp.broadcast_to(label, (len(self._seeds), len(image)))
-        length = self._steps * self._batch_size
-        order = [arms.reading_order(own, length, (seed, 1)) for seed, own in zip(self._seeds, rows)]
-        return self._programs[augmented](self._keys, np.stack(order), label, image)
-
-    def make_predict(self, split: Split) -> Callable[[dict], dict[str, np.ndarray]]:
-        """`predict(variables)`: each image's `prediction` and its `confidence`, [seeds, images]."""
-        probes = classifier.make_probes(self._model)
-
-        def measure(variables, batch, key):
-            return probes.measure(variables, batch, None)
-
-        predict = map_examples(measure, split, len(self._seeds))
-        return lambda variables: predict(variables, self._keys)
 
 
 class Experiment:
@@ -196,52 +140,6 @@ class Experiment:
         confident = found["confidence"] >= arms.CONFIDENCE_THRESHOLD
         label = arms.replace_labels(pool.label, where, found["prediction"])
         return label, [np.flatnonzero(own) for own in confident]
-
-
-def open_study(path: Path, settings: dict) -> OwnedDirectory:
-    """The directory of a study; its rows are those of results.jsonl.
-
-    Raises OSError if another process works there, or if it holds other files or a study with other settings.
-    """
-    study = OwnedDirectory(path, "results.jsonl")
-    try:
-        write_settings(path, settings)
-    except OSError:
-        study.close()
-        raise
-    study.keep(read_json_lines(path / "results.jsonl"))
-    return study
-
-
-def write_settings(path: Path, settings: dict) -> None:
-    """Write settings.json. Raises OSError if the directory holds other files or a study with other settings."""
-    file, another = path / "settings.json", "name another with --workdir"
-    if file.exists():
-        if different := changes(json.loads(file.read_text("utf-8")), settings):
-            raise OSError(f"{path} holds another study ({'; '.join(different)}): {another}")
-    elif {entry.name for entry in path.iterdir()} - LEFTOVERS:
-        raise OSError(f"{path} is not empty and holds no study: {another}")
-    write_atomically(file, json.dumps(settings, indent=2) + "\n")
-
-
-def compute_once(study: OwnedDirectory, stage: str, compute: Callable[..., dict], **fields) -> dict:
-    """The stored result with these fields, or else that of `compute(**fields)`, which is stored and printed."""
-    name = {"stage": stage, **fields}
-    for row in study.rows:
-        if name.items() <= row.items():
-            return row
-    start = time.monotonic()
-    row = name | compute(**fields)
-    row["seconds"] = round(time.monotonic() - start, 1)
-    study.append(row)
-    print("  ".join(f"{key} {shorten(value)}" for key, value in row.items()), flush=True)
-    return row
-
-
-def shorten(value) -> str:
-    if isinstance(value, list):
-        return " ".join(map(shorten, value))
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) -> None:

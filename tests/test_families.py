@@ -13,7 +13,18 @@ from vae_jax import generate
 from vae_jax.augment import augment
 from vae_jax.batch import Batch, Dataset, Split, example_keys, named_key
 from vae_jax.evaluation.classification import expected_calibration_error
-from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, conditional, sparse_labels, vae
+from vae_jax.families import (
+    FAMILIES,
+    Family,
+    Metric,
+    Model,
+    classifier,
+    conditional,
+    semisupervised,
+    sparse_labels,
+    stacked,
+    vae,
+)
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
 from vae_jax.priors import PRIORS, standard_normal
 
@@ -189,7 +200,8 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
         },
         classifier: {"probabilities", "num_classes", "features", "apply"},
     }
-    capabilities[sparse_labels] = capabilities[conditional] | {"apply"}
+    for few_labels in (sparse_labels, semisupervised, stacked):
+        capabilities[few_labels] = capabilities[conditional] | {"apply"}
     present = {name for name, value in model._asdict().items() if value not in (None, "")}
     assert present == {"init"} | capabilities[family]
 

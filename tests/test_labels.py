@@ -187,7 +187,7 @@ def test_a_metric_of_the_labelled_counts_them_alone(model, variables):
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: sparse_labels.make((4, 4, 1), 1), "sparse labels are of at least 2 classes, but the data have 1"),
+        (lambda: sparse_labels.make((4, 4, 1), 1), "few labels are of at least 2 classes, but the data have 1"),
         (
             lambda: sparse_labels.make((4, 4, 1), 3, likelihood="optimal_gaussian"),
             "model.likelihood is 'optimal_gaussian'",

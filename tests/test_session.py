@@ -14,7 +14,7 @@ import psutil
 import pytest
 from ml_collections import ConfigDict
 
-from configs import classifier, conditional, sparse_labels, vae
+from configs import classifier, conditional, semisupervised, sparse_labels, stacked, vae
 from vae_jax import data, families, optimizers, steps
 from vae_jax.batch import make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
@@ -31,7 +31,14 @@ def config():
     return vae.get_config("smoke").to_dict()
 
 
-CONFIGS = {"vae": vae, "conditional": conditional, "sparse_labels": sparse_labels, "classifier": classifier}
+CONFIGS = {
+    "vae": vae,
+    "conditional": conditional,
+    "sparse_labels": sparse_labels,
+    "semisupervised": semisupervised,
+    "stacked": stacked,
+    "classifier": classifier,
+}
 VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
 SIGNATURES = {
     name: {
@@ -274,7 +281,11 @@ def test_an_error_in_any_section_is_raised_before_data_are_read(config, monkeypa
         ("model.latent_dims", 3, "unknown config field model.latent_dims: did you mean latent_dim"),
         ("optimizer.zzz", 3, "unknown config field optimizer.zzz: there are learning_rate, "),
         ("model.name", "vea", "unknown model.name 'vea': did you mean vae"),
-        ("model.name", 7, "unknown model.name 7: there are vae, conditional, sparse_labels, classifier"),
+        (
+            "model.name",
+            7,
+            "unknown model.name 7: there are vae, conditional, sparse_labels, semisupervised, stacked, classifier",
+        ),
         ("optimizer.name", "adm", "unknown optimizer.name 'adm': did you mean adam"),
         ("model.likelihood", "gauss", "model.likelihood is 'gauss', but must be one of unit_gaussian"),
         ("model.prior", "normal", "model.prior is 'normal', but must be one of standard_normal"),
@@ -332,8 +343,12 @@ DIRECTIONS = [
     ("vae", "kl", "lower"),
     ("vae", "bound", "lower"),
     *(("conditional", name, "lower") for name in ("loss", "reconstruction", "kl", "bound")),
-    *(("sparse_labels", name, "lower") for name in ("loss", "reconstruction", "kl", "bound", "cross_entropy")),
-    ("sparse_labels", "accuracy", "higher"),
+    *(
+        (family, name, "lower")
+        for family in ("sparse_labels", "semisupervised", "stacked")
+        for name in ("loss", "reconstruction", "kl", "bound", "cross_entropy")
+    ),
+    *((family, "accuracy", "higher") for family in ("sparse_labels", "semisupervised", "stacked")),
     ("classifier", "loss", "lower"),
     ("classifier", "accuracy", "higher"),
 ]

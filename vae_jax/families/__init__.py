@@ -83,6 +83,13 @@ class Family(Protocol):
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 
-from vae_jax.families import classifier, conditional, sparse_labels, vae
+from vae_jax.families import classifier, conditional, semisupervised, sparse_labels, stacked, vae
 
-FAMILIES = {"vae": vae, "conditional": conditional, "sparse_labels": sparse_labels, "classifier": classifier}
+FAMILIES = {
+    "vae": vae,
+    "conditional": conditional,
+    "sparse_labels": sparse_labels,
+    "semisupervised": semisupervised,
+    "stacked": stacked,
+    "classifier": classifier,
+}

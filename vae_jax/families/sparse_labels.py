@@ -9,30 +9,31 @@ label is summed out, p(y) is uniform, and an image pays KL(pi || p(y)), or ln C 
     U(x) = sum_y pi_y (-log p(x | z, y)) + KL(q(z | x) || p(z)) + KL(pi || p(y))
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from vae_jax.families import Metric, reports
 from vae_jax.families.conditional import make_figures, needs_condition  # noqa: F401
+from vae_jax.families.labels import (  # noqa: F401
+    METRICS,
+    baselines,
+    check_classes,
+    check_data,
+    known_or_summed_out,
+    of_labelled,
+    weight_of_labels,
+)
 from vae_jax.families.reports import ledger, make_final_probes, make_probes  # noqa: F401
 from vae_jax.families.vae import check_objective
 from vae_jax.likelihoods import LIKELIHOODS, distortion
 from vae_jax.model import ABSENT, Model
 from vae_jax.nn.networks import PRECISIONS, check_sizes, choose, configure, make_autoencoder
-from vae_jax.objectives import cross_entropy, marginalize_label, reparameterize, warm_up
+from vae_jax.objectives import reparameterize, warm_up
 from vae_jax.priors import standard_normal
 
 NAME = "VAE with sparse labels"
-METRICS = reports.METRICS | {
-    "bound": Metric("U(x), a bound on -log p(x) with the label summed out", "nats", "lower"),
-    "cross_entropy": Metric("cross-entropy of the labelled images", "nats", "lower"),
-    "accuracy": Metric("accuracy on the labelled images", "share", "higher"),
-}
 
 
 def make(
@@ -52,16 +53,9 @@ def make(
 
     Raises ValueError as the family vae does, and for data of fewer than 2 classes.
     """
-    if num_classes < 2:
-        raise ValueError(
-            f"sparse labels are of at least 2 classes, but the data have {num_classes}: give labelled data"
-        )
     check_sizes(latent_dim=(latent_dim,))
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0))
-    if p_x.update is not None:
-        raise ValueError(
-            f"model.likelihood is {likelihood!r}, whose variance depends on one reconstruction: take another"
-        )
+    check_classes(num_classes, p_x.update, likelihood)
     autoencoder = make_autoencoder(
         *(network, image_shape, latent_dim + num_classes, p_x.channels, choose(PRECISIONS, "precision", precision)),
         encoder_features=encoder_features,
@@ -110,24 +104,20 @@ def make_objective(
     Args:
         beta: weight of the KL of z.
         warmup_steps: training steps during which it rises linearly to beta.
-        alpha: weight of the cross-entropy, divided by the share of labelled images in a batch, so that it does not fall with
-            that (Kingma et al. 2014, section 3.1.2, where alpha is 0.1).
+        alpha: weight of the cross-entropy, divided by the share of labelled images in a batch.
         charge: pay KL(pi || p(y)) with the label summed out, which takes as many decoder passes as there are classes.
 
     Raises ValueError for a number out of range.
     """
     check_objective(model, beta, warmup_steps, 0.0, 1, "iwae", binarize)
-    if not 0 <= alpha < math.inf:
-        raise ValueError(f"objective.alpha is {alpha}, but must be at least 0")
-    classes, weight_of_labels = model.num_classes, alpha / labelled_share if labelled_share else 0.0
+    ce_weight = weight_of_labels(alpha, labelled_share)
 
     def objective(variables, batch, keys, train, step, axis_name=None):
         mean, logvar, logits = model.apply(variables, batch.image)
-        log_pi = jax.nn.log_softmax(logits)
+        pi = jax.nn.softmax(logits)
         z = reparameterize(mean, logvar, keys)
         kl = model.prior.kl(variables, mean, logvar).sum(axis=-1)
-        labelled = (batch.label >= 0).astype(kl.dtype)
-        label = jnp.maximum(batch.label, 0)
+        labels = of_labelled(logits, batch.label)
 
         def reconstruct(pi):
             raw = model.given(pi).decode_raw(variables, z)
@@ -135,24 +125,19 @@ def make_objective(
 
         metrics = {"kl": kl}
         if charge or not train:
-            one_hot = jnp.eye(classes)
-            by_label = jax.lax.map(lambda pi: reconstruct(jnp.broadcast_to(pi[None], log_pi.shape)), one_hot)
-            metrics["reconstruction"] = jnp.sum(jnp.exp(log_pi) * by_label.T, axis=-1)
-            by_label = by_label + math.log(classes)
-            unlabelled = marginalize_label(by_label, log_pi)
-            metrics["bound"] = unlabelled + kl
+            by_label = jax.lax.map(lambda y: reconstruct(jnp.broadcast_to(y, pi.shape)), jnp.eye(model.num_classes))
+            unlabelled = jnp.full_like(batch.label, -1)
+            metrics["bound"] = known_or_summed_out(by_label, logits, unlabelled) + kl
+            metrics["reconstruction"] = jnp.sum(pi * by_label.T, axis=-1)
         if charge:
-            known = jnp.take_along_axis(by_label, label[None], axis=0)[0]
-            loss = jnp.where(labelled > 0, known, unlabelled) if train else unlabelled
+            loss = known_or_summed_out(by_label, logits, batch.label if train else unlabelled)
         else:
-            loss = reconstruct(jnp.exp(log_pi))
-            metrics = {"reconstruction": loss} | metrics
+            loss = metrics["reconstruction"] = reconstruct(pi)
         loss = loss + warm_up(beta, step, warmup_steps) * kl
-        own = cross_entropy(logits, label)
         if train:
-            loss = loss + weight_of_labels * labelled * own
-        correct = (logits.argmax(axis=-1) == batch.label).astype(kl.dtype)
-        return metrics | {"loss": loss, "cross_entropy": (own, labelled), "accuracy": (correct, labelled)}, {}
+            own, labelled = labels["cross_entropy"]
+            loss = loss + ce_weight * labelled * own
+        return metrics | labels | {"loss": loss}, {}
 
     return objective
 
@@ -160,15 +145,3 @@ def make_objective(
 def decodes_per_example(model: Model, *, charge: bool = True) -> int:
     """One image for each class."""
     return model.num_classes
-
-
-def check_data(dataset) -> None:
-    """Unlabelled images are welcome in training."""
-    for name, split in dataset.splits.items():
-        if name != "train" and (split.label < 0).any():
-            raise ValueError(f"{int(np.sum(split.label < 0))} {name} images have no label, but accuracy needs all")
-
-
-def baselines(model: Model, image: np.ndarray) -> dict:
-    """There is none in closed form."""
-    return {}

@@ -24,20 +24,18 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log-variance of q(z | x): 3x3 convolutions of stride 2, then one dense layer (the post, Table 1).
+    """Image -> `outputs` numbers: 3x3 convolutions of stride 2, then one dense layer (the post, Table 1).
 
     With `pooling` the convolutions have stride 1, and 2x2 max pooling halves the image (the post, Figure 6).
     """
 
-    latent_dim: int
+    outputs: int
     features: tuple[int, ...]
     pooling: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, image: Float[Array, "batch height width channel"]
-    ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
+    def __call__(self, image: Float[Array, "batch height width channel"]) -> Float[Array, "batch outputs"]:
         x = image
         for i, features in enumerate(self.features):
             if self.pooling:
@@ -46,10 +44,8 @@ class Encoder(nn.Module):
             else:
                 conv = Conv(features, 2, dtype=self.dtype, name=f"conv{i + 1}")
                 x = relu(conv(x))
-        dense = nn.Dense(2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        x = dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
-        mean, logvar = jnp.split(x, 2, axis=-1)
-        return mean, logvar
+        dense = nn.Dense(self.outputs, dtype=self.dtype, kernel_init=kernel_init, name="fc")
+        return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -81,20 +77,17 @@ def tanh_layers(x: Float[Array, "batch width"], widths: tuple[int, ...], dtype: 
 
 
 class DenseEncoder(nn.Module):
-    """Image -> mean and log-variance of q(z | x): dense layers with tanh (Burda et al. 2016, section 5)."""
+    """Image -> `outputs` numbers: dense layers with tanh (Burda et al. 2016, section 5)."""
 
-    latent_dim: int
+    outputs: int
     hidden: tuple[int, ...]
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, image: Float[Array, "batch height width channel"]
-    ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
+    def __call__(self, image: Float[Array, "batch height width channel"]) -> Float[Array, "batch outputs"]:
         x = tanh_layers(image.reshape(image.shape[0], -1), self.hidden, self.dtype)
-        dense = nn.Dense(2 * self.latent_dim, dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        mean, logvar = jnp.split(dense(x).astype(jnp.float32), 2, axis=-1)
-        return mean, logvar
+        dense = nn.Dense(self.outputs, dtype=self.dtype, kernel_init=kernel_init, name="fc")
+        return dense(x).astype(jnp.float32)
 
 
 class DenseDecoder(nn.Module):
@@ -118,7 +111,9 @@ class Autoencoder(nn.Module):
     decoder: nn.Module
 
     def encode(self, image):
-        return self.encoder(image)
+        """Mean and log-variance of q(z | x)."""
+        mean, logvar = jnp.split(self.encoder(image), 2, axis=-1)
+        return mean, logvar
 
     def decode(self, z: Float[Array, "*samples latent"]):
         raw = self.decoder(z.reshape(-1, z.shape[-1]))
@@ -144,7 +139,7 @@ def conv(
         check_pooling(image_shape, len(encoder_features), "encoder_features")
     height, width, colours = image_shape
     return Autoencoder(
-        Encoder(latent_dim, encoder_features, pooling, dtype),
+        Encoder(2 * latent_dim, encoder_features, pooling, dtype),
         Decoder((height, width, colours * channels), decoder_features, dtype),
     )
 
@@ -156,7 +151,7 @@ def mlp(
     check_sizes(hidden=hidden)
     height, width, colours = image_shape
     return Autoencoder(
-        DenseEncoder(latent_dim, hidden, dtype), DenseDecoder((height, width, colours * channels), hidden, dtype)
+        DenseEncoder(2 * latent_dim, hidden, dtype), DenseDecoder((height, width, colours * channels), hidden, dtype)
     )
 
 

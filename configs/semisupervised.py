@@ -1,0 +1,23 @@
+"""M2 (Kingma et al. 2014): dense networks of 500 units, 50 latents, binarized images, few labels.
+
+python -m vae_jax.main --config=configs/semisupervised.py           MNIST, 100 labels, 16 of each batch of 128 labelled
+python -m vae_jax.main --config=configs/semisupervised.py:digits    scikit-learn's bundled digits, 100 labels
+python -m vae_jax.main --config=configs/semisupervised.py:smoke     two steps on the bundled digits, for tests
+"""
+
+from configs import vae
+from vae_jax.run.config import make_config
+
+
+def get_config(variant: str = "default"):
+    return make_config("semisupervised", BASE, VARIANTS, variant)
+
+
+BASE = vae.BASE | {
+    "batch_size": 128,
+    "epochs": 50,
+    "data.binarize": "dynamic",
+    "data.labelled": 100,
+    "data.labelled_per_batch": 16,
+}
+VARIANTS = {"default": {}, "digits": vae.VARIANTS["digits"], "smoke": vae.VARIANTS["smoke"]}

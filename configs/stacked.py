@@ -1,0 +1,16 @@
+"""M1 + M2 (Kingma et al. 2014): a dense VAE of binarized images, and the semi-supervised model of its codes.
+
+python -m vae_jax.main --config=configs/stacked.py           MNIST, 100 labels, 16 of each batch of 128 labelled
+python -m vae_jax.main --config=configs/stacked.py:digits    scikit-learn's bundled digits, 100 labels
+python -m vae_jax.main --config=configs/stacked.py:smoke     two steps on the bundled digits, for tests
+"""
+
+from configs import semisupervised, vae
+from vae_jax.run.config import make_config
+
+
+def get_config(variant: str = "default"):
+    return make_config("stacked", semisupervised.BASE, VARIANTS, variant)
+
+
+VARIANTS = {"default": {}, "digits": vae.VARIANTS["digits"], "smoke": vae.VARIANTS["smoke"]}

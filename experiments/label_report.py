@@ -1,0 +1,142 @@
+"""What the results of the study of few labels say: its tables, and its figure.
+
+`rows` are those of results.jsonl, `settings` those of settings.json.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.report import markdown_table
+from vae_jax.evaluation.statistics import mean_and_interval
+from vae_jax.run.files import save_figure, write_atomically
+
+PUBLISHED = {  # test accuracy in %: Pyro's tutorial "The Semi-Supervised VAE", five draws; Kingma et al. 2014, at 100 and 1,000
+    "M2 in Pyro's tutorial": {100: 93.2, 600: 94.4, 1000: 94.9, 3000: 95.8},
+    "M2, Kingma et al.": {100: 88.03, 1000: 96.40},
+    "M1 + M2, Kingma et al.": {100: 96.67, 1000: 97.60},
+}
+SHIFTED = "classifier, shifted"
+PAIRS = [  # one method less another
+    ("label spreading, VAE's codes", "label spreading, pixels"),
+    ("label spreading, VAE's codes", "classifier"),
+    ("linear probe, VAE's codes", "linear probe, pixels"),
+    (f"{SHIFTED}, labels spread over VAE's codes", SHIFTED),
+    (f"{SHIFTED}, labels spread over VAE's codes", f"{SHIFTED}, pseudo-labels"),
+    (f"{SHIFTED}, labels spread over VAE's codes", f"{SHIFTED}, labels spread over pixels"),
+]
+
+
+def by_method(rows: list[dict]) -> dict[str, dict[int, np.ndarray]]:
+    """{method: {labels: test accuracies of the draws, in %}}."""
+    found: dict[str, dict[int, list]] = {}
+    for row in sorted(rows, key=lambda row: row.get("draw", 0)):
+        here = found.setdefault(row["stage"], {}).setdefault(row["labels"], [])
+        here.extend(row["accuracy"] if isinstance(row["accuracy"], list) else [row["accuracy"]])
+    return {
+        method: {labels: 100 * np.array(values) for labels, values in sorted(of.items())}
+        for method, of in found.items()
+    }
+
+
+def cell(values: np.ndarray | None, signed: bool = False) -> str:
+    """Mean and half-width of the 95 % interval; the value itself of one draw, and nothing of none."""
+    if values is None or not len(values):
+        return ""
+    sign = "+" if signed else ""
+    if len(values) == 1:
+        return f"{values[0]:{sign}.2f}"
+    mean, half = mean_and_interval(values.tolist())
+    return f"{mean:{sign}.2f} ± {half:.2f}"
+
+
+def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
+    """{title: cells}: accuracy without and with augmentation, paired differences, minutes."""
+    found, labels = by_method(rows), settings["labels"]
+    heading = [f"{count:,} labels" for count in labels] + ["all labels"]
+    counts = [*labels, -1]
+
+    def accuracy(methods):
+        return [["method", *heading], *([name, *(cell(found[name].get(n)) for n in counts)] for name in methods)]
+
+    plain = [name for name in found if not name.startswith(SHIFTED)]
+    known = PUBLISHED.items() if settings["data"] == "mnist" else ()
+    others = [[f"*{name}*", *(f"{of[n]:.2f}" if n in of else "" for n in counts)] for name, of in known]
+    pairs = [["one method less another", *heading[:-1]]]
+    for one, other in PAIRS:
+        if one in found and other in found:
+            both = [n for n in labels if n in found[one] and n in found[other]]
+            values = {n: found[one][n] - found[other][n] for n in both}
+            pairs.append([f"{one} - {other}", *(cell(values.get(n), signed=True) for n in labels)])
+    minutes = [["method", "minutes of a result"]]
+    for name in found:
+        seconds = [row["seconds"] / np.size(row["accuracy"]) for row in rows if row["stage"] == name]
+        minutes.append([name, f"{np.median(seconds) / 60:.1f}"])
+    return {
+        "Test accuracy in %, images as they are": accuracy(plain) + others,
+        "Test accuracy in %, images shifted and rotated": accuracy([n for n in found if n.startswith(SHIFTED)]),
+        "Paired differences over the draws, in points": pairs,
+        "Minutes of one draw": minutes,
+    }
+
+
+def draw(rows: list[dict], settings: dict) -> Figure:
+    """Error by the number of labels, one line a method: warm colours with a generative model, blue ones without."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    found = by_method(rows)
+    for ax, shifted in zip(axes, (False, True)):
+        methods = [name for name in found if name.startswith(SHIFTED) == shifted]
+        plot(ax, {name: found[name] for name in methods})
+        ax.set(title="Images shifted and rotated" if shifted else "Images as they are")
+        ax.set(xscale="log", yscale="log", xlabel="labelled training images")
+        ax.set_xticks(settings["labels"], [f"{n:,}" for n in settings["labels"]])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=9)
+    means = [100 - values.mean() for of in found.values() for values in of.values()]
+    axes[0].set(ylabel="test error in %", ylim=(0.8 * min(means), 1.2 * max(means)))
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if 0.8 * min(means) <= tick <= 1.2 * max(means)]
+    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    figure.suptitle(title_of(settings))
+    return figure
+
+
+def plot(ax: Axes, found: dict[str, dict[int, np.ndarray]]) -> None:
+    """One line a method with its intervals; a dotted one for a method that has all labels."""
+    groups = {True: [name for name in found if is_generative(name)]}
+    groups[False] = [name for name in found if name not in groups[True]]
+    for generative, names in groups.items():
+        colours = colormaps["YlOrRd" if generative else "Blues"](np.linspace(0.45, 0.95, max(len(names), 1)))
+        for name, colour, marker in zip(names, colours, "osD^vPX*"):
+            counts = [n for n in found[name] if n > 0]
+            style = {"color": colour, "lw": 2, "label": name}
+            if not counts:
+                ax.axhline(100 - found[name][-1].mean(), ls=":", **style | {"label": f"{name}, all labels"})
+                continue
+            error = [100 - found[name][n].mean() for n in counts]
+            half = [mean_and_interval(found[name][n].tolist())[1] if len(found[name][n]) > 1 else 0 for n in counts]
+            ax.errorbar(counts, error, half, marker=marker, ms=6, capsize=2, elinewidth=1, **style)
+
+
+def is_generative(method: str) -> bool:
+    """Whether a method uses a generative model of the images."""
+    return any(name in method for name in ("VAE", "M2", "sparse"))
+
+
+def title_of(settings: dict) -> str:
+    """What the study is."""
+    return f"How few labels are enough? {settings['data']}, {settings['draws']} draws, 95 % intervals"
+
+
+def write_summary(path: Path, rows: list[dict], settings: dict) -> None:
+    """summary.md and the figure, of the results that are there."""
+    save_figure(draw(rows, settings), path / "labels.png")
+    parts = [
+        f"## {title}\n\n{markdown_table(cells)}\n" for title, cells in tables(rows, settings).items() if len(cells) > 1
+    ]
+    summary = "\n".join([f"# {title_of(settings)}\n", "![Test error](labels.png)\n", *parts])
+    write_atomically(path / "summary.md", summary)

@@ -1,0 +1,233 @@
+"""How few labels are enough? From 10 labels to all, with and without a generative model.
+
+    python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000] [--draws=5]
+
+Each method sees all training images but only so many labels, drawn anew for each of `--draws`, and is tested on all test images.
+Nothing is tuned on other labels. Each result is one line of results.jsonl, so the same command resumes an interrupted study;
+`--methods` computes a part of it. summary.md and the figure come last, from the results that are there.
+"""
+
+import functools
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
+
+import vae_jax
+from experiments import arms, label_report, launch
+from experiments.study import compute_once, open_study
+from experiments.trainer import Trainer
+from vae_jax import data
+from vae_jax.batch import Dataset
+from vae_jax.run.directory import FORMAT
+from vae_jax.run.files import local_path
+from vae_jax.run.log import OwnedDirectory
+from vae_jax.run.session import fingerprint
+
+NEIGHBOURS, SPREADING = (
+    10,
+    0.99,
+)  # of each image in the graph; what it takes from them: alpha of Zhou et al. 2004, section 4
+MOST_LABELLED = 16  # labelled images in a batch of 128
+
+
+class Family(NamedTuple):
+    """A generative model of images and labels: where its runs are, and its config."""
+
+    folder: str
+    config: str
+    few: bool = True  # whether it learns from unlabelled images too
+
+
+FAMILIES = {
+    "sparse labels": Family("sparse", "configs/sparse_labels.py:dense"),
+    "M2": Family("m2", "configs/semisupervised.py"),
+    "M1 + M2": Family("stacked", "configs/stacked.py"),
+    "conditional VAE, Bayes' rule": Family("conditional", "configs/conditional.py:dense", few=False),
+}
+TOGETHER: dict[
+    str, tuple[str, dict[str, bool]]
+] = {  # method: (function of `Spectrum`, its arguments); all draws at once
+    "classifier": ("classifier", {}),
+    "classifier, pseudo-labels": ("classifier", {"pseudo_labels": True}),
+    "linear probe, pixels": ("probe", {"codes": False}),
+    "linear probe, VAE's codes": ("probe", {"codes": True}),
+    "label spreading, pixels": ("spread", {"codes": False}),
+    "label spreading, VAE's codes": ("spread", {"codes": True}),
+    "classifier, shifted": ("classifier", {"augmented": True}),
+    "classifier, shifted, pseudo-labels": ("classifier", {"augmented": True, "pseudo_labels": True}),
+    "classifier, shifted, labels spread over pixels": ("taught", {"codes": False}),
+    "classifier, shifted, labels spread over VAE's codes": ("taught", {"codes": True}),
+}
+
+
+class Spectrum:
+    """The data, the label draws and the models that several results share."""
+
+    def __init__(self, path: Path, settings: dict, dataset: Dataset, manual_dir: str):
+        self._path, self._settings, self._manual_dir = path, settings, manual_dir
+        self._train, self._test = dataset.splits["train"], dataset.splits["test"]
+        self._classes = dataset.num_classes
+        self._draws = range(settings["draws"])
+        trainer = settings | {"seeds": settings["draws"]}
+        self._trainer = functools.cache(lambda: Trainer(dataset, trainer))
+        self._graph = functools.cache(self._make_graph)
+        self._codes = functools.cache(self._encode)
+
+    def hidden(self, labels: int, draw: int) -> np.ndarray:
+        """The training labels, -1 for those that this draw hides."""
+        return data.hide_labels(self._train, labels, draw, self._classes).label
+
+    def classifier(self, labels: int, augmented: bool = False, pseudo_labels: bool = False) -> dict:
+        """The post's classifier, alone or trained again with every image that it labels confidently."""
+        trainer, train = self._trainer(), self._train
+        rows = [np.flatnonzero(self.hidden(labels, draw) >= 0) for draw in self._draws]
+        variables = trainer(train.image, train.label, rows, augmented)
+        if pseudo_labels:
+            found = trainer.make_predict(train)(variables)
+            hidden = np.stack([self.hidden(labels, draw) for draw in self._draws])
+            label = np.where(hidden >= 0, hidden, found["prediction"]).astype(np.int32)
+            confident = (hidden >= 0) | (found["confidence"] >= arms.CONFIDENCE_THRESHOLD)
+            variables = trainer(train.image, label, list(map(np.flatnonzero, confident)), augmented)
+        return self._count(variables)
+
+    def _count(self, variables: dict) -> dict:
+        prediction = self._trainer().make_predict(self._test)(variables)["prediction"]
+        return {"accuracy": np.mean(prediction == self._test.label, axis=1).tolist()}
+
+    def probe(self, labels: int, codes: bool) -> dict:
+        """Multinomial logistic regression on the labelled images."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        train, test = self._codes() if codes else self._pixels()
+        accuracy = []
+        for draw in self._draws:
+            label = self.hidden(labels, draw)
+            known = label >= 0
+            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            accuracy.append(float(probe.fit(train[known], label[known]).score(test, self._test.label)))
+        return {"accuracy": accuracy}
+
+    def spread(self, labels: int, codes: bool) -> dict:
+        """Label spreading; a test image takes the label of its neighbours among the training images."""
+        test = np.zeros((len(self._test.label), 1))
+        models = [self._spread(labels, draw, codes) for draw in self._draws]
+        return {"accuracy": [float(model.score(test, self._test.label)) for model in models]}
+
+    def taught(self, labels: int, codes: bool) -> dict:
+        """The classifier trained on shifted and rotated images, all of them with the labels that spreading gives them."""
+        label = np.stack([self._spread(labels, draw, codes).transduction_ for draw in self._draws])
+        everything = [np.arange(len(self._train.label))] * len(self._draws)
+        return self._count(self._trainer()(self._train.image, label.astype(np.int32), everything, True))
+
+    def _spread(self, labels: int, draw: int, codes: bool) -> Any:
+        """Label spreading over the graph of nearest neighbours (Zhou et al. 2004), fitted to the training images."""
+        from sklearn.semi_supervised import LabelSpreading
+
+        among, to_test = self._graph(codes)
+        count = among.shape[0]
+        model = LabelSpreading(
+            kernel=lambda _, others: among if len(others) == count else to_test, alpha=SPREADING, max_iter=100
+        )
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+            return model.fit(np.arange(count)[:, None], self.hidden(labels, draw))
+
+    def _make_graph(self, codes: bool) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Neighbours among the training images, in both directions, and those of each test image, [train, test]."""
+        from sklearn.neighbors import NearestNeighbors
+
+        train, test = self._codes() if codes else self._pixels()
+        nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(train)
+        among = nearest.kneighbors_graph()
+        return among.maximum(among.T).tocsr(), nearest.kneighbors_graph(test).T.tocsr()
+
+    def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(split.image.reshape(len(split.image), -1) / np.float32(255) for split in (self._train, self._test))
+
+    def _encode(self) -> tuple[np.ndarray, np.ndarray]:
+        """The posterior means of a VAE that saw no label."""
+        run = self._path / "vae"
+        self._run("configs/vae.py:bernoulli", run, {"epochs": self._settings["vae_epochs"]})
+        vae = vae_jax.load(str(run))
+        return tuple(vae.encode(split.image)[0] for split in (self._train, self._test))
+
+    def family(self, method: str, labels: int, draw: int) -> dict:
+        """A generative model of images and labels, one training."""
+        folder, config, few = FAMILIES[method]
+        run = self._path / f"{folder}-{labels}-{draw}"
+        fields = {"epochs": self._settings["epochs"]}
+        if few:
+            each = min(MOST_LABELLED, labels)
+            fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
+        self._run(config, run, fields)
+        last = launch.last_test(run)
+        found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}
+        if not few:
+            label, _ = vae_jax.load(str(run)).predict(self._test.image)
+            found["accuracy"] = float(np.mean(label == self._test.label))
+        return found
+
+    def _run(self, config: str, run: Path, fields: dict) -> None:
+        fields = {"data.name": self._settings["data"], "run.likelihood_samples": 0} | fields
+        launch.run(launch.make_command(config, run, fields, self._manual_dir))
+
+
+def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_dir: str, chosen: list[str]) -> None:
+    """Compute the missing results of the chosen methods, then write the summary of all that are there."""
+    spectrum = Spectrum(study.path, settings, dataset, manual_dir)
+    for method in chosen:
+        if method in TOGETHER:
+            name, arguments = TOGETHER[method]
+            compute = functools.partial(getattr(spectrum, name), **arguments)
+            for labels in settings["labels"]:
+                compute_once(study, method, compute, labels=labels)
+        else:
+            compute = functools.partial(spectrum.family, method)
+            all_labels, draws = [-1], range(1)
+            if FAMILIES[method].few:
+                all_labels, draws = settings["labels"], range(settings["draws"])
+            for draw, labels in itertools.product(draws, all_labels):
+                compute_once(study, method, compute, labels=labels, draw=draw)
+    label_report.write_summary(study.path, study.rows, settings)
+
+
+def main() -> None:
+    given = flags.FLAGS
+    dataset = data.load(name=given.data, manual_dir=given.manual_dir)
+    settings = {
+        "format": FORMAT,
+        "data": given.data,
+        "images": fingerprint(dataset),
+        "labels": [int(count) for count in given.labels],
+        "draws": given.draws,
+        "epochs": given.epochs,
+        "steps": given.steps,
+        "batch_size": 128,
+        "vae_epochs": given.vae_epochs,
+    }
+    for labels in settings["labels"]:
+        data.hide_labels(dataset.splits["train"], labels, 0, dataset.num_classes)
+    methods = {**TOGETHER, **FAMILIES}
+    if unknown := set(given.methods) - {*methods}:
+        raise ValueError(f"--methods has {', '.join(sorted(unknown))}, but must be some of: {'; '.join(methods)}")
+    study = open_study(local_path(given.workdir), settings)
+    run_study(study, settings, dataset, given.manual_dir, given.methods or [*methods])
+    print((study.path / "summary.md").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    launch.define_data_flags("runs/label-spectrum")
+    flags.DEFINE_list("labels", "10,100,600,1000,3000", "Labelled training images.")
+    flags.DEFINE_integer("draws", 5, "Draws of the labelled images.", lower_bound=2)
+    flags.DEFINE_integer("epochs", 30, "Epochs of each generative model of images and labels.", lower_bound=1)
+    flags.DEFINE_integer("steps", 2500, "Steps of each classifier, of 128 images.", lower_bound=1)
+    flags.DEFINE_integer("vae_epochs", 20, "Epochs of the VAE that gives the codes.", lower_bound=1)
+    flags.DEFINE_multi_string("methods", [], "A method to compute, given once for each; all by default.")
+    launch.start("label_spectrum", main)

@@ -1,0 +1,58 @@
+"""A study as a directory: settings that decide its numbers, and one JSON line a finished result."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vae_jax.run.config import changes
+from vae_jax.run.files import read_json_lines, write_atomically
+from vae_jax.run.log import OwnedDirectory
+
+LEFTOVERS = {"lock", "settings.tmp"}  # of a study that was killed in its first moment
+
+
+def open_study(path: Path, settings: dict) -> OwnedDirectory:
+    """The directory of a study; its rows are those of results.jsonl.
+
+    Raises OSError if another process works there, or if it holds other files or a study with other settings.
+    """
+    study = OwnedDirectory(path, "results.jsonl")
+    try:
+        write_settings(path, settings)
+    except OSError:
+        study.close()
+        raise
+    study.keep(read_json_lines(path / "results.jsonl"))
+    return study
+
+
+def write_settings(path: Path, settings: dict) -> None:
+    """Write settings.json. Raises OSError if the directory holds other files or a study with other settings."""
+    file, another = path / "settings.json", "name another with --workdir"
+    if file.exists():
+        if different := changes(json.loads(file.read_text("utf-8")), settings):
+            raise OSError(f"{path} holds another study ({'; '.join(different)}): {another}")
+    elif {entry.name for entry in path.iterdir()} - LEFTOVERS:
+        raise OSError(f"{path} is not empty and holds no study: {another}")
+    write_atomically(file, json.dumps(settings, indent=2) + "\n")
+
+
+def compute_once(study: OwnedDirectory, stage: str, compute: Callable[..., dict], **fields) -> dict:
+    """The stored result with these fields, or else that of `compute(**fields)`, which is stored and printed."""
+    name = {"stage": stage, **fields}
+    for row in study.rows:
+        if name.items() <= row.items():
+            return row
+    start = time.monotonic()
+    row = name | compute(**fields)
+    row["seconds"] = round(time.monotonic() - start, 1)
+    study.append(row)
+    print("  ".join(f"{key} {shorten(value)}" for key, value in row.items()), flush=True)
+    return row
+
+
+def shorten(value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(shorten, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

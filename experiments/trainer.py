@@ -1,0 +1,66 @@
+"""The classifier of several seeds, trained in one program on rows that differ from seed to seed."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import classifier as classifier_config
+from experiments import arms
+from vae_jax.batch import Dataset, Split, named_key
+from vae_jax.families import classifier
+from vae_jax.objectives import Objective
+from vae_jax.optimizers import make_adam
+from vae_jax.run.evaluate import map_examples
+from vae_jax.run.seeds import map_seeds, root_keys
+from vae_jax.steps import init_state, make_run_steps, make_train_step
+
+
+class Trainer:
+    """Trains the classifier on rows of a pool by the recipe of configs/classifier.py, all seeds in one program."""
+
+    def __init__(self, dataset: Dataset, settings: dict):
+        self._seeds = range(settings["seeds"])
+        self._steps, self._batch_size = settings["steps"], settings["batch_size"]
+        self._keys = root_keys(self._seeds)
+        recipe = classifier_config.get_config().to_dict()["optimizer"]
+        del recipe["name"], recipe["ema_decay"]
+        self._optimizer = make_adam(self._steps, **recipe)
+        shape = dataset.image_shape
+        self._model = classifier.make(shape, dataset.num_classes)
+        make = functools.partial(classifier.make_objective, self._model, shape)
+        self._programs = {
+            False: self._make_program(make()),
+            True: self._make_program(make(shift=arms.SHIFT, rotation=arms.ROTATION)),
+        }
+
+    def _make_program(self, objective: Objective) -> Callable:
+        train_step = make_train_step(objective, self._optimizer)
+        run_steps = make_run_steps(train_step, self._batch_size, self._steps)
+
+        def program(key, order, label, image):
+            variables = self._model.init(named_key(key, "init"))
+            state = init_state(variables, self._optimizer, key)
+            state, _ = run_steps(state, order, 0, self._steps, image, label)
+            return state.variables
+
+        return jax.jit(map_seeds(program, 3, len(self._seeds)))
+
+    def __call__(self, image, label, rows: list[np.ndarray], augmented: bool) -> dict:
+        """Variables of all seeds; each seed reads its own rows, and its own labels if `label` is [seeds, images]."""
+        label = jnp.broadcast_to(label, (len(self._seeds), len(image)))
+        length = self._steps * self._batch_size
+        order = [arms.reading_order(own, length, (seed, 1)) for seed, own in zip(self._seeds, rows)]
+        return self._programs[augmented](self._keys, np.stack(order), label, image)
+
+    def make_predict(self, split: Split) -> Callable[[dict], dict[str, np.ndarray]]:
+        """`predict(variables)`: each image's `prediction` and its `confidence`, [seeds, images]."""
+        probes = classifier.make_probes(self._model)
+
+        def measure(variables, batch, key):
+            return probes.measure(variables, batch, None)
+
+        predict = map_examples(measure, split, len(self._seeds))
+        return lambda variables: predict(variables, self._keys)

@@ -1,0 +1,73 @@
+"""What the families of few labels share: the label summed out, and what is known of the labelled images."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn import log_softmax
+from jaxtyping import Array, Float, Int
+
+from vae_jax.families import Metric, reports
+from vae_jax.objectives import cross_entropy, marginalize_label
+
+METRICS = reports.METRICS | {
+    "bound": Metric("U(x), a bound on -log p(x) with the label summed out", "nats", "lower"),
+    "cross_entropy": Metric("cross-entropy of the labelled images", "nats", "lower"),
+    "accuracy": Metric("accuracy on the labelled images", "share", "higher"),
+}
+
+
+def of_labelled(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> dict[str, tuple]:
+    """Cross-entropy and accuracy, each with the weight 0 for an image without a label."""
+    labelled = (label >= 0).astype(logits.dtype)
+    correct = (logits.argmax(axis=-1) == label).astype(logits.dtype)
+    return {"cross_entropy": (cross_entropy(logits, jnp.maximum(label, 0)), labelled), "accuracy": (correct, labelled)}
+
+
+def known_or_summed_out(
+    by_label: Float[Array, "classes batch"],
+    logits: Float[Array, "batch classes"],
+    label: Int[Array, " batch"],
+    gradient_weight: Any = 1.0,
+) -> Float[Array, " batch"]:
+    """L(x, y) of an image with a label, U(x) of one without; both with p(y) = 1 / C, from -log p(x | y) or a bound on it."""
+    by_label = by_label + math.log(len(by_label))
+    fixed = lax.stop_gradient(log_softmax(logits))
+    log_q = fixed + gradient_weight * (log_softmax(logits) - fixed)
+    known = jnp.take_along_axis(by_label, jnp.maximum(label, 0)[None], axis=0)[0]
+    return jnp.where(label >= 0, known, marginalize_label(by_label, log_q))
+
+
+def weight_of_labels(alpha: float, labelled_share: float) -> float:
+    """The weight of a labelled image's cross-entropy, alpha / (share of labelled images in a batch).
+
+    So it does not fall with that share. Source: Kingma et al. 2014, section 3.1.2, where alpha is 0.1. Raises ValueError for a
+    negative alpha.
+    """
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"objective.alpha is {alpha}, but must be at least 0")
+    return alpha / labelled_share if labelled_share else 0.0
+
+
+def check_classes(num_classes: int, update: Any, likelihood: str) -> None:
+    """Raise ValueError for data of fewer than 2 classes, and for a likelihood whose variance comes from one reconstruction."""
+    if num_classes < 2:
+        raise ValueError(f"few labels are of at least 2 classes, but the data have {num_classes}: give labelled data")
+    if update is not None:
+        raise ValueError(
+            f"model.likelihood is {likelihood!r}, whose variance depends on one reconstruction: take another"
+        )
+
+
+def check_data(dataset) -> None:
+    """Unlabelled images are welcome in training. Raises ValueError for one in another split."""
+    for name, split in dataset.splits.items():
+        if name != "train" and (split.label < 0).any():
+            raise ValueError(f"{int(np.sum(split.label < 0))} {name} images have no label, but accuracy needs all")
+
+
+def baselines(model, image: np.ndarray) -> dict:
+    """There is none in closed form."""
+    return {}
