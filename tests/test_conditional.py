@@ -83,6 +83,27 @@ def test_each_example_has_its_own_condition(fields):
     assert np.any(np.abs(together["loss"] - other["loss"]) > 1e-3) == (model.condition_on == "label")
 
 
+def test_without_latents_it_is_a_regression():
+    """The loss is -log p(hidden | visible) of the decoder at the condition; nothing is drawn, and there is no encoder."""
+    model, variables = make(condition="quadrant1", likelihood="bernoulli", latent_dim=0)
+    assert set(variables["params"]["autoencoder"]) == {"decoder"} and set(variables["params"]) == {"autoencoder"}
+    batch = batch_of()
+    objective = conditional.make_objective(model)
+    metrics, other = (
+        objective(variables, batch, example_keys(jax.random.key(seed), 0, batch.index), True, 0)[0] for seed in (0, 1)
+    )
+    net = model.of(batch)
+    raw = net.decode_raw(variables, jnp.zeros((6, 0)))
+    energy = np.asarray(jnp.logaddexp(0.0, raw) - batch.image * raw)
+    hidden = np.ones((4, 4), bool)
+    hidden[2:, :2] = False
+    np.testing.assert_allclose(metrics["loss"], energy[:, hidden].sum(axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_array_equal(metrics["loss"], other["loss"])
+    np.testing.assert_array_equal(metrics["kl"], 0)
+    with pytest.raises(ValueError, match="model.latent_dim is 0, but must be at least 1"):
+        make(latent_dim=0)
+
+
 def test_without_a_condition_there_is_no_answer():
     model, variables = make()
     for function in (model.encode, model.decode_raw, model.prior.log_prob):

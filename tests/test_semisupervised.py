@@ -277,3 +277,10 @@ def test_a_trained_model_predicts_and_generates(name, tmp_path):
     assert image.shape == (3, 28, 28, 1) and label.shape == probability.shape == (3,)
     with pytest.raises(ValueError, match="label"):
         model.sample(3)
+    if name == "stacked":
+        with pytest.raises(
+            ValueError, match="a model of the family stacked has no p.z. in closed form: take its bound"
+        ):
+            model.log_likelihood(image, samples=2, label=label)
+    else:
+        assert np.isfinite(model.log_likelihood(image, samples=2, label=label)).all()

@@ -197,6 +197,7 @@ class Pretrained:
         """`reduce` of each image's log p(x, z_k) - log q(z_k | x), less the likelihood's constant, [n, samples]."""
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
+        self.check_has_density()
         check_integer("samples", samples, 1, 1_000_000)
         seen, root = self._as_seen(image), jax.random.key(self.config["seed"])
         label = self._labels(len(seen), label)
@@ -262,6 +263,12 @@ class Pretrained:
         if getattr(self.model, function) is None:
             name = self.config["model"]["name"]
             raise ValueError(f"a model of the family {name} has no {what}")
+
+    def check_has_density(self) -> None:
+        """Raise ValueError if p(z) has no closed form, which importance samples of z need."""
+        if self.model.prior.log_prob is None:
+            name = self.config["model"]["name"]
+            raise ValueError(f"a model of the family {name} has no p(z) in closed form: take its bound for log p(x)")
 
     @functools.cached_property
     def _functions(self):

@@ -64,6 +64,7 @@ def make(
         condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"), all
             but the upper right quadrant ("quadrant3"), or the centre "column" (Sohn et al. 2015; Doersch 2016).
         condition_hidden: widths of dense layers that embed the condition; none: the condition itself.
+        latent_dim: size of z; 0 makes a plain regression of the hidden pixels on the visible ones, whose loss is -log p(x | c).
         prior: p(z | c): "standard_normal" whatever the condition, or "learned", a Gaussian that depends on it.
 
     Raises ValueError as the family vae does, and for labels that the data lack, an unknown condition or prior, quadrants of an
@@ -72,8 +73,9 @@ def make(
     dtype = choose(PRECISIONS, "precision", precision)
     choose(dict.fromkeys(CONDITIONS), "condition", condition)
     choose(dict.fromkeys(PRIORS), "prior", prior)
-    check_sizes(latent_dim=(latent_dim,), **({"condition_hidden": condition_hidden} if condition_hidden else {}))
     by_label = condition == "label"
+    sizes = {"latent_dim": (latent_dim,), "condition_hidden": condition_hidden}
+    check_sizes(**{name: size for name, size in sizes.items() if size != (0,) or by_label if size})
     if by_label and num_classes < 2:
         raise ValueError(f"model.condition is 'label', but the data have {num_classes} classes: give labelled data")
     visible = None if by_label else visible_part(image_shape, condition)

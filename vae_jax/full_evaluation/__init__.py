@@ -32,8 +32,9 @@ def evaluate_fully(
         prior: its name in the names of files.
         folder: where finished parts, figures and the numbers are kept; the same call continues an interrupted one.
 
-    Raises ValueError for samples below 1, and if the split has fewer images than `count`.
+    Raises ValueError for samples below 1, if the split has fewer images than `count`, and for a model whose p(z) has no closed form.
     """
+    vae.check_has_density()
     stored = dataset.splits[split]
     size = len(stored.label)
     count = min(1000, size) if count is None else count

@@ -63,7 +63,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
         numbers |= {"pareto_k": float(np.median(k_hat)), "pareto_k/share_above_0.7": float(np.mean(k_hat > TRUSTED))}
     if vae.model.probabilities is not None:
         known = subject.seen.label[:count]
-        numbers["bayes_accuracy"] = float(np.mean(vae.predict(subject.seen.image[:count])[0] == known))
+        numbers["prediction_accuracy"] = float(np.mean(vae.predict(subject.seen.image[:count])[0] == known))
     lower, upper = simulated_bounds(subject, samples)
     return numbers | {
         "nll/simulated_images_at_most": float(-lower.mean()) + pixels * p_x.constant,

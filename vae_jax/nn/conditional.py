@@ -12,7 +12,7 @@ class ConditionalAutoencoder(nn.Module):
     """An autoencoder given conditions c, which are first embedded by dense layers with tanh if `hidden` names any.
 
     c shifts mean and log-variance of q(z | x, c) linearly, and the decoder sees z and c side by side. `prior(c)` is the mean
-    and log-variance of p(z | c); it starts at N(0, I).
+    and log-variance of p(z | c); it starts at N(0, I). Without latents the decoder alone is left, a regression on c.
     """
 
     autoencoder: Autoencoder
@@ -25,6 +25,8 @@ class ConditionalAutoencoder(nn.Module):
         self.of_prior = nn.Dense(2 * self.latent_dim, kernel_init=nn.initializers.zeros)
 
     def encode(self, image, condition):
+        if not self.latent_dim:
+            return self.nothing(condition)
         mean, logvar = self.autoencoder.encode(image)
         by_mean, by_logvar = jnp.split(self.shift(self.embedding(condition)), 2, axis=-1)
         return mean + by_mean, logvar + by_logvar
@@ -35,8 +37,15 @@ class ConditionalAutoencoder(nn.Module):
         return self.autoencoder.decode(jnp.concatenate([z, c], axis=-1))
 
     def prior(self, condition):
+        if not self.latent_dim:
+            return self.nothing(condition)
         mean, logvar = jnp.split(self.of_prior(self.embedding(condition)), 2, axis=-1)
         return mean, logvar
+
+    def nothing(self, condition):
+        """Mean and log-variance of no latent."""
+        empty = jnp.zeros((condition.shape[0], 0))
+        return empty, empty
 
     def __call__(self, image, condition):
         return self.decode(self.encode(image, condition)[0], condition), self.prior(condition)

@@ -1,5 +1,6 @@
 """A function of each example, mapped over a split on all devices; the results come to the host once."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def map_blocks(
             return function(variables, batch, key)
 
         arrays = jax.tree.map(
-            lambda values: values.reshape(-1, *values.shape[2:]),
+            lambda values: values.reshape(math.prod(values.shape[:2]), *values.shape[2:]),
             lax.map(one_batch, (index[shard], weight[shard])),
         )
         if devices.axis_name is not None:

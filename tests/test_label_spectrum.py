@@ -1,0 +1,95 @@
+"""The study of few labels: its label draws, label spreading where the answer is known, its tables."""
+
+import numpy as np
+import pytest
+
+from experiments import label_report as report
+from experiments.label_spectrum import FAMILIES, TOGETHER, Spectrum
+from vae_jax.batch import Dataset, Split
+
+SETTINGS = {"data": "mnist", "draws": 3, "labels": [2, 4], "epochs": 1, "steps": 5, "batch_size": 8, "vae_epochs": 1}
+
+
+def two_clusters(n=60):
+    """Dark images of class 0 and bright ones of class 1, each a chain along which neighbours differ little."""
+    rng = np.random.default_rng(0)
+    label = np.arange(n) % 2
+    level = np.where(label == 0, 40, 200)[:, None, None, None]
+    image = level + rng.integers(-20, 21, (n, 4, 4, 1))
+    return Split(image.astype(np.uint8), label.astype(np.int32))
+
+
+@pytest.fixture
+def spectrum(tmp_path):
+    splits = {"train": two_clusters(), "test": two_clusters(30)}
+    return Spectrum(tmp_path, SETTINGS, Dataset(splits, 2, True), "")
+
+
+def test_spreading_labels_one_of_each_cluster_labels_all(spectrum):
+    assert spectrum.spread(2, codes=False)["accuracy"] == [1.0] * 3
+    assert (spectrum._spread(2, 0, False).transduction_ == two_clusters().label).all()
+
+
+def test_the_graph_joins_neighbours_in_both_directions(spectrum):
+    among, to_test = spectrum._graph(False)
+    assert among.shape == (60, 60) and to_test.shape == (60, 30)
+    assert (among != among.T).nnz == 0 and among.diagonal().sum() == 0
+    assert (np.asarray(to_test.sum(axis=0)) == 10).all()
+
+
+def test_every_draw_trains_on_its_own_labels_alone(spectrum, monkeypatch):
+    """Of the hidden labels none is read: wrong ones change nothing."""
+    seen = {}
+
+    class Recorder:
+        def __call__(self, image, label, rows, augmented):
+            seen["rows"], seen["label"] = rows, np.broadcast_to(label, (3, 60))
+
+        def make_predict(self, split):
+            count = len(split.label)
+            prediction = {
+                "prediction": np.ones((3, count), int),
+                "confidence": np.tile(np.arange(count) % 3 / 2, (3, 1)),
+            }
+            return lambda variables: prediction
+
+    monkeypatch.setattr(spectrum, "_trainer", Recorder)
+    assert spectrum.classifier(4)["accuracy"] == [0.5] * 3
+    for draw, rows in enumerate(seen["rows"]):
+        np.testing.assert_array_equal(rows, np.flatnonzero(spectrum.hidden(4, draw) >= 0))
+    spectrum.classifier(4, pseudo_labels=True)
+    for draw, rows in enumerate(seen["rows"]):
+        hidden = spectrum.hidden(4, draw)
+        confident = np.arange(60) % 3 == 2
+        np.testing.assert_array_equal(rows, np.flatnonzero((hidden >= 0) | confident))
+        np.testing.assert_array_equal(seen["label"][draw], np.where(hidden >= 0, hidden, 1))
+
+
+def test_the_tables_hold_means_intervals_and_paired_differences():
+    def row(method, accuracy, **fields):
+        return {"stage": method, "labels": 2, "accuracy": accuracy, "seconds": 60.0, **fields}
+
+    rows = [
+        row("label spreading, pixels", [0.8, 0.9, 0.85]),
+        row("label spreading, VAE's codes", [0.9, 1.0, 0.95]),
+        *(row("M2", accuracy, draw=draw) for draw, accuracy in enumerate([0.5, 0.6, 0.7])),
+        row("classifier, shifted", [0.9, 0.9, 0.9]),
+    ]
+    found = report.tables(rows, SETTINGS)
+    plain, shifted, pairs, minutes = found.values()
+    by_name = {cells[0]: cells[1:] for cells in plain}
+    assert by_name["M2"] == ["60.00 ± 24.84", "", ""]  # t(2) = 4.303, standard deviation 10
+    assert "*M2 in Pyro's tutorial*" in by_name and [cells[0] for cells in shifted] == ["method", "classifier, shifted"]
+    assert pairs[1] == ["label spreading, VAE's codes - label spreading, pixels", "+10.00 ± 0.00", ""]
+    assert {cells[0]: cells[1] for cells in minutes[1:]}["M2"] == "1.0"
+    figure = report.draw(rows, SETTINGS)
+    assert [ax.get_title() for ax in figure.axes] == ["Images as they are", "Images shifted and rotated"]
+
+
+def test_methods_with_a_generative_model_are_known():
+    names = [name for name in (*TOGETHER, *FAMILIES) if report.is_generative(name)]
+    expected = (
+        "linear probe, VAE's codes; label spreading, VAE's codes; classifier, shifted, labels spread over VAE's codes; "
+    )
+    expected += "sparse labels; M2; M1 + M2; conditional VAE, Bayes' rule"
+    assert names == expected.split("; ")
