@@ -20,6 +20,7 @@ from vae_jax.families import (
     Model,
     classifier,
     conditional,
+    reports,
     semisupervised,
     sparse_labels,
     stacked,
@@ -236,8 +237,14 @@ def test_figures_of_a_vae():
     """Ten images of the test split and their reconstructions, 100 samples from the prior, and the losses."""
     model, variables, _ = small(vae)
     test = small_split()
-    figures = draw(vae, variables, {}, test, {"a baseline": 2.0})
-    assert set(figures) == {"training", "reconstructions", "samples"}
+    mean, _ = model.encode(variables, jnp.asarray(test.image / np.float32(255)))
+    figures = draw(vae, variables, {"mean": np.asarray(mean)}, test, {"a baseline": 2.0})
+    assert set(figures) == {"training", "reconstructions", "samples", "codes", "manifold"}
+    points = figures["codes"].axes[0].collections[0]
+    np.testing.assert_allclose(
+        points.get_offsets(), reports.principal_axes(np.asarray(mean)).project(np.asarray(mean)), atol=1e-6
+    )
+    np.testing.assert_array_equal(points.get_array(), test.label)
     assert figures["training"].axes[0].get_yscale() == "linear"
     assert [text.get_text() for text in figures["training"].axes[0].texts] == ["a baseline: 2.00"]
     axes = figures["reconstructions"].axes
@@ -250,6 +257,26 @@ def test_figures_of_a_vae():
     expected = generate.sample(model, variables, jax.random.key(5), 100)
     assert grid.shape[:2] == (100, 100)
     np.testing.assert_allclose(np.squeeze(grid[11:19, 1:9]), expected[10, ..., 0], atol=1e-6)
+
+
+def test_the_manifold_of_two_latents_lies_at_the_quantiles_of_the_prior(monkeypatch):
+    """z0 grows to the right and z1 upwards; the middle fifth of the grid has the middle fifth of the probability."""
+    model = fill_in(vae.make, **KNOWN, **SIZES | {"latent_dim": 2})
+    seen = []
+    mean = np.random.default_rng(0).standard_normal((50, 2)).astype(np.float32)
+    made = reports.figures_of_codes(
+        model, lambda z: (seen.append(z), np.zeros((len(z), *SHAPE)))[1], mean, np.full(50, -1), ""
+    )
+    made["manifold"]()
+    np.testing.assert_allclose(made["codes"]().axes[0].collections[0].get_offsets(), mean, atol=1e-6)
+    grid = seen[0].reshape(reports.MANIFOLD, reports.MANIFOLD, 2)
+    assert (np.diff(grid[..., 0], axis=1) > 0).all() and (np.diff(grid[..., 1], axis=0) < 0).all()
+    expected = (np.arange(reports.MANIFOLD) + 0.5) / reports.MANIFOLD
+    np.testing.assert_allclose(scipy.special.ndtr(grid[0, :, 0]), expected, rtol=1e-5)
+    assert (
+        reports.figures_of_codes(fill_in(vae.make, **KNOWN, **SIZES | {"latent_dim": 1}), None, mean[:, :1], None, "")
+        == {}
+    )
 
 
 def learned_gaussian():

@@ -33,6 +33,15 @@ HISTORY = [
 PANELS = {"loss": "loss = reconstruction + KL", "reconstruction": "reconstruction", "kl": "KL from the prior"}
 
 
+def test_a_film_shows_the_rows_side_by_side_and_goes_there_and_back():
+    image = np.linspace(0, 1, 3 * 4)[:, None].repeat(2 * 2, axis=1).reshape(3, 4, 2, 2, 1)
+    frames = figures.film(image)
+    assert len(frames) == 6
+    for frame, i in zip(frames, [0, 1, 2, 3, 2, 1]):
+        expected = np.round(255 * figures.mosaic(image[:, i], 2, margin=1, fill=0.5))
+        np.testing.assert_array_equal(frame[::3, ::3], expected)
+
+
 def test_training_curve_shows_the_rows_and_the_baselines(tmp_path):
     figure = figures.training_curve(HISTORY, {"collapsed model": 8.0}, "Training progress", PANELS)
     loss, reconstruction, kl = figure.axes

@@ -30,6 +30,20 @@ def test_spreading_labels_one_of_each_cluster_labels_all(spectrum):
     assert (spectrum._spread(2, 0, False).transduction_ == two_clusters().label).all()
 
 
+def test_every_draw_spreads_its_own_labels(spectrum, monkeypatch):
+    import sklearn.semi_supervised
+
+    given = []
+    fit = sklearn.semi_supervised.LabelSpreading.fit
+    monkeypatch.setattr(
+        sklearn.semi_supervised.LabelSpreading, "fit", lambda self, x, y: (given.append(y), fit(self, x, y))[1]
+    )
+    spectrum.spread(4, codes=False)
+    assert len(given) == 3
+    for draw, label in enumerate(given):
+        np.testing.assert_array_equal(label, spectrum.hidden(4, draw))
+
+
 def test_the_graph_joins_neighbours_in_both_directions(spectrum):
     among, to_test = spectrum._graph(False)
     assert among.shape == (60, 60) and to_test.shape == (60, 30)

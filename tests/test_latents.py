@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vae_jax.evaluation.latents import decompose_kl, log_aggregate_posterior, principal_plane, probe_labels
+from vae_jax.evaluation.latents import decompose_kl, log_aggregate_posterior, principal_axes, probe_labels
 
 N = 600
 
@@ -84,9 +84,12 @@ def test_probes_read_separated_labels_and_no_others():
     assert max(shuffled.values()) < 0.5
 
 
-def test_the_principal_plane_keeps_the_largest_variances():
+def test_the_principal_axes_keep_the_largest_variances():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((5000, 4)) * [3.0, 0.1, 2.0, 0.1] + 7
-    plane, share = principal_plane(values.astype(np.float32))
-    np.testing.assert_allclose(plane.var(axis=0), [9, 4], rtol=0.05)
-    np.testing.assert_allclose(share, np.array([9, 4]) / 13.02, rtol=0.05)
+    axes = principal_axes(values.astype(np.float32))
+    plane = axes.project(values)
+    np.testing.assert_allclose(plane.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(plane.std(axis=0), axes.deviation, rtol=1e-5)
+    np.testing.assert_allclose(axes.deviation, [3, 2], rtol=0.03)
+    np.testing.assert_allclose(axes.share, np.array([9, 4]) / 13.02, rtol=0.05)

@@ -61,7 +61,10 @@ def test_the_run_directory(finished):
     assert set(rows[0]) == place | trained
     assert set(rows[1]) == place | set(map("test/{}".format, names | {"active_units", "kl_by_latent"}))
     figures = {path.name for path in (directory.path / "figures").iterdir()}
-    assert figures == {"training.png", "reconstructions.png", "samples.png"}
+    drawn = {f"{name}.png" for name in ("training", "reconstructions", "samples", "codes", "manifold")}
+    assert figures == drawn | {"reconstructions.webp", "samples.webp", "epochs"}
+    epochs = {path.name for path in (directory.path / "figures" / "epochs").iterdir()}
+    assert epochs == {f"{name}-0000{epoch}.png" for name in ("reconstructions", "samples") for epoch in (1, 2)}
     assert steps(directory.path / "checkpoints") == [10]
     summary = (directory.path / "summary.md").read_text()
     for part in (

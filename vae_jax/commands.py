@@ -17,7 +17,7 @@ from vae_jax.full_evaluation.prior import fit_prior
 from vae_jax.pretrained import Pretrained, load, load_variables, of_seed
 from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
-from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
+from vae_jax.run.files import atomic_file, local_path, save_figure, save_film, write_atomically
 from vae_jax.run.session import build, fingerprint
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -165,9 +165,12 @@ def traverse(
     conditions = vae.condition_of(examples.image[index], examples.label[index[0]])
     image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)
     image = image.reshape(*z.shape[:2], *image.shape[1:])
-    return save(
+    name = f"traverse-step{vae.step}-{split}{index[0]}-count{count}"
+    moving = generated(workdir) / f"{name}.webp"
+    save_film(figures.film(image), moving)
+    return [moving] + save(
         workdir,
-        f"traverse-step{vae.step}-{split}{index[0]}-count{count}",
+        name,
         figures.image_rows(
             image,
             [f"z{latent}: {use[latent]:.2f} {unit}" for latent in order],

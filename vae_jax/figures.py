@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN, TEST, BASELINE = "#8fb3d9", "#1b4f8a", "#a04000"
+ENLARGED = 3  # pixels a side of each pixel in a film
 LARGEST_COUNTED = 25  # classes; for more, counts would be too small to read
 
 
@@ -166,6 +167,16 @@ def mosaic(
     return grid.reshape(rows * height, columns * width, channels)
 
 
+def film(
+    image: Float[np.ndarray, "row frame height width channel"],
+) -> list[UInt8[np.ndarray, "frame_height frame_width channel"]]:
+    """Frames that show the rows side by side in a square, from the first frame to the last and back."""
+    columns = int(np.ceil(np.sqrt(len(image))))
+    there_and_back = [*range(image.shape[1]), *range(image.shape[1] - 2, 0, -1)]
+    frames = [np.round(255 * mosaic(image[:, i], columns, margin=1, fill=0.5)) for i in there_and_back]
+    return [frame.astype(np.uint8).repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1) for frame in frames]
+
+
 def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> "Figure":
     """Images side by side in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
@@ -228,50 +239,24 @@ def mistakes(
     return figure
 
 
-def evaluation(
-    curve: Mapping[int, float],
-    variance: Float[np.ndarray, " latent"],
-    error: Float[np.ndarray, " n"],
-    planes: Mapping[str, tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " 2"]]],
-    label: Int[np.ndarray, " n"],
-    title: str,
-) -> "Figure":
-    """The likelihood by samples, the latents' variances, the reconstruction errors, and planes of the codes by label.
-
-    Args:
-        curve: the estimate of -log p(x) with so many samples; {} where there is none.
-        variance: of each latent's posterior mean over the split.
-        error: mean squared error of each image's reconstruction.
-        planes: two principal components of the codes and their shares of the variance, by their title.
-    """
-    figure = new_figure(15.0, 8.0)
-    axes = figure.subplot_mosaic([["curve", "variance", "error"], [*planes, "empty"]])
-    axes.pop("empty").set_axis_off()
-    axes["curve"].plot([*curve], [*curve.values()], color=TEST, marker="o")
-    axes["curve"].set(xscale="log", xlabel="samples of z", ylabel="nats per image", title="estimate of -log p(x)")
-    exponent = np.log10(np.maximum(variance, 1e-12))
-    axes["variance"].hist(
-        exponent, bins=np.linspace(min(-4, exponent.min()), max(1, exponent.max()), 40).tolist(), color=TEST
-    )
-    axes["variance"].axvline(-2, color=BASELINE, linestyle="--")
-    axes["variance"].yaxis.set_major_locator(whole_numbers())
-    axes["variance"].set(
-        xlabel="log10 of the variance of the posterior mean",
-        ylabel="latents",
-        title="active units lie right of the line",
-    )
-    axes["error"].hist(error, bins=60, color=TEST)
-    axes["error"].axvline(error.mean(), color=BASELINE, linestyle="--")
-    axes["error"].set(xlabel="mean squared error", ylabel="images", title=f"reconstruction: mean {error.mean():.4f}")
-    for name, (plane, share) in planes.items():
-        points = axes[name].scatter(
-            plane[:, 0], plane[:, 1], c=label, s=3, cmap="tab10" if label.max() < 10 else "viridis"
-        )
-        axes[name].set(title=name, xlabel=f"first, {share[0]:.0%} of the variance", ylabel=f"second, {share[1]:.0%}")
-        if 0 < label.max() < 10:
-            axes[name].legend(*points.legend_elements(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def codes(plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: tuple[str, str], title: str) -> "Figure":
+    """Codes in a plane, coloured by label."""
+    figure = new_figure(7.5, 6.5)
+    ax = figure.subplots()
+    draw_plane(ax, plane, label, axes)
     set_title(figure, title)
     return figure
+
+
+def draw_plane(ax, plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: tuple[str, str]) -> None:
+    """Points coloured by label, with a legend where there are at most ten labels; one colour without labels."""
+    if label.max() < 0:
+        ax.scatter(plane[:, 0], plane[:, 1], color=TEST, s=3)
+    else:
+        points = ax.scatter(plane[:, 0], plane[:, 1], c=label, s=3, cmap="tab10" if label.max() < 10 else "viridis")
+        if 0 < label.max() < 10:
+            ax.legend(*points.legend_elements(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set(xlabel=axes[0], ylabel=axes[1])
 
 
 def show_image(ax, image: Float[np.ndarray, "height width channel"]) -> None:

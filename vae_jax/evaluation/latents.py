@@ -7,7 +7,7 @@ prior has two parts (Hoffman & Johnson 2016), and for a prior of independent lat
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,9 +104,23 @@ def probe_labels(
     }
 
 
-def principal_plane(values: Float[np.ndarray, "n latent"]) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, " 2"]]:
-    """The first two principal components of some vectors, and the share of the variance of each."""
-    centred = values.astype(np.float64) - values.mean(axis=0, dtype=np.float64)
-    _, singular, directions = np.linalg.svd(centred, full_matrices=False)
-    variance = singular**2
-    return centred @ directions[:2].T, variance[:2] / max(variance.sum(), np.finfo(float).tiny)
+class Axes(NamedTuple):
+    """The first two principal axes of some vectors."""
+
+    centre: Float[np.ndarray, " latent"]
+    direction: Float[np.ndarray, "2 latent"]
+    deviation: Float[np.ndarray, " 2"]  # standard deviation along each
+    share: Float[np.ndarray, " 2"]  # of the variance
+
+    def project(self, values: Float[np.ndarray, "n latent"]) -> Float[np.ndarray, "n 2"]:
+        """Coordinates in the plane."""
+        return (values - self.centre[None]) @ self.direction.T
+
+
+def principal_axes(values: Float[np.ndarray, "n latent"]) -> Axes:
+    """The plane that holds most of the variance of at least two numbers a vector."""
+    centre = values.mean(axis=0, dtype=np.float64)
+    _, singular, directions = np.linalg.svd(values - centre[None], full_matrices=False)
+    variance = singular**2 / len(values)
+    share = variance[:2] / max(variance.sum(), np.finfo(float).tiny)
+    return Axes(centre, directions[:2], np.sqrt(variance[:2]), share)

@@ -8,17 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
+from scipy.special import ndtri
 
 from vae_jax import figures, generate
 from vae_jax.batch import Batch, first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
-from vae_jax.evaluation.latents import active_units, decompose_kl
+from vae_jax.evaluation.latents import Axes, active_units, decompose_kl, principal_axes
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, make_log_weights, summarize
 from vae_jax.families import Metric, Model, Probes
 from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.objectives import log_normal, reparameterize
 
 GREY = "grey cross-entropy"
+MANIFOLD = 16  # images along each axis of the plane of codes
 METRICS = {
     "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
     "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
@@ -136,6 +139,38 @@ def ledger(
     return lines
 
 
+def figures_of_codes(
+    model: Model, decode: Callable, mean: Float[np.ndarray, "n latent"], label: np.ndarray, title: str
+) -> dict[str, Callable]:
+    """The codes by label, and the images decoded over their plane: the latents if there are two, else two principal axes."""
+    if model.latent_dim < 2:
+        return {}
+    if model.latent_dim == 2:
+        axes = Axes(np.zeros(2), np.eye(2), np.ones(2), np.ones(2))
+        names, what = ("z0", "z1"), "the plane of the latents"
+    else:
+        axes = principal_axes(mean)
+        first, second = (f"PCA, {share:.0%} of the variance" for share in axes.share)
+        names, what = (first, second), "the first two principal axes of the codes"
+    drawn = {"codes": lambda: figures.codes(axes.project(mean), label, names, f"Codes of the test images: {title}")}
+    if not model.condition_on:
+        drawn["manifold"] = lambda: figures.image_grid(
+            np.asarray(decode(plane_grid(axes))), f"Images decoded over {what}: {title}"
+        )
+    return drawn
+
+
+def plane_grid(axes: Axes) -> Float[np.ndarray, "count latent"]:
+    """Codes at the quantiles of a Gaussian along both axes, the second one upwards, a row after the other.
+
+    Source: Kingma & Welling 2013, figure 4.
+    """
+    at = ndtri((np.arange(MANIFOLD) + 0.5) / MANIFOLD)
+    along, up = np.meshgrid(at, at[::-1])
+    steps = np.stack([along.ravel(), up.ravel()], axis=1) * axes.deviation[None]
+    return (axes.centre[None] + steps @ axes.direction).astype(np.float32)
+
+
 def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], Any] | None = None):
     """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` draws other ones."""
     shown = first_of_each_label(test.label)
@@ -145,6 +180,7 @@ def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], A
         panels = PANELS | {"loss": f"loss = {GREY} + beta KL", "reconstruction": GREY}
     of_shown = model.of(Batch(jnp.asarray(image), jnp.asarray(label), weight=label, index=label))
     reconstruct = jax.jit(functools.partial(generate.reconstruct, of_shown))
+    decode = jax.jit(functools.partial(generate.decode, model))
     sample = jax.jit(lambda variables: generate.sample(model, variables, jax.random.clone(key), 100))
 
     def grid(variables):
@@ -160,6 +196,7 @@ def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], A
                 f"Test images and their reconstructions: {title}",
             ),
             "samples": lambda: (samples or grid)(variables),
+            **figures_of_codes(model, functools.partial(decode, variables), arrays["mean"], test.label, title),
         }
 
     return draw

@@ -11,8 +11,9 @@ import numpy as np
 
 from vae_jax import figures
 from vae_jax.batch import Dataset
-from vae_jax.evaluation.latents import decompose_kl, principal_plane, probe_labels
+from vae_jax.evaluation.latents import decompose_kl, principal_axes, probe_labels
 from vae_jax.full_evaluation.likelihood import likelihood_numbers
+from vae_jax.full_evaluation.picture import draw_evaluation
 from vae_jax.full_evaluation.samples import generated_numbers
 from vae_jax.full_evaluation.subject import Subject, as_floats
 from vae_jax.pretrained import Pretrained
@@ -91,8 +92,9 @@ def draw(subject: Subject, codes: dict[str, np.ndarray], numbers: dict[str, Any]
         {numbers["nll/samples"]: numbers["nll"]} if "nll/samples" in numbers else {}
     )
     variance = codes["mean"].var(axis=0, dtype=np.float64)
-    planes = {
-        f"PCA of the {what}": principal_plane(codes[part])
-        for what, part in (("means", "mean"), ("log-variances", "logvar"))
-    }
-    save_figure(figures.evaluation(curve, variance, error, planes, subject.stored.label, title), path)
+    planes = {}
+    for what, part in (("means", "mean"), ("log-variances", "logvar")):
+        if codes[part].shape[1] > 1:
+            axes = principal_axes(codes[part])
+            planes[f"PCA of the {what}"] = axes.project(codes[part]), axes.share
+    save_figure(draw_evaluation(curve, variance, error, planes, subject.stored.label, title), path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from vae_jax.run.environment import environment, versions
 from vae_jax.run.files import (
@@ -20,6 +21,7 @@ from vae_jax.run.files import (
     local_path,
     read_regular,
     save_figure,
+    save_film,
     write_atomically,
 )
 from vae_jax.run.log import LogDigest, OwnedDirectory, read_rows
@@ -28,6 +30,8 @@ FORMAT = 3
 OLD_FORMAT = "was written by an earlier format of vae_jax, which commit af11a1a reads"
 SECTIONS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
 FIELDS = SECTIONS | {"best": str}
+FILMED = ("reconstructions", "samples")  # figures whose epochs make a film
+FRAME = 500  # milliseconds of each epoch
 LEFTOVERS = {"lock", "config.tmp"}  # of a run killed in its first moment
 
 
@@ -169,10 +173,18 @@ class RunDirectory:
     def _timed(self, row, seconds):
         return {"step": row["step"], "epoch": row["epoch"], "seconds": round(seconds, 2)} | row
 
-    def save_figures(self, figures: Mapping[str, Callable]) -> None:
-        """Draw each figure and write it to figures/NAME.png."""
+    def save_figures(self, figures: Mapping[str, Callable], epoch: int) -> None:
+        """Draw each figure and write it to figures/NAME.png; of those in FILMED also figures/NAME.webp, one frame an epoch."""
+        folder = self.path / "figures"
         for name, draw in figures.items():
-            save_figure(draw(), self.path / "figures" / f"{name}.png")
+            save_figure(draw(), folder / f"{name}.png")
+            if name in FILMED:
+                (folder / "epochs").mkdir(exist_ok=True)
+                shutil.copyfile(folder / f"{name}.png", folder / "epochs" / f"{name}-{epoch:05d}.png")
+                frames = sorted((folder / "epochs").glob(f"{name}-*.png"))
+                save_film(
+                    [np.asarray(Image.open(frame).convert("RGB")) for frame in frames], folder / f"{name}.webp", FRAME
+                )
 
     def write_summary(self, title: str, numbers: Mapping[str, Any]) -> None:
         """Write summary.md: the numbers, how to repeat the run, the figures."""

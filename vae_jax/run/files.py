@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from etils import epath
+from PIL import Image
 
 
 def local_path(path: str) -> Path:
@@ -68,6 +70,14 @@ def save_figure(figure, path: Path) -> None:
     with atomic_file(path) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
         figure.savefig(part, format="png", dpi=110)
+
+
+def save_film(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 100) -> None:
+    """Write frames, [height, width, channel] of bytes, as an animated WebP without end, through `atomic_file`."""
+    first, *rest = (Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames)
+    how = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0, "quality": 90}
+    with atomic_file(path) as part:
+        first.save(part, format="WEBP", **how)
 
 
 def read_regular(file: Path | epath.Path) -> bytes:

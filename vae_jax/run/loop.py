@@ -168,7 +168,7 @@ class Loop:
             self.progress.epoch_done(epoch, trained | tested)
             if epoch in (1, self.job.epochs) or epoch % self.job.run.figures_every == 0:
                 with self.progress.reported(f"the figures of epoch {epoch}"):
-                    self.draw(state, arrays["test"])
+                    self.draw(epoch, state, arrays["test"])
                 with self.progress.reported(f"the summary of epoch {epoch}"):
                     self.summarize(epoch, trained, tested, final)
         return tested
@@ -196,7 +196,7 @@ class Loop:
             means[name] = float(np.average(value, weights=steps))
         return means
 
-    def draw(self, state: TrainState, arrays: dict[str, np.ndarray]) -> None:
+    def draw(self, epoch: int, state: TrainState, arrays: dict[str, np.ndarray]) -> None:
         """Draw the figures, of the first seed."""
         job, variables = self.job, self.devices.local_copy(state.eval_variables)
         figures = job.figures(
@@ -205,7 +205,7 @@ class Loop:
             self.directory.history,
             job.baselines(),
         )
-        self.directory.save_figures(figures)
+        self.directory.save_figures(figures, epoch)
 
     def summarize(self, epoch: int, trained: dict, tested: dict, final: dict) -> None:
         step = epoch * self.per_epoch
