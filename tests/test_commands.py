@@ -25,7 +25,8 @@ def run(tmp_path_factory):
 
 
 def arrays(paths):
-    picture, archive = paths
+    picture, archive, *film = paths
+    assert all(path.suffix == ".webp" for path in film)
     assert picture.suffix == ".png" and picture.stat().st_size > 1000
     assert not list(picture.parent.glob("*.tmp"))
     with np.load(archive, allow_pickle=False) as file:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,7 @@ def traverse(
     image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)
     image = image.reshape(*z.shape[:2], *image.shape[1:])
     name = f"traverse-step{vae.step}-{split}{index[0]}-count{count}"
-    moving = generated(workdir) / f"{name}.webp"
-    save_film(figures.film(image), moving)
-    return [moving] + save(
+    return save(
         workdir,
         name,
         figures.image_rows(
@@ -177,6 +176,7 @@ def traverse(
             [f"{value:.1f}" for value in values],
             f"One latent at a time, by its {'mean KL' if unit == 'nats' else 'posterior mean'}: {vae.title}",
         ),
+        figures.film(image),
         image=image,
         latent=order,
         **{"kl" if unit == "nats" else "variance": use[order]},
@@ -280,10 +280,12 @@ def generated(workdir: str) -> Path:
     return folder
 
 
-def save(workdir: str, name: str, figure: Any, **arrays) -> list[Path]:
-    """Write generated/NAME.png and .npz; the name holds all that decides the content, so nothing else is overwritten."""
-    paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz")]
+def save(workdir: str, name: str, figure: Any, frames: Sequence[np.ndarray] = (), **arrays) -> list[Path]:
+    """Write generated/NAME.png, .npz and of frames .webp; the name holds all that decides the content, so nothing is overwritten."""
+    paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz", "webp")]
     save_figure(figure, paths[0])
     with atomic_file(paths[1]) as part, open(part, "wb") as file:
         np.savez_compressed(file, **arrays)
-    return paths
+    if frames:
+        save_film(frames, paths[2])
+    return paths if frames else paths[:2]
