@@ -14,7 +14,7 @@ from small_run import run_job
 
 import vae_jax
 from configs import vae
-from vae_jax import commands, data, families
+from vae_jax import commands, data, examples, families
 from vae_jax.batch import mean_image
 from vae_jax.data.images import SMALLEST
 from vae_jax.evaluation import baselines
@@ -144,8 +144,8 @@ def test_nothing_is_skipped_silently(tmp_path):
     assert dataset.num_classes == 2
     assert dataset.notes == (
         "2 skipped, which are hidden or no images (notes.txt, .DS_Store)",
-        "1 folders without images make no class (birds)",
-        "1 folders below a class are not read (old)",
+        "no class made of folders without images: 1 (birds)",
+        "folders below a class left out: 1 (old)",
     )
 
 
@@ -214,6 +214,8 @@ def test_without_a_test_split_validation_is_it(tmp_path):
 def test_splits_that_do_not_go_together_are_refused(tmp_path):
     fill(tmp_path / "x", {"train": 3, "test": 2, "cats": 1})
     refused("x/ has subfolders test, train, which are splits, beside cats", name=f"{tmp_path}/x/")
+    fill(tmp_path / "v", {".": 1, "train": 3, "test": 2})
+    refused("v/ has subfolders test, train, which are splits, beside 0.png", name=f"{tmp_path}/v/")
     fill(tmp_path / "y" / "train", {"a": 2})
     fill(tmp_path / "y" / "test", {"a": 1, "b": 1})
     refused("those in .*y/test do not have the same classes: b", name=f"{tmp_path}/y/")
@@ -435,6 +437,13 @@ def test_bad_input(run, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no image labelled 3 in photos: it is unlabelled"):
         commands.traverse(str(path), config, "", "test", 5, None, [3], str(files[0].parent))
+
+
+def test_a_model_of_labels_takes_no_images_without_them(monkeypatch):
+    model = types.SimpleNamespace(condition_on="label")
+    monkeypatch.setattr(examples, "load_able", lambda *_: types.SimpleNamespace(model=model, check_has=lambda *_: None))
+    with pytest.raises(ValueError, match="--input gives images without labels, but this model is conditioned on them"):
+        examples.load_examples("run", {}, "", "test", "a.png")
 
 
 def test_one_command_trains_on_photos_and_the_modes_take_two(tmp_path, forks):

@@ -83,7 +83,7 @@ def read_images(
         return [str(i) for i in range(len(split.label))], split.image, notes
     many = [path] if os.path.exists(local_path(path)) or "," not in path else [one for one in path.split(",") if one]
     files, folder, ignored = [local_path(one) for one in many], None, []
-    if files[0].is_dir() or len(files) == 1 and not files[0].exists() and not files[0].suffix:
+    if len(files) == 1 and (files[0].is_dir() or not files[0].exists() and not files[0].suffix):
         found = _find_images(path, files[0])
         files, folder, ignored = found.files, files[0], found.notes
     missing = [str(file) for file in files if not file.exists()]
@@ -151,7 +151,8 @@ def _read_folder(name, folder, wanted, skip_unreadable):
     notes += [note for one in found.values() for note in one.notes]
     part_of = np.repeat(np.arange(len(found)), [len(one.files) for one in found.values()])[kept]
     label = np.concatenate(label)[kept]
-    splits = [Split(image[part_of == i], label[part_of == i]) for i in range(len(found))]
+    whole = Split(image, label)
+    splits = [whole] if len(found) == 1 else [take(whole, np.flatnonzero(part_of == i)) for i in range(len(found))]
     for path, split in zip(parts.values(), splits):
         if not len(split.label):
             raise ValueError(f"{path} holds no image that can be read")
@@ -181,7 +182,8 @@ def _find_parts(name, folder):
             parts[part] = path
     if "train" not in parts or len(parts) == 1:
         return {"train": folder}
-    if others := [path for path in subfolders if path not in parts.values() and _sort(path)[0]]:
+    beside, *_ = _sort(folder)
+    if others := [*beside, *(path for path in subfolders if path not in parts.values() and _sort(path)[0])]:
         raise ValueError(
             f"{name} has subfolders {some([*parts.values()])}, which are splits, beside {some(others)}: move the one or the other away"
         )
@@ -214,9 +216,9 @@ def _find_images(name, folder):
         raise ValueError(f"{name} holds no {KINDS} files, neither itself nor in one subfolder a class")
     found.notes.extend(_ignored(ignored))
     if empty:
-        found.notes.append(f"{len(empty)} folders without images make no class ({some(empty)})")
+        found.notes.append(f"no class made of folders without images: {len(empty)} ({some(empty)})")
     if deeper:
-        found.notes.append(f"{len(deeper)} folders below a class are not read ({some(deeper)})")
+        found.notes.append(f"folders below a class left out: {len(deeper)} ({some(deeper)})")
     return found
 
 
