@@ -12,6 +12,7 @@ python -m vae_jax.main --config=configs/vae.py:sigma    a Gaussian of the best v
                                                         :continuous_bernoulli and :logistic (256 grey levels)
 python -m vae_jax.main --config=configs/vae.py:iwae_paper   the dense network, data and schedule of Burda et al. 2016, five
                                                         samples; Adam starts its second moment at 0, theirs at 1
+python -m vae_jax.main --config=configs/vae.py:own --config.data.name=photos/   your own images of any size, at least ten
 python -m vae_jax.main --config=configs/vae.py:smoke    two steps on the bundled digits, for tests
 """
 
@@ -71,6 +72,15 @@ VARIANTS = {
         "optimizer.learning_rate": 0.002,
         "optimizer.schedule": "cosine",
         "run.figures_every": 25,
+    },
+    "own": {
+        "data.name": "",
+        "data.size": 64,
+        "epochs": 300,
+        "batch_size": 0,
+        "optimizer.learning_rate": 0.002,
+        "optimizer.schedule": "cosine",
+        "run.figures_every": 50,
     },
     "smoke": {"data.name": "digits", "epochs": 1, "batch_size": 512, "run.likelihood_samples": 0},
 }

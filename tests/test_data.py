@@ -273,11 +273,11 @@ def test_bad_folders(tmp_path):
     for missing in (str(tmp_path / "nowhere"), "~nobody-has-this-name/photos"):
         with pytest.raises(ValueError, match="there is no folder"):
             data.load(name=missing)
-    with pytest.raises(ValueError, match="holds no PNG or JPEG files"):
+    with pytest.raises(ValueError, match="holds no PNG, JPEG, WEBP, BMP or GIF files"):
         data.load(name=str(tmp_path))
     save_images(tmp_path, ["a"])
     save_images(tmp_path, ["b"], size=(9, 9))
-    with pytest.raises(ValueError, match=r"b/0.png is 9x9 grey, but .*a/0.png is 12x8 grey") as error:
+    with pytest.raises(ValueError, match=r"b/0.png is 9x9, but .*a/0.png is 12x8: .*data.size=64") as error:
         data.load(name=str(tmp_path))
     assert one_line(error)
     save_images(tmp_path, ["b"])
@@ -293,14 +293,11 @@ def test_folders_that_would_lose_images_are_refused(tmp_path):
     save_images(tmp_path, ["a"])
     with pytest.raises(ValueError, match="both beside its subfolders .0.png. and in them"):
         data.load(name=str(tmp_path))
-    save_images(tmp_path / "split", ["train", "test"])
-    with pytest.raises(ValueError, match="subfolders train and test, but subfolders are classes"):
-        data.load(name=str(tmp_path / "split"))
 
 
 def test_images_of_more_than_8_bits_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="deep.png has more than 8 bits a channel"):
+    with pytest.raises(ValueError, match="deep.png: it has more than 8 bits a channel"):
         data.load(name=str(tmp_path))
 
 

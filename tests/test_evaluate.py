@@ -316,13 +316,12 @@ def test_linear_vae_loss_is_the_minimum_over_linear_vaes(beta):
     assert linear_vae_loss(eigenvalues, 3, 0.0) == pytest.approx(0.2)  # PCA's error
 
 
-def test_baselines_are_those_of_the_images_and_left_out_for_large_ones():
+def test_baselines_are_those_of_the_images():
     image = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1), np.uint8)
     eigenvalues = covariance_eigenvalues(image)
     expected = {"collapsed model": eigenvalues.sum() / 2, "best linear VAE": linear_vae_loss(eigenvalues, 3, 0.05)}
     assert linear_vae_baselines(image, 3, 0.05) == pytest.approx(expected)
     assert expected["best linear VAE"] < expected["collapsed model"]
-    assert linear_vae_baselines(np.zeros((2, 65, 64, 1), np.uint8), 3, 1.0) == {}
 
 
 def test_a_given_scale_weighs_the_error_and_so_the_kl():

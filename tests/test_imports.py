@@ -29,7 +29,17 @@ SCIENCE = (
     "evaluation",
 )
 MACHINERY = ("data", "run")
-ABOVE_BOTH = ("__init__", "__main__", "main", "commands", "pretrained", "arguments", "full_evaluation", "weights")
+ABOVE_BOTH = (
+    "__init__",
+    "__main__",
+    "main",
+    "commands",
+    "pretrained",
+    "arguments",
+    "examples",
+    "full_evaluation",
+    "weights",
+)
 HEAVY = {
     "ml_collections",
     "orbax",

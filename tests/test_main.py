@@ -154,7 +154,7 @@ BAD_FIELDS = [
     ("--config.modle.latent_dim=3", "unknown config field modle: did you mean model?"),
     ("--config.epochs=many", "invalid literal for int() with base 10: 'many'"),
     ("--config.seed.x=1", "seed is not a section"),
-    ("--config.batch_size=0", "batch_size is 0, but must be at least 1"),
+    ("--config.batch_size=-1", "batch_size is -1, but must be at least 0"),
     ("--config.data.name=digit", "did you mean 'digits'"),
     ("--config.optimizer.learning_rate=1e30", "at step"),
     ("--workdir=/proc/none/run", "cannot write to the work directory /proc/none/run"),
@@ -195,7 +195,7 @@ def test_fresh_processes_and_forks_refuse_with_the_same_words(start, forks):
     start = {"fresh": fresh, "forks": forks}[start]
     for flags, code, message in [
         (["--mode=smaple"], 1, "should be one of <train|"),
-        (["--config=configs/vae.py:smoke", "--config.batch_size=0"], 1, "batch_size is 0, but must be at least 1\n"),
+        (["--config=configs/vae.py:smoke", "--config.batch_size=-1"], 1, "batch_size is -1, but must be at least 0\n"),
         (["--mode=sample", "--workdir=nowhere"], 1, "there is no run in nowhere"),
     ]:
         assert message in start(*MAIN, *flags).refuses(code)

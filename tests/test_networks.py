@@ -110,8 +110,9 @@ def test_image_shape_comes_from_the_data(image_shape, features):
     [
         ((28, 28, 1), {"latent_dim": 0}, "latent_dim is 0"),
         ((28, 28, 1), {"encoder_features": (8, 0)}, "encoder_features"),
-        ((28, 28, 1), {"decoder_features": ()}, "decoder_features"),
-        ((30, 28, 1), {}, "30x28 .* pad them to 32x28"),
+        ((28, 28, 1), {"decoder_features": (8, -1)}, "decoder_features"),
+        ((30, 28, 1), {"decoder_features": (8, 8)}, "30x28 .* bring them to 32x28, as data.size does"),
+        ((45, 64, 3), {}, "45x64 .* bring them to 46x64"),
     ],
 )
 def test_bad_sizes(image_shape, fields, message):
@@ -274,7 +275,7 @@ def test_pooling_halves_as_flax_layers_do():
     found = model.encode(variables, image)
     np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-5)
     with pytest.raises(ValueError, match="below the 4x4 that 2 poolings need"):
-        families.vae.make((2, 4, 1), decoder_features=(4,), pooling=True)
+        families.vae.make((2, 4, 1), encoder_features=(4, 4), decoder_features=(4,), pooling=True)
 
 
 def logits(model, variables, image):

@@ -18,13 +18,14 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory. `splits` has "train", "test" and, where images are held out, "validation"."""
+    """A data set in memory. `splits` has "train", "test" and, where images are held out or given, "validation"."""
 
     splits: dict[str, Split]
     num_classes: int  # 0 = unlabelled
     shuffle: bool
     binarize: str = "none"
     labelled_per_batch: int = 0  # 0 = as the order gives them
+    notes: tuple[str, ...] = ()  # what was done to the images when they were loaded
 
     @property
     def is_binary(self) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax import data, figures, generate
-from vae_jax.batch import Dataset, Split
+from vae_jax import figures, generate
 from vae_jax.evaluation.verdict import verdict
+from vae_jax.examples import (
+    check_able,
+    check_trained_on,
+    choose_images,
+    choose_split,
+    load_able,
+    load_examples,
+    load_with_data,
+    read_own,
+)
 from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
-from vae_jax.pretrained import Pretrained, load, load_variables, of_seed
-from vae_jax.run.config import bind
-from vae_jax.run.evaluate import as_seen
-from vae_jax.run.files import atomic_file, local_path, save_figure, save_film, write_atomically
-from vae_jax.run.session import build, fingerprint
+from vae_jax.pretrained import load_variables, of_seed
+from vae_jax.run.files import atomic_file, local_path, save_figure, save_film, save_image, write_atomically
+from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
 
@@ -52,7 +59,7 @@ def evaluate(
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
-        found |= verdict(found, split, job.baselines())
+        found |= verdict(found | job.ledger(named, split), split, job.baselines())
     return found | job.ledger(named, split) | job.baselines()
 
 
@@ -64,10 +71,11 @@ def sample(
     seed: int,
     prior: str = "model",
     labels: list[int] | None = None,
+    files: bool = False,
 ) -> list[Any]:
     """Images decoded from the prior, as a grid and as .npz; for the prior "gmm" also the test bound under both priors.
 
-    A model that is conditioned on labels takes the given ones in turn.
+    With `files` they are written one by one instead of the grid, as PNG. A model that is conditioned on labels takes the given ones in turn.
     """
     if prior == "model":
         vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
@@ -81,29 +89,35 @@ def sample(
     title = f"{count} images decoded from {of}: {vae.title}"
     name = f"sample-step{vae.step}-count{count}-seed{seed}" + ("" if prior == "model" else f"-{prior}")
     name += "" if labels is None else f"-labels{'-'.join(map(str, labels))}"
+    if files:
+        return [*save_each(workdir, name, image), *lines]
     return save(workdir, name, figures.image_grid(image, title), image=image) + lines
 
 
-def reconstruct(workdir: str, config: dict, checkpoint: str, split: str, count: int) -> list[Path]:
-    """The first `count` images of a split beside their reconstructions."""
-    vae, examples = load_with_split(workdir, config, checkpoint, split)
-    if count > len(examples.label):
+def reconstruct(
+    workdir: str, config: dict, checkpoint: str, split: str, count: int, own: str | None = None
+) -> list[Any]:
+    """The first `count` images of a split beside their reconstructions; of one's own images as many as there are, up to `count`."""
+    vae, examples = load_examples(workdir, config, checkpoint, split, own)
+    if count > len(examples.label) and own is None:
         raise ValueError(f"--count is {count}, but {split} has {len(examples.label)} images")
     image, label = examples.image[:count], examples.label[:count]
+    left = len(examples.label) - len(image)
+    more = [f"the first {count} of {len(examples.label)} images: --count chooses how many"] if own and left else []
     reconstruction = vae.reconstruct(image, **vae.own_label(label))
     return save(
         workdir,
-        f"reconstruct-step{vae.step}-{split}-count{count}",
+        f"reconstruct-step{vae.step}-{examples.file}-count{len(image)}",
         figures.reconstructions(
             image / np.float32(255),
             reconstruction,
             label,
-            f"Images of {split} and their reconstructions: {vae.title}",
+            f"Images of {examples.title} and their reconstructions: {vae.title}",
         ),
         image=image,
         label=label,
         reconstruction=reconstruction,
-    )
+    ) + [*examples.notes, *more]
 
 
 def interpolate(
@@ -114,12 +128,13 @@ def interpolate(
     count: int,
     images: list[int] | None,
     labels: list[int] | None,
-) -> list[Path]:
+    own: str | None = None,
+) -> list[Any]:
     """Images decoded from the line between the encodings of the two images that `choose_images` chooses."""
-    vae, examples = load_with_split(workdir, config, checkpoint, split)
+    vae, examples = load_examples(workdir, config, checkpoint, split, own)
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
-    index = choose_images(examples, split, 2, images, labels)
+    index = choose_images(examples, examples.title, 2, images, labels)
     image, label = examples.image[index], examples.label[index]
     mean, _ = vae.encode(image, **vae.own_label(label))
     image = vae.decode(generate.interpolate(*jnp.asarray(mean), count), **vae.condition_of(image[:1], label[0]))
@@ -128,16 +143,16 @@ def interpolate(
     marks = [f"{share:.0%}" for share in np.linspace(0, 1, count)]
     return save(
         workdir,
-        f"interpolate-step{vae.step}-{split}{index[0]}-{split}{index[1]}-count{count}",
+        f"interpolate-step{vae.step}-{examples.at(index[0])}-{examples.at(index[1])}-count{count}",
         figures.image_rows(
             row[None],
             [""],
             ["input", *marks, "input"],
-            f"Between two images of {split}: {vae.title}",
+            f"Between two images of {examples.title}: {vae.title}",
         ),
         image=image,
         index=index,
-    )
+    ) + [*examples.notes]
 
 
 def traverse(
@@ -148,13 +163,14 @@ def traverse(
     count: int,
     images: list[int] | None,
     labels: list[int] | None,
-) -> list[Path]:
+    own: str | None = None,
+) -> list[Any]:
     """An image's encoding decoded with one latent at a time moved, sorted by how much each latent is used over the split.
 
     The measure is the mean KL, or the variance of the posterior mean if the prior has no KL in closed form.
     """
-    vae, examples = load_with_split(workdir, config, checkpoint, split)
-    index = choose_images(examples, split, 1, images, labels)
+    vae, examples = load_examples(workdir, config, checkpoint, split, own)
+    index = choose_images(examples, examples.title, 1, images, labels)
     mean, logvar = map(jnp.asarray, vae.encode(examples.image, **vae.own_label(examples.label)))
     if vae.model.prior.kl is None or vae.model.condition_on:
         use, unit = np.var(mean, axis=0), "variance"
@@ -166,10 +182,9 @@ def traverse(
     conditions = vae.condition_of(examples.image[index], examples.label[index[0]])
     image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)
     image = image.reshape(*z.shape[:2], *image.shape[1:])
-    name = f"traverse-step{vae.step}-{split}{index[0]}-count{count}"
     return save(
         workdir,
-        name,
+        f"traverse-step{vae.step}-{examples.at(index[0])}-count{count}",
         figures.image_rows(
             image,
             [f"z{latent}: {use[latent]:.2f} {unit}" for latent in order],
@@ -181,96 +196,39 @@ def traverse(
         latent=order,
         **{"kl" if unit == "nats" else "variance": use[order]},
         value=values,
-    )
+    ) + [*examples.notes]
 
 
-def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
-    """A CSV of file, label and probability for the images of an .npz or a folder."""
+def encode(workdir: str, config: dict, checkpoint: str, split: str, own: str | None = None) -> list[Any]:
+    """Mean and log-variance of q(z | x) of every image, as .npz and, a row an image, as .csv."""
+    vae, examples = load_examples(workdir, config, checkpoint, split, own)
+    mean, logvar = vae.encode(examples.image, **vae.own_label(examples.label))
+    path = generated(workdir) / f"encode-step{vae.step}-{examples.file}.npz"
+    save_arrays(path, name=np.array(examples.names), label=examples.label, mean=mean, logvar=logvar)
+    columns = [f"{what}{latent}" for what in ("mean", "logvar") for latent in range(mean.shape[1])]
+    rows = ([name, *map("{:.8g}".format, row)] for name, row in zip(examples.names, np.hstack([mean, logvar])))
+    write_atomically(path.with_suffix(".csv"), as_csv(["file", *columns], rows))
+    return [path, path.with_suffix(".csv"), *examples.notes]
+
+
+def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
+    """A CSV of file, label and probability for the user's own images."""
     classifier = load_able(workdir, checkpoint, "probabilities", "classes")
-    names, image = data.read_images(images)
-    try:
-        label, probability = classifier.predict(image)
-    except ValueError as error:
-        raise ValueError(f"{images} does not fit the model: {error}") from None
+    examples = read_own(classifier, own)
+    label, probability = classifier.predict(examples.image)
+    rows = zip(examples.names, label, (f"{value:.6f}" for value in probability))
+    path = generated(workdir) / f"predict-step{classifier.step}-{examples.file}.csv"
+    write_atomically(path, as_csv(["file", "label", "probability"], rows))
+    return [path, *examples.notes]
+
+
+def as_csv(header: list[str], rows: Iterable) -> str:
+    """A table as text."""
     text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["file", "label", "probability"])
-    rows.writerows(zip(names, label, (f"{value:.6f}" for value in probability)))
-    path = generated(workdir) / f"predict-step{classifier.step}-{Path(images).stem}.csv"
-    if path.exists() and path.read_text(encoding="utf-8") != text.getvalue():
-        raise FileExistsError(f"{path} holds other predictions: move it away")
-    write_atomically(path, text.getvalue())
-    return [path]
-
-
-def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:
-    """`load` and `check_able`."""
-    return check_able(load(workdir, checkpoint), workdir, function, what)
-
-
-def check_able(pretrained: Pretrained, workdir: str, function: str, what: str) -> Pretrained:
-    """The given model. Raises ValueError if it has not the function that a mode needs."""
-    try:
-        pretrained.check_has(function, what)
-    except ValueError as error:
-        raise ValueError(f"this mode does not fit the run in {workdir}: {error}") from None
-    return pretrained
-
-
-def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> tuple[Pretrained, Split]:
-    """The model of a run, with encoder and decoder, and a split of the data that it was trained on, as it sees them."""
-    vae, dataset = load_with_data(workdir, config, checkpoint)
-    return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
-
-
-def load_with_data(workdir: str, config: dict, checkpoint: str) -> tuple[Pretrained, Dataset]:
-    """The model of a run, with encoder and decoder, and the data that it was trained on."""
-    vae = load_able(workdir, checkpoint, "encode", "encoder")
-    vae.check_has("decode_raw", "decoder")
-    dataset = bind("data", data.load, config["data"])()
-    check_trained_on(vae.data, fingerprint(dataset))
-    return vae, dataset
-
-
-def check_trained_on(expected: dict, found: dict) -> None:
-    """Raise ValueError unless the data's fingerprint is that of the data a model was trained on."""
-    if found != expected:
-        raise ValueError("the data are not those that the model was trained on: bring those back, or train again")
-
-
-def choose_split(dataset: Dataset, split: str) -> Split:
-    """A split by its name. Raises ValueError for an unknown name."""
-    if split not in dataset.splits:
-        raise ValueError(f"there is no split {split!r}: this run has {', '.join(dataset.splits)}")
-    return dataset.splits[split]
-
-
-def choose_images(
-    examples: Split,
-    split: str,
-    count: int,
-    images: list[int] | None,
-    labels: list[int] | None,
-) -> np.ndarray:
-    """`count` positions in a split: the given ones, or the first image of each given label; by default the first ones."""
-    if images is not None and labels is not None:
-        raise ValueError("--images and --labels are both given: give one of them")
-    if images is None and labels is None:
-        images = list(range(count))
-    name, given = ("--images", images) if labels is None else ("--labels", labels)
-    if len(given) != count:
-        raise ValueError(f"{name} has {len(given)} entries, but this mode takes {count}")
-    if images is not None:
-        for index in images:
-            if not 0 <= index < len(examples.label):
-                raise ValueError(f"there is no image {index} in {split}: it has 0 to {len(examples.label) - 1}")
-        return np.array(images)
-    for label in labels:
-        if label < 0 or label not in examples.label:
-            known = [str(known) for known in np.unique(examples.label) if known >= 0]
-            has = f"it has {', '.join(known)}" if known else "it is unlabelled"
-            raise ValueError(f"there is no image labelled {label} in {split}: {has}")
-    return np.array([np.argmax(examples.label == label) for label in labels])
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(rows)
+    return text.getvalue()
 
 
 def generated(workdir: str) -> Path:
@@ -284,8 +242,22 @@ def save(workdir: str, name: str, figure: Any, frames: Sequence[np.ndarray] = ()
     """Write generated/NAME.png, .npz and of frames .webp; the name holds all that decides the content, so nothing is overwritten."""
     paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz", "webp")]
     save_figure(figure, paths[0])
-    with atomic_file(paths[1]) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **arrays)
+    save_arrays(paths[1], **arrays)
     if frames:
         save_film(frames, paths[2])
     return paths if frames else paths[:2]
+
+
+def save_arrays(path: Path, **arrays) -> None:
+    """Write an .npz."""
+    with atomic_file(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def save_each(workdir: str, name: str, image: np.ndarray) -> list[Any]:
+    """Write images in [0, 1] to generated/NAME/00000.png and so on."""
+    folder = generated(workdir) / name
+    folder.mkdir(exist_ok=True)
+    for i, pixels in enumerate(np.round(image * 255).astype(np.uint8)):
+        save_image(pixels, folder / f"{i:05}.png")
+    return [folder, f"{len(image)} files"]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 TRAIN, TEST, BASELINE = "#8fb3d9", "#1b4f8a", "#a04000"
 ENLARGED = 3  # pixels a side of each pixel in a film
+LEGEND = 0.25  # of the height that the values take, left free above them
 LARGEST_COUNTED = 25  # classes; for more, counts would be too small to read
 
 
@@ -23,7 +24,7 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def set_title(figure: "Figure", title: str) -> None:
     """Title a figure; the text may hold the name of someone's data, which is no formula, so $ is a plain character."""
-    figure.suptitle(title.replace("$", r"\$"))
+    figure.suptitle(title.replace("$", r"\$"), wrap=True)
 
 
 def whole_numbers(**options):
@@ -60,10 +61,10 @@ def training_curve(
         if ax.get_yscale() != "log":
             # The first steps tower above everything else: show what comes after them.
             shown = [*test[:, 1], *train[len(train) // 20 :, 1]]
-            _limit(ax, shown + (list(baselines.values()) if name == "loss" else []))
+            _limit(ax, shown + [*baselines.values()] if name == "loss" else shown, LEGEND if name == "loss" else 0.06)
     _draw_baselines(axes["loss"], baselines)
     axes["loss"].set_ylabel("nats per image")
-    axes["loss"].legend(frameon=False)
+    axes["loss"].legend(frameon=False, loc="upper right")
     set_title(figure, title)
     return figure
 
@@ -85,10 +86,10 @@ def _draw_curves(ax, train, test):
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _limit(ax, values):
+def _limit(ax, values, above):
     low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = 0.06 * (high - low + 1e-3)
-    ax.set_ylim(low - margin, high + margin)
+    spread = high - low + 1e-3
+    ax.set_ylim(low - 0.06 * spread, high + above * spread)
 
 
 def _draw_baselines(ax, baselines):

@@ -15,15 +15,16 @@ from vae_jax.run.output import survive_closed_streams
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
     "evaluate": "checkpoint split full samples count prior",
-    "sample": "checkpoint count sample_seed prior labels",
-    "reconstruct": "checkpoint split count",
-    "interpolate": "checkpoint split count images labels",
-    "traverse": "checkpoint split count images labels",
+    "sample": "checkpoint count sample_seed prior labels files",
+    "reconstruct": "checkpoint split count input",
+    "interpolate": "checkpoint split count images labels input",
+    "traverse": "checkpoint split count images labels input",
+    "encode": "checkpoint split input",
     "predict": "checkpoint input",
 }
 MODE = """train: train, or continue an interrupted training. The others use a trained model and write to generated/ in the
 run directory. evaluate: the metrics on a split; with --full all that is known about a VAE. sample: images from the prior. reconstruct: images of a split and their
-reconstructions. interpolate: images between two. traverse: one latent moved at a time. predict: labels of --input."""
+reconstructions. interpolate: images between two. traverse: one latent moved at a time. encode: the codes of images. predict: labels of --input."""
 CONFIG = """A file in configs/ and, after a colon, its variant: configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes
 other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
@@ -31,6 +32,8 @@ MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 10
 PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
 FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
 images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
+INPUT = """Your own images, prepared as those of the training were: a folder, image files with commas between them, or an .npz with
+`image`. For predict, and in place of --split for reconstruct, interpolate, traverse and encode."""
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS
@@ -61,7 +64,8 @@ TABLE = (  # kind, name, default, help
         None,
         "Instead of --images: labels, each standing for its first image. For sample: the labels of a conditional model.",
     ),
-    (string, "input", None, "For predict: the path of an .npz with `image`, or of a folder."),
+    (string, "input", None, INPUT),
+    (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),
     (switch, "distributed", False, "Train on the hosts of a cluster: Cloud TPU, Slurm, Open MPI or Kubernetes (GKE)."),
     (string, "coordinator", None, "Elsewhere: ADDRESS:PORT of host 0, with --num_processes and --process_id."),
@@ -151,8 +155,10 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
         way_out = f"copy {workdir} here (gcloud storage cp -r) and name the copy"
         raise ValueError(f"--mode={mode} takes a run on this machine: {way_out}")
     if mode == "predict" and FLAGS.input is None:
-        raise ValueError("--mode=predict needs --input=FOLDER or FILE.npz")
-    chosen = {"images": FLAGS.input if mode == "predict" else integers("images"), "labels": integers("labels")}
+        raise ValueError("--mode=predict needs --input=FOLDER, FILE,FILE or FILE.npz")
+    if FLAGS.input is not None and FLAGS["split"].present:
+        raise ValueError("--split and --input are both given: give one of them")
+    chosen = {"images": integers("images"), "labels": integers("labels"), "own": FLAGS.input, "files": FLAGS.files}
     stored = read_config(workdir)
     if stored is None:
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir")

@@ -6,9 +6,10 @@ import numpy as np
 from jaxtyping import Int
 
 from vae_jax.batch import BINARIZE, Dataset, Split
+from vae_jax.data.images import Preparation as Preparation
 from vae_jax.data.named import DATASETS, MNIST_FAMILY, load_tfds
 from vae_jax.data.own import SPLIT_SEED as SPLIT_SEED
-from vae_jax.data.own import load_own, take
+from vae_jax.data.own import fit_splits, load_own, take
 from vae_jax.data.own import read_images as read_images
 
 
@@ -16,6 +17,9 @@ def load(
     *,
     name: str = "mnist",
     manual_dir: str = "",
+    size: int = 0,
+    colour: str = "auto",
+    skip_unreadable: bool = False,
     validation: int = 0,
     shuffle: bool = True,
     binarize: str = "none",
@@ -28,9 +32,13 @@ def load(
     Args:
         name: "digits" (bundled), "mnist", "fashion_mnist", "kmnist", another image classification data set of TensorFlow
             Datasets, or a path with your own images: an .npz with `image` [n, h, w] or [n, h, w, c] (uint8, or float in
-            [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder of PNG or JPEG files, all in it or in
-            one subfolder per class, with a slash in its path. Without a test set, a fifth of the images becomes one.
+            [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder of PNG, JPEG, WEBP, BMP or GIF files, all
+            in it or in one subfolder per class, or in subfolders train, test and validation, with a slash in its path.
+            Without a test set, a fifth of the images becomes one.
         manual_dir: folder with the original files of the MNIST family, for machines that cannot download.
+        size: scale and crop each image to a square of so many pixels, at least 8; 0: they have one size and keep it.
+        colour: "grey" or "colour" converts; "auto" keeps grey images, unless others are coloured.
+        skip_unreadable: leave out files that cannot be read, and say which, instead of refusing the folder.
         validation: number of training images to hold out for validation.
         shuffle: whether to shuffle the training images anew in each epoch.
         binarize: "dynamic" draws each pixel from Bernoulli(x) at each use, "threshold" rounds it, "none" keeps it.
@@ -40,38 +48,53 @@ def load(
 
     Raises ValueError or OSError, in one line, for anything that cannot be loaded.
     """
-    if name in DATASETS:
-        load_splits = DATASETS[name]
-    elif name.lower().endswith(".npz") or name.startswith((".", "~", "/")) or ("/" in name and Path(name).is_dir()):
-        load_splits = load_own
-    else:
-        load_splits = load_tfds
     if manual_dir and name not in MNIST_FAMILY:
         raise ValueError(f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there")
     if binarize not in BINARIZE:
         raise ValueError(f"data.binarize is {binarize!r}, but must be one of {', '.join(BINARIZE)}")
-    train, test = load_splits(name, manual_dir)
-    if binarize != "none" and train.image.shape[-1] != 1:
+    loaded, notes = load_splits(name, manual_dir, Preparation(size, colour).check(), skip_unreadable)
+    if binarize != "none" and loaded[0].image.shape[-1] != 1:
         raise ValueError(
             f"data.binarize is {binarize!r}, but the images of {name} are coloured: only grey ones can be binary"
         )
-    size = len(train.label)
-    if not 0 <= validation < size:
-        raise ValueError(
-            f"data.validation is {validation}, but must be from 0 to {size - 1}, below the training images"
-        )
-    splits = {"train": train, "test": test}
-    if validation:
-        order = np.random.default_rng(SPLIT_SEED).permutation(size)
-        splits["train"] = take(train, np.sort(order[validation:]))
-        splits["validation"] = take(train, np.sort(order[:validation]))
-    num_classes = int(max(train.label.max(), test.label.max())) + 1
+    splits = hold_out(loaded, validation, name)
+    num_classes = int(max(split.label.max() for split in loaded)) + 1
     splits["train"] = hide_labels(splits["train"], labelled, label_seed, num_classes)
     if labelled_per_batch and (labelled <= 0 or not shuffle):
         raise ValueError(
             f"data.labelled_per_batch is {labelled_per_batch}, which needs data.labelled above 0 and shuffled images: leave it at 0"
         )
-    return Dataset(splits, num_classes, shuffle, binarize, labelled_per_batch)
+    return Dataset(splits, num_classes, shuffle, binarize, labelled_per_batch, tuple(notes))
+
+
+def load_splits(
+    name: str, manual_dir: str, wanted: Preparation, skip_unreadable: bool
+) -> tuple[list[Split], list[str]]:
+    """Training, test and, where the data set has one, validation split; and what was done to the images, in words."""
+    if not name:
+        raise ValueError("data.name is empty: give your images, --config.data.name=FOLDER/ or FILE.npz")
+    if name in DATASETS:
+        return fit_splits([*DATASETS[name](name, manual_dir)], wanted)
+    if name.lower().endswith(".npz") or name.startswith((".", "~", "/")) or ("/" in name and Path(name).is_dir()):
+        return load_own(name, wanted, skip_unreadable)
+    return fit_splits(load_tfds(name, manual_dir), wanted)
+
+
+def hold_out(loaded: list[Split], validation: int, name: str) -> dict[str, Split]:
+    """The splits by name, with `validation` training images held out. Raises ValueError for a number that cannot be."""
+    train, test, *given = loaded
+    count = len(train.label)
+    if not 0 <= validation < count:
+        raise ValueError(
+            f"data.validation is {validation}, but must be from 0 to {count - 1}, below the training images"
+        )
+    if validation and given:
+        raise ValueError(f"data.validation is {validation}, but {name} has validation images of its own: leave it at 0")
+    if not validation:
+        return dict(zip(("train", "test", "validation"), loaded))
+    order = np.random.default_rng(SPLIT_SEED).permutation(count)
+    held, kept = take(train, np.sort(order[:validation])), take(train, np.sort(order[validation:]))
+    return {"train": kept, "test": test, "validation": held}
 
 
 def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Split:
@@ -139,6 +162,11 @@ def labelled_share(dataset: Dataset, batch_size: int) -> float:
     if dataset.labelled_per_batch:
         return dataset.labelled_per_batch / batch_size
     return float(np.mean(dataset.splits["train"].label >= 0))
+
+
+def fitting_batch(count: int) -> int:
+    """The batch size for so many training images that leaves at least four steps in an epoch, at most 64."""
+    return max(1, min(64, count // 4))
 
 
 def check_batches(dataset: Dataset, batch_size: int) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vae_jax.batch import Split
-from vae_jax.data.own import check_size, split_off_test
+from vae_jax.data.images import check_size
+from vae_jax.data.own import split_off_test
 from vae_jax.run.files import local_path
 
 NETWORK_TIMEOUT = 8  # seconds
@@ -128,8 +129,8 @@ def _way_out(name):
     return f"{files}, or train on the bundled digits, --config=configs/vae.py:digits"
 
 
-def load_tfds(name: str, manual_dir: str) -> tuple[Split, Split]:
-    """Training and test split of an image classification data set of TensorFlow Datasets.
+def load_tfds(name: str, manual_dir: str) -> list[Split]:
+    """Training, test and perhaps validation split of an image classification data set of TensorFlow Datasets.
 
     Raises ValueError for an unknown or unsuitable data set, and OSError if it cannot be prepared.
     """
@@ -139,6 +140,7 @@ def load_tfds(name: str, manual_dir: str) -> tuple[Split, Split]:
         builder = tfds.builder(name, file_format="array_record")
     except (ValueError, AssertionError):  # an unknown name, or version
         near = difflib.get_close_matches(name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1)
+        near = [f"./{name}"] if Path(name).is_dir() else near
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or, with a slash in it, of a folder"
@@ -151,7 +153,8 @@ def load_tfds(name: str, manual_dir: str) -> tuple[Split, Split]:
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, but train and test are needed")
-    return _read_tfds(builder, "train"), _read_tfds(builder, test)
+    own = ["validation"] if test == "test" and "validation" in splits else []
+    return [_read_tfds(builder, part) for part in ("train", test, *own)]
 
 
 def _check_suits(builder):

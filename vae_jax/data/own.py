@@ -1,21 +1,25 @@
-"""A user's own images: an .npz, or a folder of PNG and JPEG files."""
+"""A user's own images: an .npz, or a folder of image files, with a split of its own or without."""
 
 import math
-import warnings
+import os
 import zipfile
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from vae_jax.batch import Split
+from vae_jax.data.images import FORMATS, SUFFIXES, UNREADABLE, Preparation, check_size, fit_array, read_files, some
 from vae_jax.run.files import local_path
-from vae_jax.run.memory import check_memory
 
 SPLIT_SEED = 0  # a split belongs to the data set and is the same for every run's seed
 TEST_SHARE = 0.2  # of images that come without a test set
 LARGEST_LABEL = 65_535
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-IMAGE_FORMATS = ("PNG", "JPEG")  # for some others Pillow starts external programs
+PARTS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
+KINDS = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
+LEAVE_OUT = "replace it, or leave such files out by --config.data.skip_unreadable=true"
 
 
 def take(split: Split, positions: Int[np.ndarray, " n"]) -> Split:
@@ -38,41 +42,56 @@ def split_off_test(image: UInt8[np.ndarray, "n h w c"], label: Int[np.ndarray, "
     return train, test
 
 
-def check_size(what: str, nbytes: int) -> None:
-    """Raise ValueError if memory cannot hold three copies: as read, as split, and on the device."""
-    way_out = "data sets are held in memory, so take fewer or smaller images"
-    check_memory(f"three copies of {what}", 3 * nbytes, way_out)
+def load_own(name: str, wanted: Preparation, skip_unreadable: bool = False) -> tuple[list[Split], list[str]]:
+    """Training, test and perhaps validation split of a user's own images, and what was done to them, in words.
 
-
-def load_own(name: str, manual_dir: str) -> tuple[Split, Split]:
-    """Training and test split of a user's own images. Raises ValueError, in one line, if they cannot be read."""
-    _, train, test = _read(name)
-    if test is None:
-        return split_off_test(*train)
-    if test.image.shape[1:] != train.image.shape[1:]:
-        raise ValueError(
-            f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}"
-        )
-    return train, test
-
-
-def read_images(path: str) -> tuple[list[str], UInt8[np.ndarray, "n h w channel"]]:
-    """All images that `load_own` would read, except test images, and a name for each: its position, or its file."""
-    names, split, _ = _read(path)
-    return names, split.image
-
-
-def _read(name):
-    """Names and Split of the images in an .npz or a folder, and the Split of its test images or None."""
+    Raises ValueError, in one line, if they cannot be read.
+    """
     path = local_path(name)
     if name.lower().endswith(".npz"):
         arrays = _read_npz(name, path)
-        split = _make_split(arrays, "", name)
-        test = _make_split(arrays, "test_", name) if "test_image" in arrays else None
-        return [str(i) for i in range(len(split.label))], split, test
-    files, label = _find_images(name, path)
-    names = [str(file.relative_to(path)) for file in files]
-    return names, Split(_stack_images(name, files), label), None
+        given = [_make_split(arrays, part, name) for part in ("", "test_") if f"{part}image" in arrays]
+        splits, notes = fit_splits(given, wanted)
+    else:
+        splits, notes = _read_folder(name, path, wanted, skip_unreadable)
+    train, *others = splits
+    for test in others:
+        if test.image.shape[1:] != train.image.shape[1:]:
+            raise ValueError(
+                f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}"
+            )
+    return [*split_off_test(*train)] if not others else splits, notes
+
+
+def fit_splits(splits: list[Split], wanted: Preparation) -> tuple[list[Split], list[str]]:
+    """Splits of images that are arrays already, prepared as files are, and what was done."""
+    done: Counter = Counter()
+    fitted = [split._replace(image=fit_array(split.image, wanted, done)) for split in splits]
+    return fitted, [f"{count} {what}" for what, count in sorted(done.items())]
+
+
+def read_images(
+    path: str, wanted: Preparation
+) -> tuple[list[str], UInt8[np.ndarray, "n height width channel"], list[str]]:
+    """Images to use a model on: a name for each, its position or its file; the pixels; what was done to them.
+
+    `path` is an .npz with `image`, a folder, an image file, or several with commas between them.
+    """
+    name = path.rstrip("/")
+    if name.lower().endswith(".npz"):
+        (split, *_), notes = fit_splits([_make_split(_read_npz(path, local_path(path)), "", path)], wanted)
+        return [str(i) for i in range(len(split.label))], split.image, notes
+    many = [path] if os.path.exists(local_path(path)) or "," not in path else [one for one in path.split(",") if one]
+    files, folder, ignored = [local_path(one) for one in many], None, []
+    if len(files) == 1 and (files[0].is_dir() or not files[0].exists() and not files[0].suffix):
+        found = _find_images(path, files[0])
+        files, folder, ignored = found.files, files[0], found.notes
+    missing = [str(file) for file in files if not file.exists()]
+    if missing:
+        raise ValueError(f"there is no file {', '.join(missing)}")
+    _, image, notes = read_files(files, path, wanted, False, "give one that can be read")
+    names = [str(file.relative_to(folder)) if folder else str(file) for file in files]
+    return names, image, notes + ignored
 
 
 def _read_npz(name, path):
@@ -113,66 +132,108 @@ def _make_split(arrays, prefix, name):
     return Split(image.reshape(*image.shape[:3], -1), label.astype(np.int32))
 
 
-def _find_images(name, folder):
-    """The image files in a folder or in its subfolders, one subfolder a class, and their labels, -1 without subfolders."""
+class Found(NamedTuple):
+    """The image files of a folder, and what else it holds, in words."""
+
+    files: list[Path]
+    label: list[int]  # -1 without classes
+    classes: list[str]
+    notes: list[str]
+
+
+def _read_folder(name, folder, wanted, skip_unreadable):
+    """The splits of a folder: those that its subfolders are named after, else all as one."""
+    parts = _find_parts(name, folder)
+    found = {part: _find_images(str(path), path) for part, path in parts.items()}
+    label = [_number(one, found["train"].classes, parts[part]) for part, one in found.items()]
+    files = [file for one in found.values() for file in one.files]
+    kept, image, notes = read_files(files, name, wanted, skip_unreadable, LEAVE_OUT)
+    notes += [note for one in found.values() for note in one.notes]
+    part_of = np.repeat(np.arange(len(found)), [len(one.files) for one in found.values()])[kept]
+    label = np.concatenate(label)[kept]
+    whole = Split(image, label)
+    splits = [whole] if len(found) == 1 else [take(whole, np.flatnonzero(part_of == i)) for i in range(len(found))]
+    for path, split in zip(parts.values(), splits):
+        if not len(split.label):
+            raise ValueError(f"{path} holds no image that can be read")
+    if len(parts) > 1:
+        notes.append(f"the splits {', '.join(found)} are the folders {', '.join(path.name for path in parts.values())}")
+        notes += _ignored([path for path in sorted(folder.iterdir()) if path not in parts.values()])
+    return splits, notes
+
+
+def _number(found, classes, folder):
+    """The labels of the files that were found, as positions in the training images' classes."""
+    if odd := [name for name in found.classes if name not in classes] or (not found.classes and classes):
+        raise ValueError(f"the training images and those in {folder} do not have the same classes: {some(odd)}")
+    return np.array([label if label < 0 else classes.index(found.classes[label]) for label in found.label], np.int32)
+
+
+def _find_parts(name, folder):
+    """{split: folder}, "train" first: subfolders with the names of splits, else the folder itself. Without test, validation is it."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if {"train", "test"} <= {path.name.lower() for path in subfolders}:
+    subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    parts = {}
+    for path in subfolders:
+        if part := PARTS.get(path.name.lower()):
+            if part in parts:
+                raise ValueError(f"{name} has subfolders {parts[part].name} and {path.name}: keep one of them")
+            parts[part] = path
+    if "train" not in parts or len(parts) == 1:
+        return {"train": folder}
+    beside, *_ = _sort(folder)
+    if others := [*beside, *(path for path in subfolders if path not in parts.values() and _sort(path)[0])]:
         raise ValueError(
-            f"{name} has subfolders train and test, but subfolders are classes: name one of them, or give an .npz with test_image"
+            f"{name} has subfolders {some([*parts.values()])}, which are splits, beside {some(others)}: move the one or the other away"
         )
-    classes = [files for path in subfolders if (files := _image_files(path))]
-    files = _image_files(folder)
-    if files and classes:
-        raise ValueError(
-            f"{name} holds images both beside its subfolders ({files[0].name}) and in them: give each a subfolder, or none"
-        )
-    labelled = [(file, -1) for file in files] + [(file, i) for i, own in enumerate(classes) for file in own]
-    if not labelled:
-        raise ValueError(f"{name} holds no PNG or JPEG files, neither itself nor in one subfolder a class")
-    files, label = zip(*labelled)
-    return files, np.array(label, np.int32)
+    if "test" not in parts:
+        parts["test"] = parts.pop("validation")
+    return {part: parts[part] for part in ("train", "test", "validation") if part in parts}
 
 
-def _image_files(folder):
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
-
-
-def _stack_images(name, files):
-    first = _read_image(files[0])
-    check_size(name, len(files) * first.size)
-    image = np.empty((len(files), *first.shape), np.uint8)
-    for i, path in enumerate(files):
-        pixels = _read_image(path)
-        if pixels.shape != first.shape:
+def _find_images(name, folder):
+    """The image files in a folder or in its subfolders, one subfolder a class."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {name}")
+    beside, subfolders, ignored = _sort(folder)
+    found = Found([*beside], [-1] * len(beside), [], [])
+    empty, deeper = [], []
+    for path in subfolders:
+        own, below, others = _sort(path)
+        if own and beside:
             raise ValueError(
-                f"{path} is {_describe(pixels)}, but {files[0]} is {_describe(first)}: bring all images to one size and colour"
+                f"{name} holds images both beside its subfolders ({beside[0].name}) and in them: give each a subfolder, or none"
             )
-        image[i] = pixels
-    return image
+        if not own:
+            empty.append(path)
+            continue
+        found.files.extend(own)
+        found.label.extend([len(found.classes)] * len(own))
+        found.classes.append(path.name)
+        deeper, ignored = deeper + below, ignored + others
+    if not found.files:
+        raise ValueError(f"{name} holds no {KINDS} files, neither itself nor in one subfolder a class")
+    found.notes.extend(_ignored(ignored))
+    if empty:
+        found.notes.append(f"no class made of folders without images: {len(empty)} ({some(empty)})")
+    if deeper:
+        found.notes.append(f"folders below a class left out: {len(deeper)} ({some(deeper)})")
+    return found
 
 
-def _describe(pixels):
-    return f"{pixels.shape[1]}x{pixels.shape[0]} {'grey' if pixels.shape[2] == 1 else 'colour'}"
+def _sort(folder):
+    """A folder's image files, its subfolders, and what else it holds, hidden files and folders among it."""
+    images, subfolders, others = [], [], []
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == ".":
+            others.append(path)
+        elif path.is_dir():
+            subfolders.append(path)
+        else:
+            (images if path.suffix.lower() in SUFFIXES + UNREADABLE else others).append(path)
+    return images, subfolders, others
 
 
-def _read_image(path):
-    from PIL import Image, ImageOps
-
-    if not path.is_file():  # reading a pipe would block
-        raise ValueError(f"cannot read the image {path}: it is no file")
-    try:
-        with warnings.catch_warnings():
-            # Pillow's limit, against images that are small only while compressed.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=IMAGE_FORMATS)
-        with image:
-            mode = image.mode
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(upright.convert("L" if mode in ("1", "L", "LA") else "RGB"))
-    except Exception as error:  # damage raises anything from OSError to SyntaxError
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-    if mode[0] in "IF":
-        raise ValueError(f"the image {path} has more than 8 bits a channel: convert it to 8")
-    return pixels.reshape(*pixels.shape[:2], -1)
+def _ignored(paths):
+    return [f"{len(paths)} skipped, which are hidden or no images ({some(paths)})"] if paths else []

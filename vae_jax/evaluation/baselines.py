@@ -1,6 +1,7 @@
 """What simple models reach, in closed form."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.special
@@ -8,20 +9,20 @@ from jaxtyping import Float, UInt8
 
 from vae_jax.batch import mean_image
 
-LARGEST_COVARIANCE = 4096  # pixels; the baselines of larger images are left out
+LARGEST_MATRIX = 4096  # rows of the largest symmetric matrix of which all eigenvalues are computed
+OVERSAMPLED, ITERATIONS = 10, 8  # of the randomised method; see `leading_eigenvalues`
+CHUNK = 4096  # images that are floats at once
 
 
 def linear_vae_baselines(
     image: UInt8[np.ndarray, "n height width channel"], latent_dim: int, beta: float = 1.0, scale: float | None = 1.0
 ) -> dict[str, float]:
-    """The losses of a collapsed model and of the best linear VAE on these training images; {} if they are too large.
+    """The losses of a collapsed model and of the best linear VAE on these training images.
 
     The decoder is a Gaussian of standard deviation `scale`; None is the one that is best for each of the two models. Losses
     leave out ln(2 pi) / 2 a pixel, and for a given scale also ln(scale).
     """
-    if image[0].size > LARGEST_COVARIANCE:
-        return {}
-    eigenvalues = covariance_eigenvalues(image)
+    eigenvalues = covariance_eigenvalues(image, latent_dim)
     if scale is None:
         losses = (ppca_loss(eigenvalues, dim) for dim in (0, latent_dim))
     else:  # the squared error weighs 1 / scale^2: the loss is that of a KL with weight beta scale^2, divided by scale^2
@@ -102,16 +103,62 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
 
 
 def covariance_eigenvalues(
-    image: UInt8[np.ndarray, "n height width channel"],
+    image: UInt8[np.ndarray, "n height width channel"], largest: int | None = None
 ) -> Float[np.ndarray, " pixels"]:
-    """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance."""
+    """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance.
+
+    They are those of the pixels' covariance, or for larger images those of the Gram matrix of the images and zeros. Of more than
+    4,096 images of more than 4,096 pixels only the `largest` are computed; the others share the rest of the variance evenly,
+    which is all that `linear_vae_loss` and `ppca_loss` ask of them.
+    """
     flat = image.reshape(len(image), -1)
     mean = mean_image(flat).astype(np.float32)
-    second = np.zeros((flat.shape[1], flat.shape[1]))
-    for start in range(0, len(flat), 4096):
-        chunk = flat[start : start + 4096].astype(np.float32) / 255 - mean
-        second += chunk.T @ chunk
-    return np.maximum(np.linalg.eigvalsh(second / len(flat))[::-1], 0)
+    n, pixels = flat.shape
+    if pixels <= LARGEST_MATRIX:
+        second = np.zeros((pixels, pixels))
+        for chunk in centred(flat, mean):
+            second += chunk.T @ chunk
+        return np.maximum(np.linalg.eigvalsh(second / n)[::-1], 0)
+    if n <= LARGEST_MATRIX:
+        (rows,) = centred(flat, mean)
+        found = np.linalg.eigvalsh((rows @ rows.T).astype(np.float64) / n)[::-1]
+        return np.maximum(np.pad(found, (0, pixels - n)), 0)
+    found = leading_eigenvalues(flat, mean, min(largest or LARGEST_MATRIX, LARGEST_MATRIX))
+    rest = max(mean_square_distance(image, mean) - found.sum(), 0.0) / (pixels - len(found))
+    return np.append(found, np.full(pixels - len(found), rest))
+
+
+def leading_eigenvalues(
+    flat: UInt8[np.ndarray, "n pixels"], mean: Float[np.ndarray, " pixels"], count: int
+) -> Float[np.ndarray, " count"]:
+    """The largest eigenvalues of the covariance, by randomised subspace iteration (Halko et al. 2011, algorithm 4.4).
+
+    scikit-learn's `randomized_svd` would hold all images as floats; this takes them in chunks.
+    """
+    basis = np.random.default_rng(0).standard_normal((flat.shape[1], count + OVERSAMPLED)).astype(np.float32)
+    for _ in range(ITERATIONS):
+        basis, _ = np.linalg.qr(basis)
+        basis = np.sum([chunk.T @ (chunk @ basis) for chunk in centred(flat, mean)], axis=0)
+    basis, _ = np.linalg.qr(basis)
+    codes = np.zeros((basis.shape[1],) * 2)
+    for chunk in centred(flat, mean):
+        projected = chunk @ basis
+        codes += projected.T @ projected
+    return np.linalg.eigvalsh(codes / len(flat))[::-1][:count]
+
+
+def mean_square_distance(
+    image: UInt8[np.ndarray, "n height width channel"], centre: Float[np.ndarray, "*pixels"]
+) -> float:
+    """The mean over images of sum_pixels (x - centre)^2, for images scaled to [0, 1]: from their mean it is the total variance."""
+    flat = image.reshape(len(image), -1)
+    return float(sum(np.sum(chunk**2, dtype=np.float64) for chunk in centred(flat, centre.reshape(-1))) / len(flat))
+
+
+def centred(flat: UInt8[np.ndarray, "n pixels"], centre: Float[np.ndarray, " pixels"]) -> Iterator[np.ndarray]:
+    """Images scaled to [0, 1] less `centre`, a chunk at a time."""
+    for start in range(0, len(flat), CHUNK):
+        yield flat[start : start + CHUNK].astype(np.float32) / 255 - centre
 
 
 def linear_rate_distortion(

@@ -9,13 +9,16 @@ COPIES = 0.2  # share of generated images nearer to a training image than 1 % of
 
 
 def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> dict[str, str]:
-    """{what: sentence} on a split's numbers, those that are there: state, latents, fit, copies, and what to change.
+    """{what: sentence} on a split's numbers, those that are there: state, what is explained, latents, fit, copies, what to change.
 
     The state is one of "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
     """
     if f"{split}/kl" not in numbers:  # it has no latents
         return {}
     found = {}
+    explained = describe_explained(numbers, split, baselines)
+    if explained:
+        found["explained"] = explained
     kl = numbers.get(f"{split}/kl_by_latent")
     if kl is not None:
         found["latents"] = describe_latents(kl)
@@ -66,8 +69,10 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
             f"undertrained: the bound {bound:.2f} is above {collapsed:.2f}, which a model reaches that ignores its latents",
             "train longer, or raise optimizer.learning_rate",
         )
-    overfit = overfitting(numbers, split)
-    return f"healthy: the latents carry {kl:.1f} nats" + ("" if not overfit else f", but {overfit}"), ""
+    healthy = f"healthy: the latents carry {kl:.1f} nats"
+    if overfit := overfitting(numbers, split):
+        return f"{healthy}, but {overfit}", "use more images, or fewer epochs"
+    return healthy, ""
 
 
 def overfitting(numbers: Mapping[str, Any], split: str) -> str:
@@ -76,6 +81,16 @@ def overfitting(numbers: Mapping[str, Any], split: str) -> str:
     if trained is None or tested is None or split == "train" or tested - trained <= GAP * abs(trained):
         return ""
     return f"the bound on {split} is {tested - trained:.2f} nats above that of training"
+
+
+def describe_explained(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> str:
+    """How much of the variance the reconstructions explain, and how the bound compares with the baselines; "" if unknown."""
+    share, bound = numbers.get(f"{split}/explained variance"), numbers.get(f"{split}/bound")
+    if share is None or bound is None:
+        return ""
+    beside = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
+    said = f"{max(share, 0.0):.0%} of the variance of the {split} images, of which the mean training image explains 0%"
+    return said + (f"; the bound is {bound:.2f} there, and on the training images: {beside}" if beside else "")
 
 
 def describe_latents(kl_by_latent: Sequence[float]) -> str:

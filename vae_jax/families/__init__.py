@@ -62,8 +62,8 @@ class Family(Protocol):
         baselines: closed forms of the training images, {what: loss}, a function of the model, the training images and
             the fields of model and objective.
         ledger: {what: value} lines for people beside the numbers of a split: what they measure, and other conventions; a
-            function of the model, the numbers, the split, the pixels of an image, whether they are binary, and the fields of
-            model.
+            function of the model, the numbers, the split, the pixels of an image, whether they are binary, the variance of the split's images
+            about the mean training image, and the fields of model.
         make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
     """
 

@@ -109,12 +109,16 @@ def ledger(
     split: str,
     pixels: int,
     is_binary: bool,
+    variance: float = 0.0,
     *,
     likelihood: str = "unit_gaussian",
     scale: float = 1.0,
     learn_scale: bool = False,
 ) -> dict[str, Any]:
-    """What the numbers measure, and the numbers of a split in the other conventions that apply to them."""
+    """What the numbers measure, and the numbers of a split in the other conventions that apply to them.
+
+    The share of variance that is explained is 1 - squared error / `variance`, the split's variance about the mean training image.
+    """
     p_x = model.likelihood
     if p_x.support == BINARY and not is_binary:
         return {
@@ -134,6 +138,8 @@ def ledger(
     if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
         error = 2 * scale**2 * numbers[f"{split}/reconstruction"]
         lines[f"{split}/squared error of an image"] = error
+        if variance and model.condition_on != "image":  # else the error is that of the hidden pixels alone
+            lines[f"{split}/explained variance"] = 1 - error / variance
         lines[f"{split}/scale that this error implies"] = math.sqrt(error / pixels)
         lines["weight of the KL beside half the squared error"] = scale**2
     return lines

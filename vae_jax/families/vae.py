@@ -45,8 +45,8 @@ def make(
     *,
     latent_dim: int = 20,
     network: str = "conv",
-    encoder_features: tuple[int, ...] = (32, 64),
-    decoder_features: tuple[int, ...] = (64, 32),
+    encoder_features: tuple[int, ...] = (),
+    decoder_features: tuple[int, ...] = (),
     pooling: bool = False,
     hidden: tuple[int, ...] = (200, 200),
     likelihood: str = "unit_gaussian",
@@ -61,8 +61,10 @@ def make(
     Args:
         latent_dim: size of z.
         network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training image.
-        encoder_features: of conv: channels after each convolution; every one halves the image.
+        encoder_features: of conv: channels after each convolution; every one halves the image. Empty: 32, 64, 128, ..., until 7
+            to 13 pixels are left, or an odd number: (32, 64) for 28x28, the post's.
         decoder_features: of conv: channels after each transposed convolution but the last; every one doubles the image.
+            Empty: the encoder's in reverse.
         pooling: of conv: halve the image by max pooling instead of strided convolutions, which the post found to fail.
         hidden: of mlp: widths of the encoder's layers; the decoder has them in reverse.
         likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the variance that is best for

@@ -132,7 +132,12 @@ def conv(
     decoder_features: tuple[int, ...],
     pooling: bool,
 ) -> Autoencoder:
-    """The post's networks; `channels` raw ones for each channel of the image."""
+    """The post's networks; `channels` raw ones for each channel of the image.
+
+    Without `encoder_features` there are those of `fitting_features`, without `decoder_features` the encoder's in reverse.
+    """
+    encoder_features = encoder_features or fitting_features(image_shape)
+    decoder_features = decoder_features or encoder_features[::-1]
     check_sizes(encoder_features=encoder_features, decoder_features=decoder_features)
     check_doublings(image_shape, len(decoder_features))
     if pooling:
@@ -142,6 +147,18 @@ def conv(
         Encoder(2 * latent_dim, encoder_features, pooling, dtype),
         Decoder((height, width, colours * channels), decoder_features, dtype),
     )
+
+
+def fitting_features(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    """32, 64, 128, ...: one entry each time that an image can be halved evenly with 7 pixels or more left, and at least one.
+
+    28x28 gives (32, 64), the post's; 64x64 gives (32, 64, 128).
+    """
+    height, width, _ = image_shape
+    halvings = 0
+    while min(height, width) >= 14 and height % 2 == width % 2 == 0:
+        height, width, halvings = height // 2, width // 2, halvings + 1
+    return tuple(32 * 2**i for i in range(max(1, halvings)))
 
 
 def mlp(
@@ -170,8 +187,8 @@ def make_autoencoder(
     """The `Autoencoder` that the field `network` names. Raises ValueError as `configure` does, for a field that they do not have."""
     sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": channels, "dtype": dtype}
     fields = {
-        "encoder_features": (tuple(encoder_features), (32, 64)),
-        "decoder_features": (tuple(decoder_features), (64, 32)),
+        "encoder_features": (tuple(encoder_features), ()),
+        "decoder_features": (tuple(decoder_features), ()),
         "pooling": (pooling, False),
         "hidden": (tuple(hidden), (200, 200)),
     }
@@ -253,7 +270,7 @@ def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:
         near = tuple(math.ceil(size / scale) * scale for size in (height, width))
         raise ValueError(
             f"images of {height}x{width} are not divisible by {scale}, as a decoder with {times} "
-            f"doublings needs: pad them to {near[0]}x{near[1]} or give model.decoder_features fewer entries"
+            f"doublings needs: bring them to {near[0]}x{near[1]}, as data.size does, or give model.decoder_features fewer entries"
         )
 
 

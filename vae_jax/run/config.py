@@ -206,7 +206,7 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
 
     Left out is what a run may change when it continues: section `run`, `data.manual_dir`, and more epochs where the
-    optimizer does not depend on their number.
+    optimizer does not depend on their number. A new batch_size of 0 is the old one.
     """
     old, new = flatten(stored), flatten(config)
     for flat in (old, new):
@@ -215,6 +215,8 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
                 del flat[name]
     if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
         old["epochs"] = max(old["epochs"], new["epochs"])
+    if new.get("batch_size") == 0:  # it follows from the data, and they are compared elsewhere
+        new["batch_size"] = old.get("batch_size")
     absent = "absent"
     return [
         f"{name} is {old.get(name, absent)} there, {new.get(name, absent)} here"

@@ -80,6 +80,12 @@ def save_film(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 100)
         first.save(part, format="WEBP", **how)
 
 
+def save_image(pixels, path: Path) -> None:
+    """Write uint8 pixels, [height, width, 1 or 3], as a PNG of that size through `atomic_file`."""
+    with atomic_file(path) as part:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(part, format="PNG")
+
+
 def read_regular(file: Path | epath.Path) -> bytes:
     """The content of a file. Raises ValueError for a pipe or a device, which might never end."""
     if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):

@@ -210,9 +210,10 @@ class Loop:
     def summarize(self, epoch: int, trained: dict, tested: dict, final: dict) -> None:
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
-        baselines = self.job.baselines()
-        numbers |= trained | tested | final | verdict(trained | tested, "test", baselines)
-        numbers |= self.job.ledger(tested, "test") | baselines
+        baselines, ledger = self.job.baselines(), self.job.ledger(tested, "test")
+        numbers |= trained | tested | final | verdict(trained | tested | ledger, "test", baselines) | ledger | baselines
+        if self.job.dataset.notes:
+            numbers["what was done to the images"] = "; ".join(self.job.dataset.notes)
         self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 from etils import epath
 
 from vae_jax.batch import Dataset, binarize, mean_image, named_key
-from vae_jax.data import check_batches, load
+from vae_jax.data import check_batches, fitting_batch, load
+from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
@@ -48,10 +49,10 @@ def build(config: Mapping[str, Any]) -> Job:
     """The job that a config describes.
 
     Each section is passed by keyword to one signature: `data.load`, the family's `make` and `make_objective`, the
-    optimizer's, `RunOptions`. Raises ValueError or OSError, in one line that names the field, for anything wrong.
+    optimizer's, `RunOptions`. The config in its metadata has the batch size that was chosen for 0. Raises ValueError or OSError, in one line that names the field, for anything wrong.
     """
     job = bind("", make_job, config)()
-    return job._replace(metadata=job.metadata | {"config": config})
+    return job._replace(metadata=job.metadata | {"config": {**config, "batch_size": job.batch_size}})
 
 
 def make_job(
@@ -73,7 +74,7 @@ def make_job(
         seed: of initial weights, noise and order of the examples; a run is a function of it.
         seeds: how many seeds, from `seed` on, are trained together in one program.
         epochs: passes over the training images.
-        batch_size: images in one training step.
+        batch_size: images in one training step; 0: 64, or a quarter of the training images where they are fewer than 256.
         best: the validation metric that marks the best checkpoint, where data.validation holds images out.
     """
     check_counts(seed, seeds, epochs, batch_size)
@@ -83,6 +84,7 @@ def make_job(
     better = direction_of(best, family)
     dataset = bound.load_data()
     family.check_data(dataset)
+    batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
     check_batches(dataset, batch_size)
     known = describe_data(dataset) | describe_batches(dataset, batch_size)
     known["model"] = net = fill_in(bound.make_model, **known)
@@ -147,10 +149,10 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
 
 def check_counts(seed: int, seeds: int, epochs: int, batch_size: int) -> None:
     """Raise ValueError for a top-level number out of range."""
-    counts = {"seeds": seeds, "epochs": epochs, "batch_size": batch_size}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
+    counts = {"seeds": (seeds, 1), "epochs": (epochs, 1), "batch_size": (batch_size, 0)}
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise ValueError(f"{name} is {value}, but must be at least {least}")
     if not 0 <= seed <= 2**32 - seeds:
         raise ValueError(f"seed is {seed}, but must lie in [0, 2**32 - seeds]")
 
@@ -166,7 +168,8 @@ def direction_of(best: str, family: Family) -> str:
 
 def describe_numbers(family: Family, known: Mapping, dataset: Dataset, numbers: Mapping, split: str) -> dict[str, Any]:
     """The family's ledger of the numbers of a split."""
-    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary}
+    spread = mean_square_distance(dataset.splits[split].image, mean_image(known["image"]).astype(np.float32))
+    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary, "variance": spread}
     return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})
 
 
@@ -230,6 +233,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
         if devices.is_primary and (stored := read_config(workdir)) is not None:
             check_same_config(workdir, stored, config)
         job = build(config)
+        config = job.metadata["config"]
         devices.check_divide(job.batch_size)
         finished = devices.is_primary and is_finished(job, workdir, folder)
     if hosts.gather(finished)[0]:
@@ -282,8 +286,10 @@ def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> t
     directory = RunDirectory(workdir, config, command, job.run.tensorboard, check)
     metadata = job.metadata | {"environment": environment(devices)}
     checkpoints = Checkpoints(folder, metadata, job.run.keep, job.best)
-    images = job.steps * job.batch_size * len(job.seeds)
-    return directory, checkpoints, Progress(images, job.epochs)
+    progress = Progress(job.steps * job.batch_size * len(job.seeds), job.epochs)
+    if job.dataset.notes:
+        progress.note(f"the images of {config['data']['name']}: {'; '.join(job.dataset.notes)}")
+    return directory, checkpoints, progress
 
 
 def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:

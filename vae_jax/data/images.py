@@ -1,0 +1,165 @@
+"""Images of any size, colour and format -> uint8 pixels of one size and colour, and words for what was done to them."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vae_jax.run.memory import check_memory
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # pure decoders: for some others Pillow starts external programs
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+UNREADABLE = (".heic", ".heif", ".avif", ".tif", ".tiff", ".dng", ".jp2", ".jxl", ".psd", ".svg")  # images all the same
+COLOURS = ("auto", "grey", "colour")
+SMALLEST = 8  # pixels, of data.size
+DRAFT = 4  # times the wanted size, or more, at which a JPEG is decoded: 12 megapixels then take a fifth of the time
+ORIENTATION = 0x0112  # the EXIF tag by which a camera says how it was held
+TURNED = "turned upright as the camera says"
+NAMED = 5  # files that a message names
+
+
+class Preparation(NamedTuple):
+    """What every image of a data set goes through, as the fields `data.size` and `data.colour` say."""
+
+    size: int = 0
+    colour: str = "auto"
+
+    def check(self) -> "Preparation":
+        """This. Raises ValueError for a size below 8 that is not 0, and for an unknown colour."""
+        if self.size and self.size < SMALLEST:
+            raise ValueError(f"data.size is {self.size}, but must be 0, for images of one size, or at least {SMALLEST}")
+        if self.colour not in COLOURS:
+            raise ValueError(f"data.colour is {self.colour!r}, but must be one of {', '.join(COLOURS)}")
+        return self
+
+
+def check_size(what: str, nbytes: int) -> None:
+    """Raise ValueError if memory cannot hold three copies: as read, as split, and on the device."""
+    way_out = "data sets are held in memory, so take fewer or smaller images"
+    check_memory(f"three copies of {what}", 3 * nbytes, way_out)
+
+
+def fit(image: Any, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "height width channel"]:
+    """A Pillow image of mode L or RGB, scaled and cropped about its centre to a square of the wanted size, in the wanted colour."""
+    from PIL import ImageOps
+
+    square = (wanted.size, wanted.size)
+    if wanted.size and image.size != square:
+        done[f"scaled and cropped to {wanted.size}x{wanted.size}"] += 1
+        image = ImageOps.fit(image, square)
+    mode = {"grey": "L", "colour": "RGB"}.get(wanted.colour, image.mode)
+    if mode != image.mode:
+        done[f"made {wanted.colour}"] += 1
+        image = image.convert(mode)
+    pixels = np.asarray(image)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def fit_array(
+    image: UInt8[np.ndarray, "n height width channel"], wanted: Preparation, done: Counter
+) -> UInt8[np.ndarray, "n h w c"]:
+    """Images that are an array already, prepared as files are."""
+    from PIL import Image
+
+    n, height, width, channels = image.shape
+    colour = wanted.colour if wanted.colour != "auto" else ("grey" if channels == 1 else "colour")
+    result = wanted.size or height, wanted.size or width, 1 if colour == "grey" else 3
+    if result == (height, width, channels):
+        return image
+    check_size("the images", n * math.prod(result))
+    fitted = np.empty((n, *result), np.uint8)
+    for i, pixels in enumerate(image):
+        fitted[i] = fit(Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels), wanted, done)
+    return fitted
+
+
+def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "height width channel"]:
+    """The pixels of a file, upright, of its first frame, on white where it is transparent. Raises ValueError with the reason."""
+    from PIL import Image, ImageOps
+
+    if not path.is_file():  # reading a pipe would block
+        raise ValueError("it is no file")
+    if path.suffix.lower() in UNREADABLE:
+        raise ValueError(f"{path.suffix.lower()[1:]} is not read, but {', '.join(FORMATS)} are")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's limit, against images that are small only while compressed.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+        with image:
+            mode, several = image.mode, image.format != "MPO" and getattr(image, "is_animated", False)
+            if mode[0] in "IF":
+                raise ValueError("it has more than 8 bits a channel: convert it to 8")
+            if wanted.size:
+                image.draft(None, (DRAFT * wanted.size,) * 2)
+            turned = image.getexif().get(ORIENTATION) in range(2, 9)
+            upright = ImageOps.exif_transpose(image)
+            clear = upright.has_transparency_data and upright.convert("RGBA").getchannel("A").getextrema()[0] < 255
+            if clear:
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+            upright = upright.convert("L" if mode in ("1", "L", "LA") else "RGB")
+    except Exception as error:  # damage raises anything from OSError to SyntaxError
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    marks = {TURNED: turned, "laid on white": clear, "the first frame of several": several}
+    done.update(what for what, holds in marks.items() if holds)
+    return fit(upright, wanted, done)
+
+
+def read_files(
+    files: Sequence[Path], name: str, wanted: Preparation, skip_unreadable: bool, way_out: str
+) -> tuple[list[int], UInt8[np.ndarray, "n height width channel"], list[str]]:
+    """The files that are read, as positions; their images; and what was done to them, in words.
+
+    Grey images among coloured ones become coloured. Raises ValueError, naming them, for files that cannot be read, unless they
+    are to be left out, and for images of different sizes.
+    """
+    images: dict[int, np.ndarray] = {}
+    problems: dict[int, ValueError] = {}
+    done: Counter = Counter()
+    check_size(name, len(files) * wanted.size**2 * (1 if wanted.colour == "grey" else 3))
+    for i, path in enumerate(files):
+        try:
+            images[i] = read_image(path, wanted, done)
+        except ValueError as error:
+            problems[i] = error
+        if len(images) == 1 and not wanted.size:
+            check_size(name, len(files) * next(iter(images.values())).size)
+    bad = [files[i] for i in problems]
+    if problems and not (skip_unreadable and images):
+        reason = next(iter(problems.values()))
+        others = f"; {len(bad) - 1} others of {len(files)} neither: {some(bad[1:])}" if bad[1:] else ""
+        raise ValueError(f"cannot read the image {bad[0]}: {reason}{others}: {way_out}")
+    pixels = same_shape(files, images, done)
+    notes = [f"{count} {what}" for what, count in sorted(done.items())]
+    if bad:
+        notes.append(f"{len(bad)} of {len(files)} left out, which cannot be read ({some(bad)})")
+    return [*images], pixels, notes
+
+
+def same_shape(files: Sequence[Path], images: dict[int, np.ndarray], done: Counter) -> np.ndarray:
+    """The images as one array, with grey ones made coloured where there are others."""
+    first = next(iter(images))
+    coloured = any(pixels.shape[2] == 3 for pixels in images.values())
+    stacked = np.empty((len(images), *images[first].shape[:2], 3 if coloured else 1), np.uint8)
+    for row, (i, pixels) in zip(stacked, images.items()):
+        if pixels.shape[:2] != row.shape[:2]:
+            sizes = (f"{one.shape[1]}x{one.shape[0]}" for one in (pixels, images[first]))
+            raise ValueError(
+                f"{files[i]} is {next(sizes)}, but {files[first]} is {next(sizes)}: bring all images to one size, "
+                "which --config.data.size=64 does"
+            )
+        if coloured and pixels.shape[2] == 1:
+            done["made colour"] += 1
+        row[:] = pixels
+    return stacked
+
+
+def some(paths: Sequence[Path | str]) -> str:
+    """The names of files, the first few of many."""
+    names = [Path(path).name.replace("\n", " ") for path in paths[:NAMED]]
+    return ", ".join(names) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")

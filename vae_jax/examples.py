@@ -1,0 +1,146 @@
+"""The model and the images that a mode works on: a split of the training data, or the user's own (`--input`)."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from vae_jax import data
+from vae_jax.batch import Dataset, Split
+from vae_jax.pretrained import Pretrained, load
+from vae_jax.run.config import bind
+from vae_jax.run.evaluate import as_seen
+from vae_jax.run.session import fingerprint
+
+
+class Examples(NamedTuple):
+    """The images that a mode works on, as the model sees them.
+
+    Attributes:
+        title: what they are, for people.
+        file: what they are, for the names of files: it holds all that decides them.
+        names: of each image; positions in a split.
+        notes: what was done to them, in words.
+    """
+
+    image: UInt8[np.ndarray, "n height width channel"]
+    label: Int[np.ndarray, " n"]
+    title: str
+    file: str
+    names: list[str]
+    notes: tuple[str, ...] = ()
+
+    def at(self, position: int | np.integer) -> str:
+        """One of them, for the names of files."""
+        return f"{self.file}-{position}"
+
+
+def load_examples(
+    workdir: str, config: dict, checkpoint: str, split: str, own: str | None
+) -> tuple[Pretrained, Examples]:
+    """The model of a run, with encoder and decoder, and a split of its data, or the images of the path `own`."""
+    if own is None:
+        vae, examples = load_with_split(workdir, config, checkpoint, split)
+        names = [str(i) for i in range(len(examples.label))]
+        return vae, Examples(*examples, title=split, file=split, names=names)
+    vae = load_able(workdir, checkpoint, "encode", "encoder")
+    vae.check_has("decode_raw", "decoder")
+    if vae.model.condition_on == "label":
+        raise ValueError("--input gives images without labels, but this model is conditioned on them: leave it out")
+    examples = read_own(vae, own)
+    seen = as_seen(Split(examples.image, examples.label), vae.config["data"]["binarize"], vae.config["seed"])
+    return vae, examples._replace(image=seen.image)
+
+
+def read_own(model: Pretrained, path: str) -> Examples:
+    """The images of `data.read_images`, prepared as those that the model was trained on. Raises ValueError if they do not fit it."""
+    height, width, channels = model.image_shape
+    wanted = data.Preparation(model.config["data"].get("size", 0), "grey" if channels == 1 else "colour")
+    names, image, notes = data.read_images(path, wanted)
+    if image.shape[1:] != model.image_shape:
+        raise ValueError(
+            f"{path} does not fit the model: images of {image.shape[2]}x{image.shape[1]}, but it takes {width}x{height}, "
+            "and it was trained without data.size, which scales: bring them to that size"
+        )
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape") + image.tobytes()).hexdigest()[:8]
+    first = Path(path.partition(",")[0])
+    return Examples(
+        image,
+        label=np.full(len(image), -1, np.int32),
+        title=Path(path).name if "," not in path else f"{first.name}, ...",
+        file=f"{first.stem}-{digest}",
+        names=names,
+        notes=(f"the images of {path}: {'; '.join(notes)}",) if notes else (),
+    )
+
+
+def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:
+    """`load` and `check_able`."""
+    return check_able(load(workdir, checkpoint), workdir, function, what)
+
+
+def check_able(pretrained: Pretrained, workdir: str, function: str, what: str) -> Pretrained:
+    """The given model. Raises ValueError if it has not the function that a mode needs."""
+    try:
+        pretrained.check_has(function, what)
+    except ValueError as error:
+        raise ValueError(f"this mode does not fit the run in {workdir}: {error}") from None
+    return pretrained
+
+
+def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> tuple[Pretrained, Split]:
+    """The model of a run, with encoder and decoder, and a split of the data that it was trained on, as it sees them."""
+    vae, dataset = load_with_data(workdir, config, checkpoint)
+    return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
+
+
+def load_with_data(workdir: str, config: dict, checkpoint: str) -> tuple[Pretrained, Dataset]:
+    """The model of a run, with encoder and decoder, and the data that it was trained on."""
+    vae = load_able(workdir, checkpoint, "encode", "encoder")
+    vae.check_has("decode_raw", "decoder")
+    dataset = bind("data", data.load, config["data"])()
+    check_trained_on(vae.data, fingerprint(dataset))
+    return vae, dataset
+
+
+def check_trained_on(expected: dict, found: dict) -> None:
+    """Raise ValueError unless the data's fingerprint is that of the data a model was trained on."""
+    if found != expected:
+        raise ValueError("the data are not those that the model was trained on: bring those back, or train again")
+
+
+def choose_split(dataset: Dataset, split: str) -> Split:
+    """A split by its name. Raises ValueError for an unknown name."""
+    if split not in dataset.splits:
+        raise ValueError(f"there is no split {split!r}: this run has {', '.join(dataset.splits)}")
+    return dataset.splits[split]
+
+
+def choose_images(
+    examples: Split | Examples,
+    split: str,
+    count: int,
+    images: list[int] | None,
+    labels: list[int] | None,
+) -> np.ndarray:
+    """`count` positions in a split: the given ones, or the first image of each given label; by default the first ones."""
+    if images is not None and labels is not None:
+        raise ValueError("--images and --labels are both given: give one of them")
+    if images is None and labels is None:
+        images = list(range(count))
+    name, given = ("--images", images) if labels is None else ("--labels", labels)
+    if len(given) != count:
+        raise ValueError(f"{name} has {len(given)} entries, but this mode takes {count}")
+    if images is not None:
+        for index in images:
+            if not 0 <= index < len(examples.label):
+                raise ValueError(f"there is no image {index} in {split}: it has 0 to {len(examples.label) - 1}")
+        return np.array(images)
+    for label in labels:
+        if label < 0 or label not in examples.label:
+            known = [str(known) for known in np.unique(examples.label) if known >= 0]
+            has = f"it has {', '.join(known)}" if known else "it is unlabelled"
+            raise ValueError(f"there is no image labelled {label} in {split}: {has}")
+    return np.array([np.argmax(examples.label == label) for label in labels])
