@@ -28,6 +28,7 @@ from vae_jax.objectives import cross_entropy, marginalize_label, reparameterize,
 from vae_jax.priors import standard_normal
 
 NAME = "VAE with sparse labels"
+TERMS = ("reconstruction", "kl", "cross_entropy")
 METRICS = reports.METRICS | {
     "bound": Metric("U(x), a bound on -log p(x) with the label summed out", "nats", "lower"),
     "cross_entropy": Metric("cross-entropy of the labelled images", "nats", "lower"),

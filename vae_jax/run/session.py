@@ -85,6 +85,7 @@ def make_job(
     family.check_data(dataset)
     check_batches(dataset, batch_size)
     known = describe_data(dataset) | describe_batches(dataset, batch_size)
+    steps = epochs * known["steps_per_epoch"]
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= bound.make_objective.keywords | {"image": dataset.splits["train"].image}
     pixel_mean = mean_image(known["image"]).astype(np.float32)
@@ -102,7 +103,7 @@ def make_job(
         final_probes=family.make_final_probes(net, bound.options.likelihood_samples, dataset.binarize),
         prepare=partial(binarize, how=dataset.binarize),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
-        optimizer=fill_in(bound.make_optimizer, steps=epochs * known["steps_per_epoch"], batch_size=batch_size),
+        optimizer=fill_in(bound.make_optimizer, steps=steps, batch_size=batch_size, groups=bound.groups),
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
@@ -110,6 +111,8 @@ def make_job(
         figures=family.make_figures(net, as_seen(dataset.splits["test"], dataset.binarize, seed), samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
+        groups=bound.groups,
+        terms=getattr(family, "TERMS", ()),
     )
     check_fits(job, jax.local_devices()[0])
     return job
@@ -123,6 +126,7 @@ class Sections(NamedTuple):
     make_model: partial
     make_objective: partial
     make_optimizer: partial
+    groups: tuple[str, ...]
     ema_decay: float
     options: RunOptions
 
@@ -133,13 +137,15 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
     of_average, rest = split_fields(ema, optimizer)
     make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
     make_optimizer = bind("optimizer", make_optimizer, of_optimizer)
-    fill_in(make_optimizer, steps=1, batch_size=1)  # checks the ranges
+    groups = getattr(family, "GROUPS", ())
+    fill_in(make_optimizer, steps=1, batch_size=1, groups=groups)  # checks the ranges
     return Sections(
         load_data=bind("data", load, data),
         family=family,
         make_model=bind("model", family.make, of_model),
         make_objective=bind("objective", family.make_objective, objective),
         make_optimizer=make_optimizer,
+        groups=groups,
         ema_decay=bind("optimizer", ema, of_average)(),
         options=bind("run", RunOptions, run)(),
     )
