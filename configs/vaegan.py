@@ -14,11 +14,18 @@ def get_config(variant: str = "default"):
     return make_config("vaegan", BASE, VARIANTS, variant)
 
 
-BASE = {"epochs": 20, "batch_size": 64, "best": "bound", "optimizer.beta1": 0.5, "optimizer.learning_rate": 0.0005}
+BASE = {
+    "epochs": 20,
+    "batch_size": 64,
+    "best": "bound",
+    "objective.beta": 0.25,
+    "optimizer.beta1": 0.5,
+    "optimizer.ema_decay": 0.999,
+}
+CONTROLS = {method: {"objective.method": method, "objective.beta": 1.0} for method in ("vae", "gan")}
 VARIANTS = {
     "default": {},
-    "vae": {"objective.method": "vae"},
-    "gan": {"objective.method": "gan"},
+    **CONTROLS,
     "digits": {"data.name": "digits", "epochs": 100, "run.figures_every": 25},
     "smoke": vae.VARIANTS["smoke"],
 }

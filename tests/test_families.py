@@ -13,7 +13,7 @@ from vae_jax import generate
 from vae_jax.augment import augment
 from vae_jax.batch import Batch, Dataset, Split, example_keys, named_key
 from vae_jax.evaluation.classification import expected_calibration_error
-from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, conditional, sparse_labels, vae
+from vae_jax.families import FAMILIES, Family, Metric, Model, classifier, conditional, sparse_labels, vae, vaegan
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
 from vae_jax.priors import PRIORS, standard_normal
 
@@ -53,6 +53,7 @@ def fill_in(function, **known):
 
 
 SIZES = {"latent_dim": 3, "encoder_features": (4, 4), "decoder_features": (4, 4), "features": (4, 4)}
+SIZES["discriminator_features"] = (4, 4)
 
 
 @functools.cache
@@ -168,7 +169,8 @@ def test_probes_give_one_row_an_example_and_numbers_a_split(family):
     numbers = probes.reduce(arrays, small_split())
     metrics, _ = evaluate(False)(variables, small_batch())
     assert not set(numbers) & set(metrics)  # both are in one row of metrics.jsonl
-    assert set(numbers) | set(metrics) == set(family.METRICS) - {"scale"}  # which this likelihood does not learn
+    optional = {"scale", "penalty"}  # which this likelihood does not learn, and of training alone
+    assert set(numbers) | set(metrics) == set(family.METRICS) - optional
     for value in numbers.values():
         assert isinstance(value, float | int | list) and np.isfinite(value).all()
 
@@ -190,6 +192,7 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
         classifier: {"probabilities", "num_classes", "features", "apply"},
     }
     capabilities[sparse_labels] = capabilities[conditional] | {"apply"}
+    capabilities[vaegan] = capabilities[vae] | {"apply", "features"}
     present = {name for name, value in model._asdict().items() if value not in (None, "")}
     assert present == {"init"} | capabilities[family]
 

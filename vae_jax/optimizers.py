@@ -54,7 +54,6 @@ def make_adam(
 
     Raises ValueError for a value out of range.
     """
-    shares = rate_multipliers or (1.0,) * len(groups)
     check(
         ("eps", eps, 0 < eps < math.inf, "above 0"),
         ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
@@ -63,13 +62,6 @@ def make_adam(
         ("clip_norm", clip_norm, 0 <= clip_norm < math.inf, "at least 0"),
         ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
         ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
-        ("rate_multipliers", rate_multipliers, len(shares) == len(groups), describe_groups(groups)),
-        (
-            "rate_multipliers",
-            rate_multipliers,
-            0 < min(shares, default=1) <= max(shares, default=1) < math.inf,
-            "above 0",
-        ),
     )
     if base_batch_size:
         learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
@@ -81,21 +73,26 @@ def make_adam(
             adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
         return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
 
+    return by_group(make_one, groups, rate_multipliers)
+
+
+def by_group(
+    make_one: Callable[[float], optax.GradientTransformation], groups: Sequence[str], rate_multipliers: Sequence[float]
+) -> optax.GradientTransformation:
+    """`make_one(multiplier)` for each group, an entry at the top level of the parameters; one for all where there are no groups.
+
+    Raises ValueError for multipliers that are not one positive number for each group.
+    """
+    multipliers = rate_multipliers or (1.0,) * len(groups)
+    rule = (
+        f"one number above 0 for each of {', '.join(groups)}" if groups else "left out: this family has one optimizer"
+    )
+    holds = len(multipliers) == len(groups) and all(0 < multiplier < math.inf for multiplier in multipliers)
+    check(("rate_multipliers", rate_multipliers, holds, rule))
     if not groups:
         return make_one(1.0)
-    return optax.partition({group: make_one(share) for group, share in zip(groups, shares)}, label_groups)
-
-
-def label_groups(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Each parameter's group: the entry at the top level that holds it."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: path[0].key, params)
-
-
-def describe_groups(groups: Sequence[str]) -> str:
-    """What optimizer.rate_multipliers must be."""
-    if not groups:
-        return "left out: this family has one optimizer for all parameters"
-    return f"one number for each of {', '.join(groups)}"
+    each = {group: make_one(multiplier) for group, multiplier in zip(groups, multipliers)}
+    return optax.partition(each, lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params))
 
 
 def make_schedule(

@@ -42,8 +42,8 @@ GROUPS = ("encoder", "decoder", "discriminator")
 TERMS = ("kl", "reconstruction", "feature_reconstruction", "adversarial", "discriminator", "penalty")
 METRICS = reports.METRICS | {
     "loss": Metric("the sum of all terms, of which each network sees its own", "nats", "lower"),
-    "reconstruction": Metric("-log p(x | z) of the pixels, less its constant; not trained on", "nats", "lower"),
-    "bound": Metric("-ELBO of the pixels; not trained on", "nats", "lower"),
+    "reconstruction": Metric("-log p(x | z) of the pixels, less its constant", "nats", "lower"),
+    "bound": Metric("-ELBO of the pixels, on which only the method vae trains", "nats", "lower"),
     "feature_reconstruction": Metric("R: half the squared error of the discriminator's features", "nats"),
     "adversarial": Metric("A: the decoder's adversarial term, without its weight", "nats"),
     "discriminator": Metric("L_D: the discriminator's cross-entropy, ln 2 where it knows nothing", "nats"),
@@ -155,34 +155,42 @@ def make_objective(
         metrics = {"reconstruction": reconstruction, "kl": kl, "bound": reconstruction + kl}
         if method == "vae":
             return {"loss": reconstruction + beta * kl} | metrics, {}
+        metrics = {name: stop_gradient(value) for name, value in metrics.items()}  # measured, not trained on
 
-        fixed = stop_gradient(variables)  # a discriminator that judges, and does not learn
         images = functools.partial(model.likelihood.mean, variables)
         fakes = [images(model.decode_raw(variables, draw_prior(model, variables, keys)))]
         if judge_reconstructions:
             fakes.append(images(model.decode_raw(variables, stop_gradient(z))))
-        adversarial = generator_loss(jnp.stack([model.apply(fixed, fake)[0] for fake in fakes]), saturating)
-        metrics["adversarial"] = adversarial
-
-        on_data = model.apply(variables, batch.image)[0]
-        on_fakes = jnp.stack([model.apply(variables, stop_gradient(fake))[0] for fake in fakes])
-        metrics["discriminator"] = discriminator_loss(on_data, on_fakes)
-        metrics["discriminator_on_data"] = jax.nn.sigmoid(on_data)
-        metrics["discriminator_on_samples"] = jax.nn.sigmoid(on_fakes[0])
+        metrics |= game(model, variables, batch.image, fakes, saturating)
         loss = metrics["discriminator"]
         if penalty and train:
             metrics["penalty"] = penalty / 2 * slope(model, variables, batch.image)
             loss = loss + metrics["penalty"]
-
         if method == "gan":
-            return {"loss": loss + adversarial} | metrics, {}
+            return {"loss": loss + metrics["adversarial"]} | metrics, {}
+
+        fixed = stop_gradient(variables)
         target, found = model.apply(fixed, batch.image)[1], model.apply(fixed, images(raw))[1]
-        metrics["feature_reconstruction"] = 0.5 * jnp.sum((target - found) ** 2, axis=-1)
+        similarity = 0.5 * jnp.sum((target - found) ** 2, axis=-1)
         weight = weight_of_adversarial(gamma, target.shape[-1])
-        loss = loss + beta * kl + metrics["feature_reconstruction"] + weight * adversarial
-        return {"loss": loss} | metrics, {}
+        loss = loss + beta * kl + similarity + weight * metrics["adversarial"]
+        return {"loss": loss} | metrics | {"kl": kl, "feature_reconstruction": similarity}, {}
 
     return objective
+
+
+def game(model: Model, variables, image: Array, fakes: list[Array], saturating: bool) -> dict[str, Array]:
+    """A, in which a discriminator judges that does not learn; L_D, which learns from images that do not; D(x) and D(x_p)."""
+    fixed = stop_gradient(variables)
+    judged = jnp.stack([model.apply(fixed, fake)[0] for fake in fakes])
+    on_data = model.apply(variables, image)[0]
+    on_fakes = jnp.stack([model.apply(variables, stop_gradient(fake))[0] for fake in fakes])
+    return {
+        "adversarial": generator_loss(judged, saturating),
+        "discriminator": discriminator_loss(on_data, on_fakes),
+        "discriminator_on_data": jax.nn.sigmoid(on_data),
+        "discriminator_on_samples": jax.nn.sigmoid(on_fakes[0]),
+    }
 
 
 def draw_prior(model: Model, variables, keys) -> Float[Array, "batch latent"]:

@@ -94,16 +94,17 @@ class Job(NamedTuple):
             return lambda variables: []
         own = self._replace(seeds=self.seeds[:1])
         image, label = self.dataset.splits["train"]
-        rows = own.order(1)[: min(self.batch_size, ROUTED)]
+        first = own.order(1)[: min(self.batch_size, ROUTED)]
+        rows = jnp.asarray(first)
 
         @jax.jit
         def routing(variables, image, label):
             keys = example_keys(own.root(), None, rows)
-            batch = make_batch(image, label, jnp.ones(len(rows)), jnp.asarray(rows))
+            batch = make_batch(image, label, jnp.ones(len(rows)), rows)
             return gradient_routing(self.objective, variables, self.prepare(batch, keys), keys, self.terms)
 
         def route(variables):
-            found = jax.device_get(routing(first_seed(variables, self.seeds), image[rows], label[rows]))
+            found = jax.device_get(routing(first_seed(variables, self.seeds), image[first], label[first]))
             return routing_table(found, self.terms) if len(found["loss"]) > 1 else []
 
         return route

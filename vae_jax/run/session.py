@@ -85,7 +85,6 @@ def make_job(
     family.check_data(dataset)
     check_batches(dataset, batch_size)
     known = describe_data(dataset) | describe_batches(dataset, batch_size)
-    steps = epochs * known["steps_per_epoch"]
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= bound.make_objective.keywords | {"image": dataset.splits["train"].image}
     pixel_mean = mean_image(known["image"]).astype(np.float32)
@@ -103,7 +102,7 @@ def make_job(
         final_probes=family.make_final_probes(net, bound.options.likelihood_samples, dataset.binarize),
         prepare=partial(binarize, how=dataset.binarize),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
-        optimizer=fill_in(bound.make_optimizer, steps=steps, batch_size=batch_size, groups=bound.groups),
+        optimizer=bound.make_optimizer(steps=epochs * known["steps_per_epoch"], batch_size=batch_size),
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
@@ -111,11 +110,9 @@ def make_job(
         figures=family.make_figures(net, as_seen(dataset.splits["test"], dataset.binarize, seed), samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
-        groups=bound.groups,
-        terms=getattr(family, "TERMS", ()),
     )
     check_fits(job, jax.local_devices()[0])
-    return job
+    return job._replace(groups=bound.groups, terms=getattr(family, "TERMS", ()))
 
 
 class Sections(NamedTuple):
@@ -136,9 +133,9 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
     family, of_model = choose("model", FAMILIES, model)
     of_average, rest = split_fields(ema, optimizer)
     make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
-    make_optimizer = bind("optimizer", make_optimizer, of_optimizer)
     groups = getattr(family, "GROUPS", ())
-    fill_in(make_optimizer, steps=1, batch_size=1, groups=groups)  # checks the ranges
+    make_optimizer = partial(fill_in, bind("optimizer", make_optimizer, of_optimizer), groups=groups)
+    make_optimizer(steps=1, batch_size=1)  # checks the ranges
     return Sections(
         load_data=bind("data", load, data),
         family=family,
