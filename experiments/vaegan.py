@@ -103,6 +103,11 @@ class Comparison:
         return sharpness(image) / sharpness(self._test)
 
 
+def fields_of(method: str) -> dict[str, Any]:
+    """What a method changes in the config of the VAE/GAN."""
+    return config_file.CONTROLS.get(method, {})
+
+
 def half_squared(target: np.ndarray, found: np.ndarray) -> float:
     """1/2 |target - found|^2, the mean over images."""
     error = (target.astype(np.float64) - found).reshape(len(target), -1)
@@ -127,10 +132,8 @@ def speeds(base: str, dataset: Dataset) -> dict[str, float]:
 def make_program(variant: str, method: str, dataset: Dataset):
     """A function that makes one training step and returns its number of images."""
     config = config_file.get_config(variant).to_dict()
-    config["objective"]["method"], config["data"]["name"] = (
-        method,
-        "digits",
-    )  # of the same size; the images do not matter
+    config["objective"] |= {name.removeprefix("objective."): value for name, value in fields_of(method).items()}
+    config["data"]["name"] = "digits"  # of the same size; the images do not matter
     job = session.build(config)
     root = jax.random.key(0)
     step = jax.jit(make_train_step(job.objective, job.optimizer, None, job.ema_decay, job.prepare, GROUPS))
@@ -206,7 +209,7 @@ def main() -> None:
     compute_once(study, "speed", functools.partial(speeds, base, dataset))
     for seed in range(given.seeds):
         for method in METHODS:
-            fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data, "objective.method": method}
+            fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | fields_of(method)
             command = launch.make_command(base, study.path / f"{method}-seed{seed}", fields, given.manual_dir)
             launch.run(command)
         for method in METHODS:
