@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from small_run import run_job
 
 import vae_jax
 from configs import vaegan as config_file
+from experiments import vaegan as comparison
 from vae_jax import commands, objectives
 from vae_jax.batch import Batch, example_keys, named_key
 from vae_jax.evaluation.gradients import gradient_routing
@@ -27,6 +29,7 @@ from vae_jax.priors import standard_normal
 from vae_jax.run import session
 from vae_jax.steps import init_state, make_train_step
 
+ROOT = Path(__file__).parents[1]
 SHAPE = (8, 8, 1)
 SIZES = {"latent_dim": 3, "encoder_features": (4, 4), "decoder_features": (4, 4)}
 NETWORKS = vaegan.GROUPS
@@ -309,6 +312,20 @@ def test_parts_of_the_loss_sum_to_it():
     parts = 2 * found["kl"] + found["feature_reconstruction"] + found["discriminator"] + found["penalty"]
     expected = np.float64(parts) + FEATURES * (0.8 / 0.2) * np.float64(found["adversarial"])
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["penalty"], 1.5 * vaegan.slope(model, variables, toy_batch().image), rtol=1e-5)
+
+
+def test_shares_are_of_data_and_of_samples():
+    """D(x_p) is that of samples where the discriminator judges reconstructions too."""
+    model, variables = toy()
+    batch = toy_batch()
+    z_p = vaegan.draw_prior(model, variables, keys_of(batch))
+    sampled = jax.nn.sigmoid(model.decode_raw(variables, z_p))
+    for options in ({}, {"judge_reconstructions": True}):
+        found = metrics_of(model, variables, batch, **options)
+        for name, image in (("data", batch.image), ("samples", sampled)):
+            share = jax.nn.sigmoid(model.apply(variables, image)[0])
+            np.testing.assert_allclose(found[f"discriminator_on_{name}"], share, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer,features", [(1, 4 * 4 * 4), (2, 2 * 2 * 6), (3, 8)])
@@ -637,3 +654,44 @@ def test_a_discriminator_that_wins_at_once_is_reported(tmp_path, capsys):
     told = [line for line in capsys.readouterr().err.splitlines() if "the discriminator wins" in line]
     assert len(told) == 1 and "lower its entry of optimizer.rate_multipliers" in told[0]
     assert "| verdict | the discriminator wins" in (directory.path / "summary.md").read_text()
+
+
+# The comparison
+
+
+def test_the_table_of_a_comparison():
+    """Means with intervals over the seeds; a method without an encoder and a part that is not there leave their cells empty."""
+    numbers = dict.fromkeys(comparison.COLUMNS, 1.0)
+    few = {name: numbers[name] for name in ("frechet_distance", "precision", "recall", "coverage", "sharpness")}
+    rows = [{"stage": "model", "method": "vaegan", "seed": seed, **numbers, "recall": 0.5 + seed} for seed in (0, 1)]
+    rows += [{"stage": "model", "method": "gan", "seed": 0, **few}, {"stage": "floor", **few}]
+    heading, vae_row, vaegan_row, gan_row, floor = comparison.table(rows)
+    assert vae_row == ["VAE", *[""] * (len(heading) - 1)]
+    assert vaegan_row[0] == "VAE/GAN" and vaegan_row[heading.index("recall")] == "1 ± 6.4"
+    assert gan_row[heading.index("pixel error, nats")] == "" and gan_row[heading.index("precision")] == "1"
+    assert floor[:2] == ["training images", "1"]
+
+
+def test_the_methods_of_a_comparison_are_the_variants_of_the_config():
+    for method in vaegan.METHODS:
+        expected = config_file.get_config(method if method != "vaegan" else "default").to_dict()
+        changed = config_file.get_config().to_dict()
+        changed["objective"] |= {
+            name.removeprefix("objective."): value for name, value in comparison.fields_of(method).items()
+        }
+        assert changed == expected and changed["objective"]["method"] == method
+
+
+def test_half_the_squared_error_is_summed_over_an_image():
+    assert comparison.half_squared(np.zeros((2, 3, 1)), np.full((2, 3, 1), 2.0)) == 6
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_with_a_table_and_a_picture(forks, tmp_path):
+    command = ["-m", "experiments.vaegan", f"--workdir={tmp_path}", "--data=digits", "--epochs=1", "--seeds=1"]
+    forks(*command, cwd=ROOT).ends()
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| VAE/GAN |" in summary and (tmp_path / "vaegan.png").exists()
+    before = (tmp_path / "results.jsonl").read_text()
+    forks(*command, cwd=ROOT).ends()
+    assert (tmp_path / "results.jsonl").read_text() == before
