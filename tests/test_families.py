@@ -25,6 +25,7 @@ from vae_jax.families import (
     sparse_labels,
     stacked,
     vae,
+    vaegan,
 )
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
 from vae_jax.priors import PRIORS, standard_normal
@@ -65,6 +66,7 @@ def fill_in(function, **known):
 
 
 SIZES = {"latent_dim": 3, "encoder_features": (4, 4), "decoder_features": (4, 4), "features": (4, 4)}
+SIZES["discriminator_features"] = (4, 4)
 
 
 @functools.cache
@@ -180,7 +182,8 @@ def test_probes_give_one_row_an_example_and_numbers_a_split(family):
     numbers = probes.reduce(arrays, small_split())
     metrics, _ = evaluate(False)(variables, small_batch())
     assert not set(numbers) & set(metrics)  # both are in one row of metrics.jsonl
-    assert set(numbers) | set(metrics) == set(family.METRICS) - {"scale"}  # which this likelihood does not learn
+    optional = {"scale", "penalty"}  # which this likelihood does not learn, and of training alone
+    assert set(numbers) | set(metrics) == set(family.METRICS) - optional
     for value in numbers.values():
         assert isinstance(value, float | int | list) and np.isfinite(value).all()
 
@@ -203,6 +206,7 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
     }
     for few_labels in (sparse_labels, semisupervised, stacked):
         capabilities[few_labels] = capabilities[conditional] | {"apply"}
+    capabilities[vaegan] = capabilities[vae] | {"apply", "features"}
     present = {name for name, value in model._asdict().items() if value not in (None, "")}
     assert present == {"init"} | capabilities[family]
 

@@ -149,6 +149,26 @@ def marginalize_label(
     return jnp.sum(jnp.exp(log_q) * (by_label.T + log_q), axis=-1)
 
 
+def discriminator_loss(
+    on_data: Float[Array, " batch"], on_fakes: Float[Array, "kinds batch"]
+) -> Float[Array, " batch"]:
+    """-1/2 log D(x) - 1/2 mean_k log(1 - D(fake_k)) from the logits of D, ln 2 where D is 1/2 everywhere.
+
+    Several kinds of fakes share one half, so that an honest D still gives 1/2 to each side. Source: Goodfellow et al. 2014,
+    equation 1; Larsen et al. 2016, equation 3.
+    """
+    return 0.5 * (jax.nn.softplus(-on_data) + jax.nn.softplus(on_fakes).mean(axis=0))
+
+
+def generator_loss(on_fakes: Float[Array, "kinds batch"], saturating: bool) -> Float[Array, " batch"]:
+    """mean_k -log D(fake_k) from the logits of D, or saturating mean_k log(1 - D(fake_k)).
+
+    The second is the generator's part of `discriminator_loss` with the other sign, twice. Source: Goodfellow et al. 2014, section 3.
+    """
+    by_kind = -jax.nn.softplus(on_fakes) if saturating else jax.nn.softplus(-on_fakes)
+    return by_kind.mean(axis=0)
+
+
 def warm_up(weight: float, step: Int[Array, ""] | int | None, warmup_steps: int) -> float | Float[Array, ""]:
     """A weight that rises linearly, weight (t + 1) / warmup_steps at step t; the weight itself in evaluation.
 

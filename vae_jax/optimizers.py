@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 
 
 def make_adam(
     steps: int,
     batch_size: int = 1,
+    groups: Sequence[str] = (),
     *,
     learning_rate: float = 0.001,
     base_batch_size: int = 0,
@@ -24,12 +26,14 @@ def make_adam(
     clip_norm: float = 0.0,
     boundaries: tuple[float, ...] = (),
     factors: tuple[float, ...] = (),
+    rate_multipliers: tuple[float, ...] = (),
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015).
+    """Adam (Kingma & Ba 2015); where there are groups of parameters, one for each.
 
     Args:
         steps: length of the training.
         batch_size: of all devices together.
+        groups: entries at the top level of the parameters.
         learning_rate: the highest rate.
         base_batch_size: the batch size that the rate was chosen for; the rate is scaled for another one. 0 never scales.
         scaling: "sqrt", by the root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who also
@@ -42,9 +46,11 @@ def make_adam(
         beta2: decay of the moving average of squared gradients.
         eps: added to the root of that average.
         weight_decay: each step also shrinks every parameter by this times the rate (AdamW, Loshchilov & Hutter 2019).
-        clip_norm: the gradients of a step are shrunk to this global norm where theirs is larger; 0 never shrinks them.
+        clip_norm: the gradients of a step, or of a group, are shrunk to this global norm where theirs is larger; 0 never shrinks them.
         boundaries: of "piecewise": increasing shares of the steps, in (0, 1).
         factors: of "piecewise": one for each boundary.
+        rate_multipliers: what multiplies the learning rate of each network, for a family that names them as GROUPS, in that order;
+            none: 1.
 
     Raises ValueError for a value out of range.
     """
@@ -59,11 +65,34 @@ def make_adam(
     )
     if base_batch_size:
         learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
-    rate = make_schedule(steps, learning_rate, schedule, warmup, boundaries, factors)
-    adam = optax.adam(rate, beta1, beta2, eps)
-    if weight_decay:
-        adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
-    return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
+
+    def make_one(share: float) -> optax.GradientTransformation:
+        rate = make_schedule(steps, share * learning_rate, schedule, warmup, boundaries, factors)
+        adam = optax.adam(rate, beta1, beta2, eps)
+        if weight_decay:
+            adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
+        return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
+
+    return by_group(make_one, groups, rate_multipliers)
+
+
+def by_group(
+    make_one: Callable[[float], optax.GradientTransformation], groups: Sequence[str], rate_multipliers: Sequence[float]
+) -> optax.GradientTransformation:
+    """`make_one(multiplier)` for each group, an entry at the top level of the parameters; one for all where there are no groups.
+
+    Raises ValueError for multipliers that are not one positive number for each group.
+    """
+    multipliers = rate_multipliers or (1.0,) * len(groups)
+    rule = (
+        f"one number above 0 for each of {', '.join(groups)}" if groups else "left out: this family has one optimizer"
+    )
+    holds = len(multipliers) == len(groups) and all(0 < multiplier < math.inf for multiplier in multipliers)
+    check(("rate_multipliers", rate_multipliers, holds, rule))
+    if not groups:
+        return make_one(1.0)
+    each = {group: make_one(multiplier) for group, multiplier in zip(groups, multipliers)}
+    return optax.partition(each, lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params))
 
 
 def make_schedule(

@@ -1,6 +1,6 @@
 """One step of training and of evaluation: pure functions, neither jitted nor mapped, for any objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -86,6 +86,7 @@ def make_train_step(
     axis_name: str | None = None,
     ema_decay: float = 0.0,
     prepare: Callable[[Batch, Key[Array, " batch"]], Batch] = unchanged,
+    groups: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
@@ -98,7 +99,7 @@ def make_train_step(
         ema <- d ema + (1 - d) variables,    d = min(ema_decay, (1 + t) / (10 + t)) at the t-th step,
 
     so that it forgets its initial value. `prepare(batch, keys)` gives the batch that the objective sees, such as one with binary
-    pixels.
+    pixels. For `groups`, entries at the top level of the parameters, there is also each one's `grad_norm/GROUP`.
     """
 
     def train_step(state, batch):
@@ -119,6 +120,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         totals["grad_norm"] = Total(optax.tree.norm(grads), jnp.ones(()))
+        for group in groups:
+            totals[f"grad_norm/{group}"] = Total(optax.tree.norm(grads[group]), jnp.ones(()))
         state = state.replace(
             step=state.step + 1,
             params=params,

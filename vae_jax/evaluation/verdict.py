@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+WON = 0.99  # share of the probability that a discriminator gives to the right side when it has won
 ASLEEP = 0.01  # nats of KL: a latent below carries nothing
 GAP = 0.05  # by which the test bound may exceed the training bound, relative to it
 COPIES = 0.2  # share of generated images nearer to a training image than 1 % of the test images are
@@ -11,7 +12,7 @@ COPIES = 0.2  # share of generated images nearer to a training image than 1 % of
 def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> dict[str, str]:
     """{what: sentence} on a split's numbers, those that are there: state, what is explained, latents, fit, copies, what to change.
 
-    The state is one of "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
+    The state is one of "the discriminator wins", "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
     """
     if f"{split}/kl" not in numbers:  # it has no latents
         return {}
@@ -36,6 +37,17 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
     return {"verdict": state} | found | ({"what to change": change} if change else {})
 
 
+def one_sided(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
+    """That a discriminator tells data from samples nearly always, so that the decoder learns little from it; and what to change."""
+    data, samples = (numbers.get(f"{split}/discriminator_on_{what}") for what in ("data", "samples"))
+    if data is None or samples is None or data <= WON or 1 - samples <= WON:
+        return None
+    return (
+        f"the discriminator wins: D is {data:.4f} on data and {samples:.4f} on samples",
+        "lower its entry of optimizer.rate_multipliers, raise objective.penalty, or give model.discriminator_features fewer channels",
+    )
+
+
 def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> tuple[str, str]:
     """The state of a run with the numbers that decide it, and what to change."""
     kl, bound = numbers.get(f"{split}/kl"), numbers.get(f"{split}/bound")
@@ -43,6 +55,8 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
     collapsed = next((value for name, value in baselines.items() if name.startswith("collapsed")), None)
     active = numbers.get(f"{split}/active_units")
+    if won := one_sided(numbers, split):
+        return won
     if active == 0 or (kl is not None and kl < ASLEEP):
         reached = (
             ""

@@ -65,6 +65,9 @@ class Family(Protocol):
             function of the model, the numbers, the split, the pixels of an image, whether they are binary, the variance of the split's images
             about the mean training image, and the fields of model.
         make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
+
+    A family of several networks also has TERMS, the metrics whose gradients the summary shows network by network. Where each of its
+    networks has its own optimizer, GROUPS names them, as the top level of `params` does.
     """
 
     NAME: str
@@ -83,7 +86,7 @@ class Family(Protocol):
     def make_figures(self, model: Model, test: Split, key: Array, title: str) -> Figures: ...
 
 
-from vae_jax.families import classifier, conditional, semisupervised, sparse_labels, stacked, vae
+from vae_jax.families import classifier, conditional, semisupervised, sparse_labels, stacked, vae, vaegan
 
 FAMILIES = {
     "vae": vae,
@@ -91,5 +94,6 @@ FAMILIES = {
     "sparse_labels": sparse_labels,
     "semisupervised": semisupervised,
     "stacked": stacked,
+    "vaegan": vaegan,
     "classifier": classifier,
 }

@@ -19,7 +19,7 @@ from vae_jax.batch import Batch, example_keys, first_of_each_label
 from vae_jax.evaluation.likelihood import make_log_weights
 from vae_jax.families import reports
 from vae_jax.families.reports import METRICS, ledger, make_final_probes, make_probes  # noqa: F401
-from vae_jax.families.vae import decodes_per_example, make_objective, with_parts  # noqa: F401
+from vae_jax.families.vae import TERMS, decodes_per_example, make_objective, with_parts  # noqa: F401
 from vae_jax.likelihoods import LIKELIHOODS, Likelihood, align
 from vae_jax.model import ABSENT, Model
 from vae_jax.nn.conditional import ConditionalAutoencoder

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -177,13 +177,19 @@ def plane_grid(axes: Axes) -> Float[np.ndarray, "count latent"]:
     return (axes.centre[None] + steps @ axes.direction).astype(np.float32)
 
 
-def make_figures(model: Model, test, key, title: str, samples: Callable[[Any], Any] | None = None):
+def make_figures(
+    model: Model,
+    test,
+    key,
+    title: str,
+    samples: Callable[[Any], Any] | None = None,
+    panels: Mapping[str, str] = PANELS,
+):
     """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` draws other ones."""
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
-    panels = PANELS
     if model.likelihood.support == BINARY and has_grey(test.image):
-        panels = PANELS | {"loss": f"loss = {GREY} + beta KL", "reconstruction": GREY}
+        panels = {**panels, "loss": f"loss = {GREY} + beta KL", "reconstruction": GREY}
     of_shown = model.of(Batch(jnp.asarray(image), jnp.asarray(label), weight=label, index=label))
     reconstruct = jax.jit(functools.partial(generate.reconstruct, of_shown))
     decode = jax.jit(functools.partial(generate.decode, model))

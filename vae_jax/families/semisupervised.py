@@ -30,6 +30,7 @@ from vae_jax.nn.networks import PRECISIONS, Autoencoder, check_sizes, choose, co
 from vae_jax.objectives import warm_up
 
 NAME = "Semi-supervised VAE (M2)"
+TERMS = ("reconstruction", "kl", "label_entropy", "cross_entropy")
 METRICS = labels.METRICS | {"label_entropy": Metric("entropy of q(y | x)", "nats")}
 
 

@@ -34,6 +34,7 @@ from vae_jax.objectives import reparameterize, warm_up
 from vae_jax.priors import standard_normal
 
 NAME = "VAE with sparse labels"
+TERMS = ("reconstruction", "kl", "cross_entropy")
 
 
 def make(

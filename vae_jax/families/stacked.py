@@ -30,6 +30,7 @@ from vae_jax.objectives import log_normal, reparameterize
 from vae_jax.priors import Prior
 
 NAME = "Stacked semi-supervised VAE (M1 + M2)"
+TERMS = ("reconstruction", "kl", "code_bound", "cross_entropy")
 METRICS = labels.METRICS | {
     "code_bound": Metric("U(c), the bound of M2 on -log p(c)", "nats", "lower"),
     "label_entropy": Metric("entropy of q(y | c)", "nats"),

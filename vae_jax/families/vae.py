@@ -38,6 +38,7 @@ from vae_jax.priors import PRIORS, Prior
 
 NAME = "VAE"
 ESTIMATORS = ("iwae", "dreg")
+TERMS = ("reconstruction", "kl")
 
 
 def make(

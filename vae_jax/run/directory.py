@@ -6,7 +6,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,8 +186,8 @@ class RunDirectory:
                     [np.asarray(Image.open(frame).convert("RGB")) for frame in frames], folder / f"{name}.webp", FRAME
                 )
 
-    def write_summary(self, title: str, numbers: Mapping[str, Any]) -> None:
-        """Write summary.md: the numbers, how to repeat the run, the figures."""
+    def write_summary(self, title: str, numbers: Mapping[str, Any], routing: Sequence[str] = ()) -> None:
+        """Write summary.md: the numbers, which term trains which network, how to repeat the run, the figures."""
         lines = [f"# {title}", "", "| number | value |", "|---|---|"]
         for name, value in numbers.items():
             if name.endswith("/interval") or np.ndim(value) > 1:
@@ -198,6 +198,13 @@ class RunDirectory:
             lines.append(f"| {name} | {text} |")
         minutes, seconds = divmod(round(self.history[-1]["seconds"]), 60)
         facts = environment(numbers["devices"])
+        if routing:
+            lines += [
+                "",
+                "Which term of the loss trains which network, on the images of the first batch:",
+                "",
+                *routing,
+            ]
         lines += [
             "",
             f"- command: `{self.command}`",

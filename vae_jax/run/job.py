@@ -4,19 +4,23 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vae_jax.batch import Dataset, Split
+from vae_jax.batch import Dataset, Split, example_keys, make_batch, mean_image
 from vae_jax.data import epoch_order, labelled_share
+from vae_jax.evaluation.baselines import mean_square_distance
+from vae_jax.evaluation.gradients import gradient_routing, routing_table
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
-from vae_jax.families import Model, Probes
+from vae_jax.families import Family, Model, Probes
 from vae_jax.objectives import Objective
-from vae_jax.run.config import RunOptions
+from vae_jax.run.config import RunOptions, fill_in
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import make_evaluate
-from vae_jax.run.seeds import map_seeds, root_keys
+from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 
+ROUTED = 256  # images whose gradients the summary shows, at most
 FINAL_PIXELS = 1000 * 784  # of the test images at the end: what they take does not grow with the size of an image
 
 
@@ -43,6 +47,8 @@ class Job(NamedTuple):
     figures: Callable  # as `Family.make_figures` returns
     metadata: dict  # stored with each checkpoint
     run: RunOptions
+    groups: tuple[str, ...] = ()  # networks with an optimizer each
+    terms: tuple[str, ...] = ()  # metrics whose gradients the summary shows by network
 
     @property
     def steps_per_epoch(self) -> int:
@@ -82,6 +88,28 @@ class Job(NamedTuple):
         numbers, _ = make_evaluate(lambda *_: ({}, {}), self.final_probes, few, *shares)(variables, key)
         return {f"test/{name}": value for name, value in numbers.items()}
 
+    def make_route(self) -> Callable[[Any], list[str]]:
+        """`route(variables)`: a table in Markdown, of the first seed: which term of the loss trains which network, on the images
+        with which training starts. [] for a family of one network."""
+        if not self.terms:
+            return lambda variables: []
+        own = self._replace(seeds=self.seeds[:1])
+        image, label = self.dataset.splits["train"]
+        first = own.order(1)[: min(self.batch_size, ROUTED)]
+        rows = jnp.asarray(first)
+
+        @jax.jit
+        def routing(variables, image, label):
+            keys = example_keys(own.root(), None, rows)
+            batch = make_batch(image, label, jnp.ones(len(rows)), rows)
+            return gradient_routing(self.objective, variables, self.prepare(batch, keys), keys, self.terms)
+
+        def route(variables):
+            found = jax.device_get(routing(first_seed(variables, self.seeds), image[first], label[first]))
+            return routing_table(found, self.terms) if len(found["loss"]) > 1 else []
+
+        return route
+
     def evaluate_on(self, split: str, devices: Devices | None = None) -> Callable:
         """`make_evaluate` for one of the data set's splits."""
         return make_evaluate(
@@ -109,3 +137,10 @@ def describe_batches(dataset: Dataset, batch_size: int) -> dict:
         "labelled_share": labelled_share(dataset, batch_size),
         "binarize": dataset.binarize,
     }
+
+
+def describe_numbers(family: Family, known: Mapping, dataset: Dataset, numbers: Mapping, split: str) -> dict[str, Any]:
+    """The family's ledger of the numbers of a split."""
+    spread = mean_square_distance(dataset.splits[split].image, mean_image(known["image"]).astype(np.float32))
+    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary, "variance": spread}
+    return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vae_jax.evaluation.verdict import verdict
+from vae_jax.evaluation.verdict import one_sided, verdict
 from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
@@ -51,9 +51,12 @@ class Loop:
         self.per_epoch = job.steps_per_epoch
         self.most = min(job.run.steps_per_call, self.per_epoch)  # a call ends with the epoch
         self.images_per_step = job.batch_size * len(job.seeds)
-        train_step = make_train_step(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare)
+        train_step = make_train_step(
+            *(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare, job.groups)
+        )
         run_steps = make_run_steps(train_step, job.batch_size, self.most, devices.count)
         self.run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
+        self.route, self.warned = job.make_route(), False
         self.arrays = devices.replicate(job.dataset.splits["train"])
         self.evaluations = {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"}
 
@@ -166,11 +169,14 @@ class Loop:
         if self.devices.is_primary:
             trained = self.mean_over_epoch(epoch)
             self.progress.epoch_done(epoch, trained | tested)
+            if (warning := one_sided(trained, "train")) and not self.warned:
+                self.progress.note(f"epoch {epoch}: {': '.join(warning)}")
+                self.warned = True
             if epoch in (1, self.job.epochs) or epoch % self.job.run.figures_every == 0:
                 with self.progress.reported(f"the figures of epoch {epoch}"):
                     self.draw(epoch, state, arrays["test"])
                 with self.progress.reported(f"the summary of epoch {epoch}"):
-                    self.summarize(epoch, trained, tested, final)
+                    self.summarize(epoch, state, trained | tested | final)
         return tested
 
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -207,14 +213,17 @@ class Loop:
         )
         self.directory.save_figures(figures, epoch)
 
-    def summarize(self, epoch: int, trained: dict, tested: dict, final: dict) -> None:
+    def summarize(self, epoch: int, state: TrainState, found: dict) -> None:
+        """Write the summary of what was `found` in training and on the other splits."""
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
+        tested = {name: value for name, value in found.items() if not name.startswith("train/")}
         baselines, ledger = self.job.baselines(), self.job.ledger(tested, "test")
-        numbers |= trained | tested | final | verdict(trained | tested | ledger, "test", baselines) | ledger | baselines
+        numbers |= found | verdict(found | ledger, "test", baselines) | ledger | baselines
         if self.job.dataset.notes:
             numbers["what was done to the images"] = "; ".join(self.job.dataset.notes)
-        self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested))
+        routing = self.route(self.devices.local_copy(state.variables))
+        self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested), routing)
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:
         """The step of the best checkpoint and its metrics."""

@@ -14,7 +14,6 @@ from etils import epath
 
 from vae_jax.batch import Dataset, binarize, mean_image, named_key
 from vae_jax.data import check_batches, fitting_batch, load
-from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
@@ -37,7 +36,7 @@ from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import check_reachable, describe_os_error
-from vae_jax.run.job import Job, describe_batches, describe_data
+from vae_jax.run.job import Job, describe_batches, describe_data, describe_numbers
 from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import train
 from vae_jax.run.memory import check_fits
@@ -104,7 +103,7 @@ def make_job(
         final_probes=family.make_final_probes(net, bound.options.likelihood_samples, dataset.binarize),
         prepare=partial(binarize, how=dataset.binarize),
         decodes_per_example=fill_in(family.decodes_per_example, **known),
-        optimizer=fill_in(bound.make_optimizer, steps=epochs * known["steps_per_epoch"], batch_size=batch_size),
+        optimizer=bound.make_optimizer(steps=epochs * known["steps_per_epoch"], batch_size=batch_size),
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
@@ -114,7 +113,7 @@ def make_job(
         run=bound.options,
     )
     check_fits(job, jax.local_devices()[0])
-    return job
+    return job._replace(groups=bound.groups, terms=getattr(family, "TERMS", ()))
 
 
 class Sections(NamedTuple):
@@ -125,6 +124,7 @@ class Sections(NamedTuple):
     make_model: partial
     make_objective: partial
     make_optimizer: partial
+    groups: tuple[str, ...]
     ema_decay: float
     options: RunOptions
 
@@ -134,14 +134,16 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
     family, of_model = choose("model", FAMILIES, model)
     of_average, rest = split_fields(ema, optimizer)
     make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
-    make_optimizer = bind("optimizer", make_optimizer, of_optimizer)
-    fill_in(make_optimizer, steps=1, batch_size=1)  # checks the ranges
+    groups = getattr(family, "GROUPS", ())
+    make_optimizer = partial(fill_in, bind("optimizer", make_optimizer, of_optimizer), groups=groups)
+    make_optimizer(steps=1, batch_size=1)  # checks the ranges
     return Sections(
         load_data=bind("data", load, data),
         family=family,
         make_model=bind("model", family.make, of_model),
         make_objective=bind("objective", family.make_objective, objective),
         make_optimizer=make_optimizer,
+        groups=groups,
         ema_decay=bind("optimizer", ema, of_average)(),
         options=bind("run", RunOptions, run)(),
     )
@@ -164,13 +166,6 @@ def direction_of(best: str, family: Family) -> str:
     if best not in known:
         raise ValueError(f"unknown metric best {best!r}: {nearest(best, known)}")
     return known[best]
-
-
-def describe_numbers(family: Family, known: Mapping, dataset: Dataset, numbers: Mapping, split: str) -> dict[str, Any]:
-    """The family's ledger of the numbers of a split."""
-    spread = mean_square_distance(dataset.splits[split].image, mean_image(known["image"]).astype(np.float32))
-    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary, "variance": spread}
-    return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})
 
 
 def fingerprint(dataset: Dataset) -> dict:

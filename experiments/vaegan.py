@@ -1,0 +1,234 @@
+"""VAE, VAE/GAN and GAN of the same networks: how near to the data their images are, how varied, and how sharp.
+
+    python -m experiments.vaegan --workdir=runs/vaegan [--data=mnist] [--epochs=10] [--seeds=3]
+
+Trains each method for the same number of steps, one run directory for each method and seed, then compares images from the prior and
+reconstructions with the test images. Each finished measurement is one line of results.jsonl, so the same command resumes an
+interrupted comparison.
+"""
+
+import functools
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+import vae_jax
+from configs import vaegan as config_file
+from experiments import launch
+from experiments.augmentation import compute_once, open_study
+from experiments.report import markdown_table
+from vae_jax import data, weights
+from vae_jax.batch import Dataset, first_of_each_label, make_batch
+from vae_jax.evaluation.samples import frechet_distance, manifold, precision_recall_density_coverage, sharpness
+from vae_jax.evaluation.statistics import mean_and_interval
+from vae_jax.families.vaegan import GROUPS, METHODS
+from vae_jax.figures import mosaic, show_image
+from vae_jax.pretrained import in_batches
+from vae_jax.run import session
+from vae_jax.run.directory import FORMAT
+from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.session import fingerprint
+from vae_jax.steps import init_state, make_train_step
+
+TITLES = {"vae": "VAE", "vaegan": "VAE/GAN", "gan": "GAN"}
+COLUMNS = {  # of the table: number -> heading
+    "frechet_distance": "Frechet classifier distance",
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "sharpness": "sharpness / test images'",
+    "reconstruction_sharpness": "the same, reconstructions",
+    "pixel_error": "pixel error, nats",
+    "classifier_error": "error in the classifier's features",
+    "discriminator_error": "error in the discriminator's features",
+}
+SIDE = 6  # samples per row and column of the picture
+ROUNDS, STEPS = 5, 5  # of the timing: rounds through the methods, steps in each
+
+
+class Comparison:
+    """The test images and the pinned classifier's features of them; `measure` and `floor` each compute one result."""
+
+    def __init__(self, workdir: Path, dataset: Dataset, count: int):
+        classifier, variables = weights.pinned_classifier()
+        if dataset.image_shape != (28, 28, 1):
+            raise ValueError(f"images are {dataset.image_shape}, but the pinned classifier reads (28, 28, 1)")
+        self._workdir, self._dataset, self._count = workdir, dataset, count
+        self._featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
+        self._test = dataset.splits["test"].image[:count] / np.float32(255)
+        self._of_test = self._featurize(self._test)
+        self._real = manifold(self._of_test)
+
+    def load(self, method: str, seed: int) -> Any:
+        return vae_jax.load(str(self._workdir / f"{method}-seed{seed}"))
+
+    def measure(self, method: str, seed: int) -> dict[str, float]:
+        """Images from the prior and, of a method with an encoder, reconstructions of the mean code, beside the test images.
+
+        Errors are half squared ones. The discriminator is that of the same seed's VAE/GAN.
+        """
+        vae = self.load(method, seed)
+        numbers = self._near(vae.sample(self._count, seed))
+        if method != "gan":
+            again = vae.reconstruct(self._test)
+            judge = self.load("vaegan", seed)
+            look = functools.partial(in_batches, functools.partial(jax.jit(judge.model.features), judge.variables))
+            numbers |= {
+                "reconstruction_sharpness": self._sharpness(again),
+                "pixel_error": half_squared(self._test, again),
+                "classifier_error": half_squared(self._of_test, self._featurize(again)),
+                "discriminator_error": half_squared(look(self._test), look(again)),
+            }
+        last = launch.last_test(self._workdir / f"{method}-seed{seed}")
+        return numbers | {"training_seconds": last["seconds"], "kl": last["test/kl"]}
+
+    def floor(self) -> dict[str, float]:
+        """As many training images in place of generated ones."""
+        return self._near(self._dataset.splits["train"].image[: self._count] / np.float32(255))
+
+    def _near(self, image: np.ndarray) -> dict[str, float]:
+        fake = self._featurize(image)
+        numbers = {"frechet_distance": frechet_distance(self._real.points, fake), "sharpness": self._sharpness(image)}
+        return numbers | precision_recall_density_coverage(self._real, manifold(fake))
+
+    def _sharpness(self, image: np.ndarray) -> float:
+        return sharpness(image) / sharpness(self._test)
+
+
+def fields_of(method: str) -> dict[str, Any]:
+    """What a method changes in the config of the VAE/GAN."""
+    return config_file.CONTROLS.get(method, {})
+
+
+def half_squared(target: np.ndarray, found: np.ndarray) -> float:
+    """1/2 |target - found|^2, the mean over images."""
+    error = (target.astype(np.float64) - found).reshape(len(target), -1)
+    return float(0.5 * np.square(error).sum(axis=1).mean())
+
+
+def speeds(base: str, dataset: Dataset) -> dict[str, float]:
+    """Training images a second of each method on this machine, medians over interleaved rounds in one process."""
+    variant = base.partition(":")[2] or "default"
+    programs = {method: make_program(variant, method, dataset) for method in METHODS}
+    taken: dict[str, list[float]] = {method: [] for method in METHODS}
+    for method, _ in itertools.product(METHODS, range(2)):
+        programs[method]()  # compiled, and warm
+    for _, method in itertools.product(range(ROUNDS), METHODS):
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            size = programs[method]()
+        taken[method].append(STEPS * size / (time.perf_counter() - start))
+    return {method: statistics.median(rates) for method, rates in taken.items()}
+
+
+def make_program(variant: str, method: str, dataset: Dataset):
+    """A function that makes one training step and returns its number of images."""
+    config = config_file.get_config(variant).to_dict()
+    config["objective"] |= {name.removeprefix("objective."): value for name, value in fields_of(method).items()}
+    config["data"]["name"] = "digits"  # of the same size; the images do not matter
+    job = session.build(config)
+    root = jax.random.key(0)
+    step = jax.jit(make_train_step(job.objective, job.optimizer, None, job.ema_decay, job.prepare, GROUPS))
+    state = jax.jit(lambda: init_state(job.init(root), job.optimizer, root, job.ema_decay))()
+    rows = np.arange(job.batch_size)
+    image, label = (jnp.asarray(part[rows]) for part in dataset.splits["train"])
+    batch = make_batch(image, label, jnp.ones(len(rows)), jnp.asarray(rows))
+
+    def program() -> int:
+        nonlocal state
+        state, _ = step(state, batch)
+        jax.block_until_ready(state)
+        return len(rows)
+
+    return program
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """One row a method, means over the seeds with 95 % intervals, and the floor."""
+    cells = [["images", *COLUMNS.values(), "training images a second"]]
+    rates = next((row for row in rows if row["stage"] == "speed"), {})
+    for method, title in TITLES.items():
+        found = [row for row in rows if row["stage"] == "model" and row["method"] == method]
+        shown = [summarize([row[name] for row in found if name in row]) for name in COLUMNS]
+        cells.append([title, *shown, f"{rates[method]:.0f}" if method in rates else ""])
+    floor = next((row for row in rows if row["stage"] == "floor"), {})
+    cells.append(["training images", *(f"{floor[name]:.3g}" if name in floor else "" for name in COLUMNS), ""])
+    return cells
+
+
+def summarize(values: list[float]) -> str:
+    """The mean, with the half-width of its 95 % interval where there are several values."""
+    if len(values) < 2:
+        return "".join(f"{value:.3g}" for value in values)
+    mean, interval = mean_and_interval(values)
+    return f"{mean:.3g} ± {interval:.2g}"
+
+
+def draw(models: dict[str, Any], dataset: Dataset, title: str) -> Figure:
+    """Samples of each method beside test images, above test images that are each followed by their reconstruction."""
+    figure = Figure(figsize=(3 * (len(models) + 1), 7), layout="constrained")
+    above, below = figure.subplots(2, len(models) + 1)
+    test = dataset.splits["test"]
+    shown = test.image[first_of_each_label(test.label)] / np.float32(255)
+    for ax, (method, vae) in zip(above, models.items()):
+        show_image(ax, mosaic(vae.sample(SIDE**2, seed=1), SIDE))
+        ax.set_title(TITLES[method], fontsize=14)
+    show_image(above[-1], mosaic(test.image[: SIDE**2] / np.float32(255), SIDE))
+    above[-1].set_title("test images", fontsize=14)
+    for ax, (method, vae) in zip(below, models.items()):
+        if method == "gan":  # its encoder has learned nothing
+            ax.set_axis_off()
+            continue
+        both = np.stack([shown, vae.reconstruct(shown)], axis=1)
+        show_image(ax, mosaic(both.reshape(-1, *shown.shape[1:]), 4))
+    below[-1].set_axis_off()
+    above[0].set_ylabel("samples from the prior", fontsize=12)
+    below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)
+    figure.suptitle(title, fontsize=15)
+    return figure
+
+
+def main() -> None:
+    given = flags.FLAGS
+    dataset = data.load(name=given.data, manual_dir=given.manual_dir)
+    count = min(given.count, len(dataset.splits["test"].label))
+    base = launch.config_for("vaegan", given.data)
+    settings = {"format": FORMAT, "data": given.data, "images": fingerprint(dataset)}
+    settings |= {"epochs": given.epochs, "count": count, "base": base}
+    study = open_study(local_path(given.workdir), settings)
+    comparison = Comparison(study.path, dataset, count)
+    compute_once(study, "floor", comparison.floor)
+    compute_once(study, "speed", functools.partial(speeds, base, dataset))
+    for seed in range(given.seeds):
+        for method in METHODS:
+            fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | fields_of(method)
+            command = launch.make_command(base, study.path / f"{method}-seed{seed}", fields, given.manual_dir)
+            launch.run(command)
+        for method in METHODS:
+            compute_once(study, "model", comparison.measure, method=method, seed=seed)
+    seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
+    title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs, {seeds}"
+    models = {method: comparison.load(method, 0) for method in TITLES}
+    save_figure(draw(models, dataset, title), study.path / "vaegan.png")
+    note = f"{count} images each. Errors are half squared ones, of reconstructions of the mean code."
+    text = f"# {title}\n\n{markdown_table(table(study.rows))}\n\n{note}\n\n![Samples and reconstructions](vaegan.png)\n"
+    write_atomically(study.path / "summary.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    launch.define_data_flags("runs/vaegan")
+    flags.DEFINE_integer("epochs", 10, "Epochs of each training.", lower_bound=1)
+    flags.DEFINE_integer(
+        "seeds", 3, "Seeds of each method, one after the other; more can be added later.", lower_bound=1
+    )
+    flags.DEFINE_integer("count", 10_000, "Generated and test images that are compared.", lower_bound=1)
+    launch.start("vaegan", main)

@@ -1,0 +1,64 @@
+"""Which term of a loss trains which network."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from vae_jax.batch import Batch
+from vae_jax.objectives import Objective
+
+SMALLEST = 1e-30  # a weight by which one may divide
+
+
+def networks(params: Mapping[str, Any]) -> dict[str, Any]:
+    """{network: its parameters}: the top level of the parameters, with an "autoencoder" there taken apart."""
+    rest = {name: part for name, part in params.items() if name != "autoencoder"}
+    return {**params.get("autoencoder", {}), **rest}
+
+
+def gradient_routing(
+    objective: Objective, variables: Mapping[str, Any], batch: Batch, keys: Key[Array, " batch"], terms: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """{term: {network: |d mean(term) / d network|}}, over the examples of a batch, with the gradients of a training step.
+
+    Terms are those metrics of the objective that `terms` names and that it returns; the last one is the loss. An exact 0 says that
+    the term does not train the network. Networks are those of `networks`.
+    """
+    state = {name: value for name, value in variables.items() if name != "params"}
+    found: list[str] = []
+
+    def means(params):
+        metrics, _ = objective({"params": params, **state}, batch, keys, True, None)
+        found[:] = [name for name in (*terms, "loss") if name in metrics]
+        return jnp.stack([mean(metrics[name], batch.weight) for name in found])
+
+    _, pull = jax.vjp(means, variables["params"])
+
+    def norms(direction):
+        return {network: optax.tree.norm(part) for network, part in networks(pull(direction)[0]).items()}
+
+    rows = jax.lax.map(norms, jnp.eye(len(found)))  # one backward pass after the other: compiled once
+    return {name: {network: norm[i] for network, norm in rows.items()} for i, name in enumerate(found)}
+
+
+def mean(value: Any, weight: Array) -> Array:
+    """The weighted mean of a metric, `value` or `(value, own weight)`; 0 where it counts no example."""
+    if isinstance(value, tuple):
+        value, own = value
+        weight = weight * own
+    return jnp.sum(weight * value) / jnp.maximum(jnp.sum(weight), SMALLEST)
+
+
+def routing_table(routing: Mapping[str, Mapping[str, Any]], terms: Sequence[str]) -> list[str]:
+    """The lines of a Markdown table of `gradient_routing`, in the order of `terms`, the encoder first."""
+    columns = sorted(routing["loss"], key=lambda network: (network != "encoder", network))
+    lines = [f"| norm of the gradient | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for term in (*terms, "loss"):
+        if term in routing:
+            norms = (float(routing[term][network]) for network in columns)
+            lines.append(f"| {term} | {' | '.join('0' if norm == 0 else f'{norm:.3g}' for norm in norms)} |")
+    return lines
