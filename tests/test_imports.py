@@ -29,7 +29,19 @@ SCIENCE = (
     "evaluation",
 )
 MACHINERY = ("data", "run")
-ABOVE_BOTH = ("__init__", "__main__", "main", "commands", "pretrained", "arguments", "full_evaluation", "weights")
+ABOVE_BOTH = (
+    "__init__",
+    "__main__",
+    "main",
+    "commands",
+    "pretrained",
+    "loading",
+    "show",
+    "arguments",
+    "full_evaluation",
+    "export",
+    "weights",
+)
 HEAVY = {
     "ml_collections",
     "orbax",

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax import data, figures, generate
+from vae_jax import data, figures, generate, weights
 from vae_jax.batch import Dataset, Split
 from vae_jax.evaluation.verdict import verdict
+from vae_jax.export import export as export_model
 from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
-from vae_jax.pretrained import Pretrained, load, load_variables, of_seed
+from vae_jax.loading import load_variables
+from vae_jax.pretrained import Pretrained, load, of_seed
 from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import atomic_file, local_path, save_figure, write_atomically
@@ -200,6 +202,12 @@ def predict(workdir: str, checkpoint: str, images: str) -> list[Path]:
     return [path]
 
 
+def export(workdir: str, checkpoint: str, output: str | None, formats: list[str] | None) -> list[Path]:
+    """The model as a folder for a model hub, by default in generated/; nothing is uploaded."""
+    folder = output or str(generated(workdir) / f"export-step{load_variables(workdir, checkpoint)[0]['step']}")
+    return export_model(workdir, folder, checkpoint, formats=formats or ())
+
+
 def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:
     """`load` and `check_able`."""
     return check_able(load(workdir, checkpoint), workdir, function, what)
@@ -271,9 +279,10 @@ def choose_images(
 
 
 def generated(workdir: str) -> Path:
-    """The folder that the modes write to."""
-    folder = local_path(workdir) / "generated"
-    folder.mkdir(exist_ok=True)
+    """The folder that the modes write to: in the run directory, or of a model in the box generated/NAME here."""
+    path = local_path(workdir)
+    folder = Path("generated") / path.name if weights.in_box(path) else path / "generated"
+    folder.mkdir(parents=weights.in_box(path), exist_ok=True)
     return folder
 
 

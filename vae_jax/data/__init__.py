@@ -13,8 +13,8 @@ from vae_jax.data.own import read_images as read_images
 
 
 def load(
-    *,
     name: str = "mnist",
+    *,
     manual_dir: str = "",
     validation: int = 0,
     shuffle: bool = True,
