@@ -39,7 +39,7 @@ def read_all(folder):
 
 def test_an_exported_folder_loads_as_the_run(run):
     path, row, folder = run
-    original, exported = vae_jax.load(str(path)), vae_jax.load(str(folder))
+    original, exported = vae_jax.load(path), vae_jax.load(str(folder))
     jax.tree.map(np.testing.assert_array_equal, original.variables, exported.variables)
     assert jax.tree.structure(original.variables) == jax.tree.structure(exported.variables)
     assert exported.step == 10 and exported.title == "VAE on digits" and exported.data == original.data
@@ -170,6 +170,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(run, tmp_path):
 def test_an_unknown_format_and_a_place_that_cannot_be_written(run, tmp_path):
     with pytest.raises(ValueError, match="there is no format 'tf': give one of jax, onnx"):
         export.export(str(run[0]), str(tmp_path / "new"), formats=["tf"])
+    with pytest.raises(ValueError, match="gs://b/x is not on this machine: export to a folder here, and copy that"):
+        export.export(str(run[0]), "gs://b/x")
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write the export .*: name another folder with --output") as error:
         export.export(str(run[0]), str(tmp_path / "file" / "new"))

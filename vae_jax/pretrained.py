@@ -24,7 +24,7 @@ BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 WEIGHED = 16  # images of which SAMPLES_AT_ONCE are decoded at once for a likelihood
 
 
-def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
+def load(workdir: str | os.PathLike, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
     """The model of a run directory or an exported folder, which may have been moved from another machine, or one in the box.
 
     Args:

@@ -41,6 +41,8 @@ def export(
     for name in formats:
         if name not in FORMATS:
             raise ValueError(f"there is no format {name!r}: give one of {', '.join(FORMATS)}")
+    if "://" in output:
+        raise ValueError(f"{output} is not on this machine: export to a folder here, and copy that")
     pretrained = load(workdir, checkpoint, seed)
     metadata = describe(pretrained, workdir, seed)
     contents = {
@@ -66,7 +68,7 @@ def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str
     }
     numbers = metadata.get("metrics")
     if numbers is None:
-        numbers = test_numbers(local_path(workdir), pretrained.step) if config["seeds"] == 1 else {}
+        numbers = logged_numbers(local_path(workdir), pretrained.step) if config["seeds"] == 1 else {}
     return {
         "format": weights.FORMAT,
         "library_name": "vae_jax",
@@ -84,7 +86,7 @@ def trained_with(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: environment[name] for name in versions() if name in environment}
 
 
-def test_numbers(folder: Path, step: int) -> dict[str, Any]:
+def logged_numbers(folder: Path, step: int) -> dict[str, Any]:
     """The test metrics that a run has logged at a step; {} where its log is gone."""
     rows = [row for row in read_rows(folder) if row["step"] == step and "test/loss" in row]
     return {name: value for row in rows[-1:] for name, value in row.items() if name.startswith("test/")}
