@@ -182,12 +182,12 @@ def test_decodes_per_example():
 def test_a_family_has_its_own_capabilities_and_no_others(family):
     model, _, _ = small(family)
     capabilities = {
-        vae: {"latent_dim", "encode", "decode_raw", "likelihood", "prior"},
+        vae: {"latent_dim", "encode", "decode_raw", "likelihood", "prior", "layers"},
         conditional: {
             *("latent_dim", "encode", "decode_raw", "likelihood", "prior", "probabilities", "num_classes"),
             *("condition_on", "condition", "given"),
         },
-        classifier: {"probabilities", "num_classes", "features", "apply"},
+        classifier: {"probabilities", "num_classes", "features", "layers", "apply"},
     }
     capabilities[sparse_labels] = capabilities[conditional] | {"apply"}
     present = {name for name, value in model._asdict().items() if value not in (None, "")}
