@@ -17,15 +17,18 @@ PROGRAM = ("python", "-m", "vae_jax")
 LOCAL_FLAGS = ("--config.data.manual_dir=", "--manual_dir=")  # change no number
 
 
-def start(program: str, main: Callable[[], None]) -> None:
-    """Run an experiment's `main()` as absl does: no positional arguments, errors in one line, exit code 130 on Ctrl-C."""
+def start(program: str, main: Callable[..., None], takes_arguments: bool = False) -> None:
+    """Run an experiment's `main()` as absl does: errors in one line, exit code 130 on Ctrl-C.
+
+    `main` gets the list of positional arguments if it takes any; else there must be none.
+    """
 
     def run(argv):
-        if len(argv) > 1:
+        if len(argv) > 1 and not takes_arguments:
             raise app.UsageError(f"unexpected argument {argv[1]!r}")
         logging.set_verbosity(logging.WARNING)
         try:
-            main()
+            main(argv[1:]) if takes_arguments else main()
         except (ValueError, OSError) as error:
             sys.exit(f"{program}: {error}")
         except KeyboardInterrupt:

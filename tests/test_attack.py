@@ -188,7 +188,7 @@ def test_a_loaded_model_is_a_value(finished):
     again = pickle.loads(pickle.dumps(vae))
     np.testing.assert_array_equal(vae.sample(2), again.sample(2))
     assert vae != again and len({vae, again, vae}) == 2
-    assert repr(vae) == f"<VAE on digits: step {vae.step}, {vae_size(vae):,} parameters>"
+    assert repr(vae).startswith(f"<VAE on digits: step {vae.step}, {vae_size(vae):,} parameters")
 
 
 def vae_size(vae):

@@ -24,7 +24,7 @@ def one_line(error):
 
 
 def test_digits():
-    digits = data.load(name="digits")
+    digits = data.load("digits")
     train, test = digits.splits["train"], digits.splits["test"]
     assert train.image.shape == (1437, 28, 28, 1) and test.image.shape == (
         360,

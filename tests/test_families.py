@@ -197,12 +197,12 @@ def test_decodes_per_example():
 def test_a_family_has_its_own_capabilities_and_no_others(family):
     model, _, _ = small(family)
     capabilities = {
-        vae: {"latent_dim", "encode", "decode_raw", "likelihood", "prior"},
+        vae: {"latent_dim", "encode", "decode_raw", "likelihood", "prior", "layers"},
         conditional: {
             *("latent_dim", "encode", "decode_raw", "likelihood", "prior", "probabilities", "num_classes"),
             *("condition_on", "condition", "given"),
         },
-        classifier: {"probabilities", "num_classes", "features", "apply"},
+        classifier: {"probabilities", "num_classes", "features", "layers", "apply"},
     }
     for few_labels in (sparse_labels, semisupervised, stacked):
         capabilities[few_labels] = capabilities[conditional] | {"apply"}

@@ -35,9 +35,12 @@ ABOVE_BOTH = (
     "main",
     "commands",
     "pretrained",
+    "loading",
+    "show",
     "arguments",
     "examples",
     "full_evaluation",
+    "export",
     "weights",
 )
 HEAVY = {

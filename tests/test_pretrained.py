@@ -1,5 +1,8 @@
 """`vae_jax.load`: the evaluated model, wherever the directory is now, without what training needs."""
 
+import base64
+import copy
+import io
 import shutil
 import subprocess
 import sys
@@ -8,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from small_run import run_job, small_job
 
 import vae_jax
+from configs import conditional
 from vae_jax import generate
 from vae_jax.families import classifier
 from vae_jax.pretrained import Pretrained
@@ -86,6 +91,49 @@ def test_samples(vae):
 def test_bad_images(vae, image, message):
     with pytest.raises(ValueError, match=message):
         vae.encode(image)
+
+
+def test_a_shell_shows_a_few_lines_and_a_notebook_16_samples(vae):
+    assert str(vae).splitlines() == [
+        "<VAE on digits: step 10, 12,325 parameters",
+        "  images of 28x28x1, 20 latents, decoder_features [4, 4], encoder_features [4, 4]>",
+    ]
+    before, _, after = vae._repr_html_().partition("data:image/png;base64,")
+    assert before.startswith("<div><pre>&lt;VAE on digits: step 10") and '<img alt="16 generated images"' in before
+    with Image.open(io.BytesIO(base64.b64decode(after.partition('"')[0]))) as file:
+        pixels = np.asarray(file) / 255
+    assert pixels.shape == (2 * 30, 8 * 30)
+    np.testing.assert_allclose(pixels[32:60, 32:60], vae.sample(16)[9, ..., 0], atol=1 / 255)
+    assert (pixels[::30] == 1).all() and (pixels[:, ::30] == 1).all()
+
+
+def test_a_notebook_shows_what_a_model_generates_by_itself():
+    """A classifier generates nothing, a completing model needs an image, and a model of labels gets each label in turn."""
+    assert "<img" not in vae_jax.load("mnist-classifier")._repr_html_()
+    for condition, pictures in (("label", 1), ("quadrant1", 0)):
+        config = conditional.get_config("smoke").to_dict()
+        config["model"] |= {"condition": condition, "encoder_features": (2,), "decoder_features": (2,)}
+        metadata = {"config": config, "step": 0, "data": {}, "image_shape": [8, 8, 1], "num_classes": 3}
+        model = Pretrained(metadata, {}).model
+        untrained = Pretrained(metadata, jax.jit(model.init)(jax.random.key(0)))
+        assert untrained._repr_html_().count("<img") == pictures
+
+
+def test_a_config_shows_what_is_no_default():
+    config = conditional.get_config("smoke")
+    assert repr(config) == (
+        "<config of conditional: batch_size=512, best='bound', data.name='digits', epochs=1, "
+        "optimizer.learning_rate=0.004, optimizer.schedule='onecycle', optimizer.warmup=0.3, run.likelihood_samples=0; "
+        "other fields have their defaults>"
+    )
+    assert "learn_scale: false" in str(config) and copy.deepcopy(config).to_dict() == config.to_dict()
+
+
+def test_remote_runs_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"vae_jax.load takes a run on this machine: copy gs://b/x here .* name the copy"
+    ):
+        vae_jax.load("gs://b/x")
 
 
 def test_bad_latents(vae):

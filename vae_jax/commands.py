@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax import figures, generate
+from vae_jax import figures, generate, weights
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.examples import (
     check_able,
@@ -22,9 +22,11 @@ from vae_jax.examples import (
     load_with_data,
     read_own,
 )
+from vae_jax.export import export as export_model
 from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
-from vae_jax.pretrained import load_variables, of_seed
+from vae_jax.loading import load_variables
+from vae_jax.pretrained import of_seed
 from vae_jax.run.files import atomic_file, local_path, save_figure, save_film, save_image, write_atomically
 from vae_jax.run.session import build
 
@@ -231,10 +233,17 @@ def as_csv(header: list[str], rows: Iterable) -> str:
     return text.getvalue()
 
 
+def export(workdir: str, checkpoint: str, output: str | None, formats: list[str] | None) -> list[Path]:
+    """The model as a folder for a model hub, by default in generated/; nothing is uploaded."""
+    folder = output or str(generated(workdir) / f"export-step{load_variables(workdir, checkpoint)[0]['step']}")
+    return export_model(workdir, folder, checkpoint, formats=formats or ())
+
+
 def generated(workdir: str) -> Path:
-    """The folder that the modes write to."""
-    folder = local_path(workdir) / "generated"
-    folder.mkdir(exist_ok=True)
+    """The folder that the modes write to: in the run directory, or of a model in the box generated/NAME here."""
+    path = local_path(workdir)
+    folder = Path("generated") / path.name if weights.in_box(path) else path / "generated"
+    folder.mkdir(parents=weights.in_box(path), exist_ok=True)
     return folder
 
 

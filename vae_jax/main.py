@@ -11,6 +11,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vae_jax.run.output import survive_closed_streams
+from vae_jax.run.presets import expand
 
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
@@ -21,12 +22,14 @@ MODES = {  # and the flags that each takes, besides --config and --workdir
     "traverse": "checkpoint split count images labels input",
     "encode": "checkpoint split input",
     "predict": "checkpoint input",
+    "export": "checkpoint output formats",
 }
 MODE = """train: train, or continue an interrupted training. The others use a trained model and write to generated/ in the
 run directory. evaluate: the metrics on a split; with --full all that is known about a VAE. sample: images from the prior. reconstruct: images of a split and their
-reconstructions. interpolate: images between two. traverse: one latent moved at a time. encode: the codes of images. predict: labels of --input."""
-CONFIG = """A file in configs/ and, after a colon, its variant: configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes
-other than train need only --workdir."""
+reconstructions. interpolate: images between two. traverse: one latent moved at a time. encode: the codes of images. predict: labels of --input.
+export: a folder for a model hub, which is not uploaded."""
+CONFIG = """A preset (vae, conditional, sparse_labels, semisupervised, stacked, vaegan, classifier) or a file, and after a colon its variant:
+vae:digits, configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
 MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # that one picture can show
 PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
@@ -42,7 +45,12 @@ seed = functools.partial(integer, lower_bound=0, upper_bound=2**32 - 1)
 seconds = functools.partial(integer, lower_bound=1)
 TABLE = (  # kind, name, default, help
     (config_flags.DEFINE_config_file, "config", None, CONFIG),
-    (string, "workdir", None, "The run directory. Default: runs/CONFIG-VARIANT."),
+    (
+        string,
+        "workdir",
+        None,
+        "The run directory. Default: runs/CONFIG-VARIANT. For modes also mnist-vae, mnist-classifier.",
+    ),
     (flags.DEFINE_enum, "mode", "train", [*MODES], MODE),
     (string, "checkpoint", "", "latest, best, or a step. Default: best with validation images, else latest."),
     (string, "split", "test", "train, test or validation."),
@@ -66,6 +74,8 @@ TABLE = (  # kind, name, default, help
     ),
     (string, "input", None, INPUT),
     (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
+    (string, "output", None, "For export: the folder. Default: generated/export-stepSTEP in the run directory."),
+    (items, "formats", None, "For export: programs beside the weights, jax (by jax.export), onnx, or both."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),
     (switch, "distributed", False, "Train on the hosts of a cluster: Cloud TPU, Slurm, Open MPI or Kubernetes (GKE)."),
     (string, "coordinator", None, "Elsewhere: ADDRESS:PORT of host 0, with --num_processes and --process_id."),
@@ -86,7 +96,7 @@ def main(argv: list[str]) -> None:
         if FLAGS[name].present and name not in taken:
             fail(f"--{name} has no meaning with --mode={FLAGS.mode}", 2)
     if FLAGS.config is None and (FLAGS.mode == "train" or not FLAGS.workdir):
-        fail("--config is required, e.g. --config=configs/vae.py:digits", 2)
+        fail("--config is required, e.g. --config=vae:digits", 2)
     try:
         if FLAGS.config is not None and not hasattr(FLAGS.config, "to_dict"):
             fail("the config file's get_config must return an ml_collections.ConfigDict", 1)
@@ -137,11 +147,11 @@ def train(config: dict, workdir: str) -> None:
 
 def use(mode: str, config: dict | None, workdir: str) -> None:
     """Run a mode on a trained model and print its results. Raises ValueError or OSError for bad input."""
-    from vae_jax import commands
+    from vae_jax import commands, weights
+    from vae_jax.loading import stored_config
     from vae_jax.run.config import fill_in
-    from vae_jax.run.directory import read_config
     from vae_jax.run.environment import check_jax
-    from vae_jax.run.files import is_remote
+    from vae_jax.run.files import check_local
     from vae_jax.run.session import check_same_config
 
     check_jax()
@@ -151,20 +161,21 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     if mode in MOST and not 1 <= count <= MOST[mode]:
         more = "more do not fit in one picture; vae_jax.load makes as many as you like"
         raise ValueError(f"--count is {count}, but must be 1 to {MOST[mode]:,}: {more}")
-    if is_remote(workdir):
-        way_out = f"copy {workdir} here (gcloud storage cp -r) and name the copy"
-        raise ValueError(f"--mode={mode} takes a run on this machine: {way_out}")
+    check_local(workdir, f"--mode={mode}")
     if mode == "predict" and FLAGS.input is None:
         raise ValueError("--mode=predict needs --input=FOLDER, FILE,FILE or FILE.npz")
     if FLAGS.input is not None and FLAGS["split"].present:
         raise ValueError("--split and --input are both given: give one of them")
     chosen = {"images": integers("images"), "labels": integers("labels"), "own": FLAGS.input, "files": FLAGS.files}
-    stored = read_config(workdir)
+    workdir = weights.resolve(workdir)
+    stored = stored_config(workdir)
     if stored is None:
-        raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir")
+        boxed = ", ".join(weights.SHA256)
+        raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir, such as {boxed}")
     config = (config or stored) | {"epochs": stored["epochs"]}
     check_same_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
+    given |= {"output": FLAGS.output, "formats": FLAGS.formats}
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}
     result = fill_in(getattr(commands, mode), **known, **chosen, count=count, **given)
     lines = [f"{name} {show(value)}" for name, value in result.items()] if mode == "evaluate" else map(str, result)
@@ -208,7 +219,7 @@ def fail(message: str, code: int) -> NoReturn:
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags; whatever absl and ml_collections raise becomes one line."""
     try:
-        argv = drop_repeated(argv)
+        argv = drop_repeated(expand(argv))
         if any(argument in HELP for argument in argv[1:]):
             print_help(argv)
             sys.exit()

@@ -29,6 +29,7 @@ class Model(NamedTuple):
         condition: (image, label) -> the conditions c of a batch, [batch, ...].
         given: c -> the model of p(x | c), whose functions hold for a batch of these conditions.
         features: (variables, image) -> what generated and real images are compared by, [batch, feature].
+        layers: variables -> {network: its layers as data, as `nn.description.Layer`}, for other runtimes.
         apply: the family's own one-pass function, for its objective alone.
     """
 
@@ -44,6 +45,7 @@ class Model(NamedTuple):
     condition_on: str = ""
     condition: Callable[[Array, Array], Array] = ABSENT
     given: Callable[[Array], "Model"] = ABSENT
+    layers: Callable[[Variables], dict[str, Any]] = ABSENT
     apply: Any = ABSENT
 
     def of(self, batch: Batch) -> "Model":

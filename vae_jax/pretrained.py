@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,30 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vae_jax import generate
+from vae_jax import generate, show, weights
 from vae_jax.arguments import check_images, check_integer, check_labels, check_latents
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
+from vae_jax.loading import load_variables, make_model
 from vae_jax.priors import Prior
-from vae_jax.run import checkpoint
-from vae_jax.run.config import bind, changes, choose, fill_in, make_title
-from vae_jax.run.directory import read_config
-from vae_jax.run.files import local_path
+from vae_jax.run.config import make_title
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 WEIGHED = 16  # images of which SAMPLES_AT_ONCE are decoded at once for a likelihood
 
 
-def load(workdir: str, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
-    """The model that a run directory holds; the directory may have been moved from another machine.
+def load(workdir: str | os.PathLike, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
+    """The model of a run directory or an exported folder, which may have been moved from another machine, or one in the box.
 
     Args:
+        workdir: the folder; "mnist-vae" and "mnist-classifier" are in the box, unless a folder here has that name.
         checkpoint: "latest", "best" or a step; by default the best where there is one, else the latest.
         seed: which one of several that were trained together; by default the first.
 
     Raises ValueError if there is no such checkpoint or seed, or if it is damaged.
     """
+    workdir = weights.resolve(os.fspath(workdir))
     return of_seed(workdir, *load_variables(workdir, checkpoint), seed)
 
 
@@ -48,49 +49,6 @@ def of_seed(workdir: str, metadata: dict, variables: dict, seed: int | None = No
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
     return Pretrained(metadata, jax.device_put(variables))
-
-
-def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
-    """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis.
-
-    Raises ValueError as `load` does, and if the run's config.json is another config than the checkpoint's.
-    """
-    metadata, variables = checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
-    try:
-        stored = read_config(str(local_path(workdir))) or metadata["config"]
-    except OSError as error:
-        if str(which) == str(metadata["step"]):  # the one that was asked for
-            return metadata, variables
-        raise ValueError(
-            f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
-        ) from error
-    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
-        raise ValueError(
-            f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
-            f"({'; '.join(changed)}): restore the one or the other"
-        )
-    return metadata, variables
-
-
-def seeded_shapes(metadata: dict) -> dict:
-    """The shapes of a checkpoint's variables, with a leading seed axis if there are several seeds."""
-    like = jax.eval_shape(make_model(metadata).init, jax.random.key(0))
-    seeds = metadata["config"]["seeds"]
-    if seeds == 1:
-        return like
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like)
-
-
-def make_model(metadata: dict) -> Model:
-    """The model that a checkpoint's metadata describes."""
-    family, values = choose("model", FAMILIES, metadata["config"]["model"])
-    values = {
-        name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-        for name, value in values.items()
-    }
-    make = bind("model", family.make, values)
-    shape = tuple(metadata["image_shape"])
-    return fill_in(make, image_shape=shape, num_classes=metadata["num_classes"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -128,13 +86,20 @@ class Pretrained:
         return self.metadata["data"]
 
     @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+
+    @property
     def title(self) -> str:
         """Family and data set, for people."""
         return make_title(FAMILIES[self.config["model"]["name"]], self.config["data"]["name"])
 
     def __repr__(self):
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
-        return f"<{self.title}: step {self.step}, {size:,} parameters>"
+        return show.describe(self)
+
+    def _repr_html_(self):
+        return show.describe_in_html(self)
 
     def __reduce__(self):
         return Pretrained, (self.metadata, jax.device_get(self.variables))

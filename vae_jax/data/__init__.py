@@ -14,8 +14,8 @@ from vae_jax.data.own import read_images as read_images
 
 
 def load(
-    *,
     name: str = "mnist",
+    *,
     manual_dir: str = "",
     size: int = 0,
     colour: str = "auto",

@@ -126,7 +126,7 @@ def _way_out(name):
     files = "prepare it where there is a network"
     if name in MNIST_FAMILY:
         files = "put its four original files into a folder and give --config.data.manual_dir"
-    return f"{files}, or train on the bundled digits, --config=configs/vae.py:digits"
+    return f"{files}, or train on the bundled digits, --config=vae:digits"
 
 
 def load_tfds(name: str, manual_dir: str) -> list[Split]:

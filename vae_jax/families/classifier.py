@@ -14,6 +14,7 @@ from vae_jax import figures
 from vae_jax.augment import augment
 from vae_jax.evaluation.classification import class_accuracy, confusion_matrix, expected_calibration_error
 from vae_jax.families import Metric, Model, Probes
+from vae_jax.nn.description import describe
 from vae_jax.nn.networks import PRECISIONS, Classifier, check_pooling, check_sizes, choose
 from vae_jax.objectives import cross_entropy
 
@@ -66,6 +67,7 @@ def make(
         probabilities=probabilities,
         num_classes=num_classes,
         features=pooled_and_logits,
+        layers=lambda variables: {"classifier": describe(network, variables["params"], variables["batch_stats"])},
         apply=functools.partial(network.apply, mutable=["batch_stats"]),
     )
 

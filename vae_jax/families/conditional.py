@@ -89,14 +89,13 @@ def make(
         decoder_features=decoder_features,
         hidden=hidden,
     )
-    net = ConditionalAutoencoder(autoencoder, latent_dim, tuple(condition_hidden))
-    return make_given(net, p_x, prior, image_shape, num_classes, visible)
+    net = ConditionalAutoencoder(autoencoder, latent_dim, tuple(condition_hidden), prior == "learned")
+    return make_given(net, p_x, image_shape, num_classes, visible)
 
 
 def make_given(
     net: ConditionalAutoencoder,
     p_x: Likelihood,
-    prior: str,
     image_shape: tuple[int, int, int],
     num_classes: int,
     visible: Float[np.ndarray, "height width 1"] | None,
@@ -117,7 +116,7 @@ def make_given(
 
     def given(c) -> Model:
         p_z = standard_normal(net.latent_dim)
-        if prior == "learned":
+        if net.learned_prior:
             p_z = conditional_normal(lambda variables: call("prior", variables, c))
         return model._replace(
             encode=lambda variables, image: call("encode", variables, image, c),

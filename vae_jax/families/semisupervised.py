@@ -69,7 +69,7 @@ def infer_label(
 ) -> Model:
     """The conditional VAE of these networks given the label, whose `probabilities` are q(y | x)."""
     net = ConditionalAutoencoder(autoencoder, latent_dim)
-    given_label = make_given(net, p_x, "standard_normal", image_shape, num_classes, None)
+    given_label = make_given(net, p_x, image_shape, num_classes, None)
     classifier = autoencoder.encoder.clone(outputs=num_classes)
 
     def init(key, pixel_mean=None):

@@ -14,7 +14,9 @@ from jax import lax
 
 from vae_jax.families import Model
 from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_final_probes, make_probes  # noqa: F401
-from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion
+from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion, sigmoid_mean
+from vae_jax.model import ABSENT
+from vae_jax.nn.description import describe_autoencoder
 from vae_jax.nn.networks import (
     PRECISIONS,
     DenseDecoder,
@@ -101,6 +103,7 @@ def make(
         decode_raw=decode,
         likelihood=p_x,
         prior=p_z,
+        layers=functools.partial(describe_autoencoder, autoencoder) if p_x.mean is sigmoid_mean else ABSENT,
     )
 
 

@@ -18,6 +18,7 @@ class ConditionalAutoencoder(nn.Module):
     autoencoder: Autoencoder
     latent_dim: int
     hidden: tuple[int, ...] = ()
+    learned_prior: bool = False
 
     def setup(self):
         self.embedding = Embedding(self.hidden)
@@ -48,7 +49,9 @@ class ConditionalAutoencoder(nn.Module):
         return empty, empty
 
     def __call__(self, image, condition):
-        return self.decode(self.encode(image, condition)[0], condition), self.prior(condition)
+        """All that has parameters."""
+        prior = self.prior(condition) if self.learned_prior else None
+        return self.decode(self.encode(image, condition)[0], condition), prior
 
 
 class Embedding(nn.Module):

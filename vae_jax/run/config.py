@@ -54,7 +54,7 @@ def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> 
 
     `base` and each of `variants` map dotted fields to values. Raises ValueError for an unknown variant.
     """
-    from ml_collections import ConfigDict
+    from vae_jax.run.config_dict import Config
 
     if variant not in variants:
         raise ValueError(f"there is no variant {variant!r} of the {family} config: give one of {', '.join(variants)}")
@@ -62,7 +62,7 @@ def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> 
     for field, value in {**base, **variants[variant]}.items():
         *section, name = field.split(".")
         (config[section[0]] if section else config)[name] = value
-    return ConfigDict(config)
+    return Config(config)
 
 
 def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
@@ -77,6 +77,26 @@ def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
     config["model"] = {"name": family, **config["model"]}
     config["optimizer"] = {"name": optimizer, **config["optimizer"]}
     return config
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with the defaults of the fields that it lacks, which are younger than it."""
+    names = [config[section].get("name") for section in ("model", "optimizer")]
+    try:
+        known = defaults(*names)
+    except KeyError:  # of a family or an optimizer from outside
+        return dict(config)
+    filled = {
+        name: known.get(name, {}) | value if isinstance(value, Mapping) else value for name, value in config.items()
+    }
+    return known | filled
+
+
+def differing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The dotted fields of a config that are not the defaults of its family and optimizer, or that have none."""
+    names = {section: {"name": config.get(section, {}).get("name")} for section in ("model", "optimizer")}
+    known = flatten(with_defaults(names))
+    return {name: value for name, value in flatten(config).items() if known.get(name, ...) != value}
 
 
 def signatures(family: Any, optimizer: str = "adam") -> dict[str, list[Callable]]:
@@ -141,13 +161,13 @@ def choose(section: str, choices: Mapping, values: Mapping) -> tuple[Any, dict]:
 
 
 def fields(function: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of `function` that a config sets: the keyword-only ones, of a type that a config can hold."""
+    """The parameters of `function` that a config sets: `name` and the keyword-only ones, of a type that a config can hold."""
     parameters = inspect.signature(function).parameters
     configurable = (int, float, bool, str, tuple, Mapping)
     return {
         name: parameter
         for name, parameter in parameters.items()
-        if parameter.kind == parameter.KEYWORD_ONLY
+        if (parameter.kind == parameter.KEYWORD_ONLY or name == "name")
         and (get_origin(parameter.annotation) or parameter.annotation) in configurable
     }
 
@@ -179,12 +199,10 @@ def is_a(value: Any, annotation: Any) -> bool:
 
 
 def as_annotated(value: Any, annotation: Any) -> Any:
-    """A config's value with its integers as floats where the annotation says so."""
-    if annotation is float:
-        return float(value)
-    if annotation == tuple[float, ...]:
-        return tuple(map(float, value))
-    return value
+    """A config's value with its integers as floats, and JSON's lists as tuples, where the annotation says so."""
+    if get_origin(annotation) is tuple:
+        return tuple(as_annotated(item, get_args(annotation)[0]) for item in value)
+    return float(value) if annotation is float else value
 
 
 def type_name(annotation: Any) -> str:

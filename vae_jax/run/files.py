@@ -22,6 +22,14 @@ def is_remote(path: str) -> bool:
     return path.startswith("gs://")
 
 
+def check_local(path: str, what: str) -> None:
+    """Raise ValueError if `path` is remote, which `what` cannot read."""
+    if is_remote(path):
+        raise ValueError(
+            f"{what} takes a run on this machine: copy {path} here (gcloud storage cp -r) and name the copy"
+        )
+
+
 def check_reachable(path: str) -> None:
     """Raise ValueError if `path` is remote and this machine cannot reach it, or local and Orbax cannot write there."""
     if not is_remote(path):

@@ -1,6 +1,13 @@
-"""Trained models in the box: safetensors, from which nothing is executed, checked against their SHA-256."""
+"""Trained models as folders of safetensors, from which nothing is executed, checked against their SHA-256; two are in the box.
+
+A folder holds `model.safetensors`, `config.json` (all but the weights), `README.md` (the model card) and `sha256.json`, which
+lists the SHA-256 of the others except the card, which people may edit. `vae_jax.export` writes such folders.
+"""
 
 import hashlib
+import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +16,108 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vae_jax.families import Model, Variables, classifier
+from vae_jax.run.directory import FIELDS as CONFIG_FIELDS
+from vae_jax.run.files import read_regular
+from vae_jax.run.stored import DIGESTS
 
+FORMAT = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+FIELDS = {"step": int, "image_shape": list, "num_classes": int, "data": dict, "config": dict, "metrics": dict}
 FOLDER = Path(__file__).parent
-# configs/classifier.py, seed 0, on two cores of an Intel Xeon: 99.26 % of the MNIST test images
-CLASSIFIER = "classifier-mnist"
-SHA256 = {CLASSIFIER: "6f314da78619211cfa05dde5b69ff2ff35bcc4d7bd2c8e3adca210e59f1826e8"}
+CLASSIFIER = "mnist-classifier"
+# The weights in the box: the post's models, trained on MNIST by configs/vae.py and configs/classifier.py, seed 0.
+SHA256 = {
+    "mnist-vae": "5bd029ac5720f010b2579192fab35b741ef9e9014341123146a93e5436711464",
+    CLASSIFIER: "6f314da78619211cfa05dde5b69ff2ff35bcc4d7bd2c8e3adca210e59f1826e8",
+}
 
 
-def read(name: str) -> Variables:
-    """The variables of a model in the box. Raises ValueError for a file that is not the one that was shipped."""
+def resolve(workdir: str) -> str:
+    """The folder that a work directory means: that of a model in the box, for its name, unless such a path exists here."""
+    if workdir not in SHA256:
+        return workdir
+    if os.path.lexists(workdir):
+        print(f"vae_jax: {workdir} is the folder here, not the model in the box", file=sys.stderr)
+        return os.path.join(".", workdir)
+    return str(FOLDER / workdir)
+
+
+def in_box(folder: str | Path) -> bool:
+    """Whether a folder is that of a model in the box."""
+    return Path(folder).parent == FOLDER
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds an exported model, or what is left of one; no run directory has these files."""
+    return (folder / WEIGHTS).exists() or (folder / DIGESTS).exists()
+
+
+def read(folder: Path) -> tuple[dict, Variables]:
+    """The metadata and the variables of an exported model.
+
+    Raises ValueError, naming the file, for a folder that is not as it was written, and for another format.
+    """
     from safetensors.numpy import load
 
-    content = (FOLDER / f"{name}.safetensors").read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[name]:
+    way_out = "install vae_jax again" if in_box(folder) else "export or copy it again"
+    contents = read_listed(folder, way_out)
+    try:
+        metadata = json.loads(contents[CONFIG])
+        number = metadata.get("format")
+    except (ValueError, RecursionError, AttributeError):
+        number = None
+    if number != FORMAT:
         raise ValueError(
-            f"{name}.safetensors has the SHA-256 {found[:16]}..., not {SHA256[name][:16]}...: install vae_jax again"
+            f"{folder / CONFIG} is of format {number!r}, but this version of vae_jax reads {FORMAT}: {way_out}"
         )
-    return unflatten_dict({path: jnp.asarray(leaf) for path, leaf in load(content).items()}, sep="/")
+    if not has(metadata, FIELDS) or not has(
+        metadata["config"], CONFIG_FIELDS | {"seed": int, "seeds": int, "epochs": int}
+    ):
+        raise ValueError(f"{folder / CONFIG} does not describe a model: {way_out}")
+    try:
+        leaves = load(contents[WEIGHTS])
+    except Exception as error:  # safetensors raises its own kinds
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}): {way_out}") from error
+    return metadata, unflatten_dict({path: jnp.asarray(leaf) for path, leaf in leaves.items()}, sep="/")
 
 
-def write(path: Path, variables: Any) -> str:
-    """Write variables as safetensors, each named by its path, "params/conv1/kernel". Returns the SHA-256 of the file."""
+def has(values: dict, kinds: dict[str, type]) -> bool:
+    """Whether a dictionary has these entries, each of its type."""
+    return all(isinstance(values.get(name), kind) for name, kind in kinds.items())
+
+
+def read_listed(folder: Path, way_out: str) -> dict[str, bytes]:
+    """The files that sha256.json lists, of which only weights and config must be there. Raises ValueError unless they are as written."""
+    name = DIGESTS
+    contents = {}
+    try:
+        listed = json.loads(read_regular(folder / DIGESTS))
+        if in_box(folder):
+            listed[WEIGHTS] = SHA256[folder.name]
+        for name in {CONFIG: None, WEIGHTS: None} | listed:
+            if Path(name).name != name:
+                raise ValueError("not in the folder")
+            if (folder / name).exists() or name in (CONFIG, WEIGHTS):
+                contents[name] = read_regular(folder / name)
+                if hashlib.sha256(contents[name]).hexdigest() != listed[name]:
+                    raise ValueError("not as it was written")
+    except FileNotFoundError:
+        raise ValueError(f"{folder / name} is missing: {way_out}") from None
+    except PermissionError as error:
+        raise ValueError(f"{folder / name} cannot be read ({error.strerror}): let this user read it") from error
+    except Exception as error:  # damage can raise almost anything
+        raise ValueError(f"{folder / name} is damaged or changed: {way_out}") from error
+    return contents
+
+
+def save(variables: Any) -> bytes:
+    """Variables as safetensors, each named by its path, "params/conv1/kernel"."""
     from safetensors.numpy import save
 
     flat = flatten_dict(variables, sep="/")
-    content = save({name: np.ascontiguousarray(leaf) for name, leaf in sorted(flat.items())})
-    path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
+    return save({name: np.ascontiguousarray(leaf) for name, leaf in sorted(flat.items())})
 
 
 def pinned_classifier() -> tuple[Model, Variables]:
     """The classifier in whose features images are compared: the post's, trained on MNIST."""
-    return classifier.make((28, 28, 1), 10), read(CLASSIFIER)
+    return classifier.make((28, 28, 1), 10), read(FOLDER / CLASSIFIER)[1]

@@ -1,0 +1,198 @@
+"""Several runs side by side: what differs between their configs, their last numbers, and their curves in one picture.
+
+    python -m experiments.compare runs/* [--output=comparison]
+
+Reads config.json and metrics.jsonl, of unfinished runs too. Folders that are no runs are named and left out.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from absl import flags
+from matplotlib.figure import Figure
+
+from experiments import launch
+from experiments.report import markdown_table
+from vae_jax.families import FAMILIES, Metric
+from vae_jax.run.config import flatten, with_defaults
+from vae_jax.run.directory import read_config
+from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.log import read_rows
+
+UNTOLD = ("run.", "data.manual_dir")  # fields that decide no number
+DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition", "objective.samples")
+MOST_LABELLED = 12  # runs that a legend can name
+WAY_OUT = ": name another with --workdir"  # of a training
+FILES = {"summary.md", "curves.png"}
+
+
+class Run(NamedTuple):
+    """A run as its files describe it."""
+
+    name: str
+    config: dict[str, Any]  # flattened
+    rows: list[dict]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """A run, finished or not. Raises ValueError or OSError, in one line, for anything else."""
+    config = read_config(str(folder))
+    if config is None:
+        raise ValueError(f"there is no run in {folder}")
+    rows = read_rows(folder)
+    if not rows:
+        raise ValueError(f"the run in {folder} has no numbers yet")
+    flat = flatten(with_defaults(config))
+    return Run(name, {key: value for key, value in flat.items() if not key.startswith(UNTOLD)}, rows)
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs among these folders; others are named on stderr. Raises ValueError if there is no run."""
+    runs, given = [], [local_path(path) for path in paths]
+    folders = [path for path in given if not path.is_file()]
+    if len(folders) < len(given):
+        print(f"compare: left out: {len(given) - len(folders)} files, which are no folders", file=sys.stderr)
+    for folder, name in zip(folders, short_names(folders)):
+        try:
+            runs.append(read_run(folder, name))
+        except (ValueError, OSError) as error:
+            print(f"compare: left out: {str(error).removesuffix(WAY_OUT)}", file=sys.stderr)
+    if not runs:
+        raise ValueError("none of these folders is a run with numbers: give run directories, such as runs/*")
+    return runs
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each path as make all of them differ."""
+    for parts in range(1, 1 + max((len(folder.parts) for folder in folders), default=0)):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len({*names}) == len(folders):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The fields of the configs that are not the same in all runs that have them."""
+    values: dict[str, list] = {}
+    for run in runs:
+        for name, value in run.config.items():
+            values.setdefault(name, []).append(value)
+    return [name for name, found in values.items() if found != found[:1] * len(found)]
+
+
+def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
+    """The metrics of the runs' families that can be better or worse, and that some run has logged of the test images."""
+    known = {}
+    for run in runs:
+        family = FAMILIES.get(run.config["model.name"])
+        known |= {name: metric for name, metric in getattr(family, "METRICS", {"loss": Metric("loss", "")}).items()}
+    return {
+        name: metric
+        for name, metric in known.items()
+        if name == "loss"
+        or (metric.better and any(isinstance(row.get(f"test/{name}"), int | float) for run in runs for row in run.rows))
+    }
+
+
+def last(run: Run, name: str) -> dict | None:
+    """The last row that has a metric."""
+    return next((row for row in reversed(run.rows) if name in row), None)
+
+
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """A heading, and a row for each run: what differs, how far it is, its last numbers."""
+    fields, metrics = differing(runs), metrics_of(runs)
+    cells = [["run", *fields, "trained", *(f"test/{name}" for name in metrics), "minutes"]]
+    for run in runs:
+        epoch, epochs = run.rows[-1]["epoch"], run.config["epochs"]
+        state = f"{epoch:.3g} of {epochs} epochs" if epoch < epochs else f"{epochs} epochs"
+        values = [show(run, f"test/{name}") for name in metrics]
+        minutes = f"{run.rows[-1]['seconds'] / 60:.1f}"
+        cells.append([run.name, *(describe(run.config, name) for name in fields), state, *values, minutes])
+    return cells
+
+
+def describe(config: dict[str, Any], field: str) -> str:
+    """A field's value, "" where a config has no such field."""
+    value = config.get(field, "")
+    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+
+def show(run: Run, metric: str) -> str:
+    """The last value of a metric, with the 95 % interval over several seeds."""
+    row = last(run, metric)
+    if row is None:
+        return ""
+    interval = row.get(f"{metric}/interval")
+    return f"{row[metric]:.4g}" + (f" ± {interval:.2g}" if isinstance(interval, int | float) else "")
+
+
+def caveat(runs: Sequence[Run]) -> str:
+    """What makes the numbers of the runs incomparable, "" where nothing does."""
+    fields = [name for name in differing(runs) if name.startswith(DECIDE)]
+    return f"The runs differ in {', '.join(fields)}, so their losses may measure different things." if fields else ""
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """A panel for each metric: the test curve of each run, and its training curve, paler."""
+    metrics = metrics_of(runs)
+    columns = min(3, len(metrics))
+    lines = -(-len(metrics) // columns)
+    figure = Figure(figsize=(5.2 * columns + 2.5, 4 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    colors = matplotlib.colormaps["tab10" if len(runs) <= 10 else "viridis"]
+    shades = [colors(i if len(runs) <= 10 else i / (len(runs) - 1)) for i in range(len(runs))]
+    for ax, (name, metric) in zip(axes, metrics.items()):
+        shown = []
+        for run, color in zip(runs, shades):
+            train, test = curve(run, f"train/{name}"), curve(run, f"test/{name}")
+            ax.plot(*train.T, color=color, alpha=0.3, linewidth=1)
+            ax.plot(*test.T, color=color, marker="o" if len(test) < 20 else None, markersize=3, label=plain(run.name))
+            shown += [*test[len(test) // 20 :, 1], *train[len(train) // 10 :, 1]]
+        low, high = min(shown, default=0.0), max(shown, default=1.0)
+        margin = 0.05 * (high - low + 1e-6)
+        ax.set(title=f"{name}: {plain(metric.meaning)}", xlabel="epoch", ylabel=metric.unit)
+        ax.set_ylim(low - margin, high + margin)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[len(metrics) :]:
+        ax.remove()
+    if len(runs) <= MOST_LABELLED:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle("Test images; paler: training, during the epoch")
+    return figure
+
+
+def plain(text: str) -> str:
+    """Text for Matplotlib, in which $ begins no formula and an underscore in front hides no line from the legend."""
+    return text.replace("$", r"\$").lstrip("_")
+
+
+def curve(run: Run, name: str) -> np.ndarray:
+    """Epochs and values of a metric, [rows, 2]."""
+    return np.array([[row["epoch"], row[name]] for row in run.rows if name in row]).reshape(-1, 2)
+
+
+def main(paths: Sequence[str]) -> None:
+    if not paths:
+        raise ValueError("no runs are given: python -m experiments.compare runs/*")
+    output = local_path(flags.FLAGS.output)
+    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= FILES):
+        raise FileExistsError(f"{output} holds something else than a comparison: name another with --output")
+    runs = read_runs(paths)
+    cells, note = markdown_table(table(runs)), caveat(runs)
+    print("\n\n".join(filter(None, [cells, note])))
+    output.mkdir(parents=True, exist_ok=True)
+    save_figure(draw(runs), output / "curves.png")
+    parts = [f"# {len(runs)} runs", cells, note, "![Curves](curves.png)"]
+    write_atomically(output / "summary.md", "\n\n".join(filter(None, parts)) + "\n")
+    print(f"\n{output / 'summary.md'}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("output", "comparison", "The folder of the table and the picture.")
+    launch.start("compare", main, takes_arguments=True)

@@ -1,0 +1,131 @@
+"""A trained model as a folder in the layout of a model hub: weights, config, model card; programs for other runtimes if asked for.
+
+Nothing is uploaded, and no path of this machine is written.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vae_jax import weights
+from vae_jax.export.card import model_card
+from vae_jax.export.for_jax import jax_programs
+from vae_jax.export.for_onnx import onnx_programs
+from vae_jax.pretrained import Pretrained, load
+from vae_jax.run.config import with_defaults
+from vae_jax.run.environment import versions
+from vae_jax.run.files import describe_os_error, local_path
+from vae_jax.run.log import read_rows
+from vae_jax.run.stored import DIGESTS
+
+FORMATS = {"jax": jax_programs, "onnx": onnx_programs}
+
+
+def export(
+    workdir: str, output: str, checkpoint: str | int = "", seed: int | None = None, formats: Sequence[str] = ()
+) -> list[Path]:
+    """Write the model of a run into the folder `output`; returns its files.
+
+    Args:
+        formats: "jax": programs by `jax.export` for CPU, CUDA and TPU, for any batch; "onnx": the same for ONNX runtimes.
+
+    Raises ValueError or OSError if there is no such model, for an unknown format or one that this model or this machine
+    lacks, and for a folder that holds anything else than this export.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"there is no format {name!r}: give one of {', '.join(FORMATS)}")
+    if "://" in output:
+        raise ValueError(f"{output} is not on this machine: export to a folder here, and copy that")
+    pretrained = load(workdir, checkpoint, seed)
+    metadata = describe(pretrained, workdir, seed)
+    contents = {
+        weights.WEIGHTS: weights.save(pretrained.variables),
+        weights.CONFIG: (json.dumps(metadata, indent=2) + "\n").encode(),
+    }
+    for name in formats:
+        contents |= FORMATS[name](pretrained)
+    listed = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+    card = model_card(pretrained, metadata, [*listed])
+    contents |= {DIGESTS: (json.dumps(listed, indent=1) + "\n").encode(), weights.CARD: card.encode()}
+    return write(local_path(output), contents)
+
+
+def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str, Any]:
+    """What config.json says: the metadata of the checkpoint, with one seed and without paths, and its test numbers."""
+    metadata = pretrained.metadata
+    config = with_defaults(metadata["config"])
+    name = config["data"]["name"]
+    data = config["data"] | {
+        "manual_dir": "",
+        "name": Path(name).name if os.path.isabs(os.path.expanduser(name)) else name,
+    }
+    numbers = metadata.get("metrics")
+    if numbers is None:
+        numbers = logged_numbers(local_path(workdir), pretrained.step) if config["seeds"] == 1 else {}
+    return {
+        "format": weights.FORMAT,
+        "library_name": "vae_jax",
+        "vae_jax": importlib.metadata.version("vae_jax"),
+        "model_type": config["model"]["name"],
+        **{name: metadata[name] for name in ("step", "image_shape", "num_classes", "data")},
+        "metrics": numbers,
+        "config": config | {"data": data, "seed": config["seed"] if seed is None else seed, "seeds": 1},
+        "versions": metadata.get("versions") or trained_with(metadata.get("environment", {})),
+    }
+
+
+def trained_with(environment: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a checkpoint was trained with, as far as it says."""
+    return {name: environment[name] for name in versions() if name in environment}
+
+
+def logged_numbers(folder: Path, step: int) -> dict[str, Any]:
+    """The test metrics that a run has logged at a step; {} where its log is gone."""
+    rows = [row for row in read_rows(folder) if row["step"] == step and "test/loss" in row]
+    return {name: value for row in rows[-1:] for name, value in row.items() if name.startswith("test/")}
+
+
+def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write a folder at once, or leave it if it holds these files already. Raises OSError if it holds anything else."""
+    paths = [folder / name for name in contents]
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        if not holds(folder, contents):
+            raise FileExistsError(f"{folder} holds something else than this export: name another with --output")
+        return paths
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            for name, content in contents.items():
+                (part / name).write_bytes(content)
+            part.chmod(0o777 & ~umask())
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write the export ({describe_os_error(error)}): name another folder with --output"
+        ) from error
+    return paths
+
+
+def holds(folder: Path, contents: Mapping[str, bytes]) -> bool:
+    """Whether a folder holds these files, besides a card that someone may have edited and what he generated."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    listed = contents.keys() - {weights.CARD}
+    same = all((folder / name).is_file() and (folder / name).read_bytes() == contents[name] for name in listed)
+    return same and names <= contents.keys() | {"generated"}
+
+
+def umask() -> int:
+    """The process's mask of permissions, which `mkdtemp` does not ask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

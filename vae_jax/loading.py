@@ -1,0 +1,72 @@
+"""A run directory or an exported folder -> the metadata and the variables of a model."""
+
+import jax
+
+from vae_jax import weights
+from vae_jax.families import FAMILIES, Model
+from vae_jax.run import checkpoint
+from vae_jax.run.config import bind, changes, choose, fill_in, with_defaults
+from vae_jax.run.directory import read_config
+from vae_jax.run.files import check_local, local_path
+
+
+def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
+    """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis.
+
+    Raises ValueError as `load` does, and if the run's config.json is another config than the checkpoint's.
+    """
+    check_local(workdir, "vae_jax.load")
+    if weights.is_exported(local_path(workdir)):
+        return load_exported(workdir, which)
+    metadata, variables = checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
+    try:
+        stored = read_config(str(local_path(workdir))) or metadata["config"]
+    except OSError as error:
+        if str(which) == str(metadata["step"]):  # the one that was asked for
+            return metadata, variables
+        raise ValueError(
+            f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
+        ) from error
+    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
+        raise ValueError(
+            f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
+            f"({'; '.join(changed)}): restore the one or the other"
+        )
+    return metadata, variables
+
+
+def load_exported(workdir: str, which: str | int = "") -> tuple[dict, dict]:
+    """The metadata and the variables of an exported model, its config with the defaults of fields that are younger than it."""
+    metadata, variables = weights.read(local_path(workdir))
+    if str(which) not in ("", "latest", "best", str(metadata["step"])):
+        raise ValueError(f"there is no checkpoint {which!r} in {workdir}: it holds step {metadata['step']} alone")
+    metadata["config"] = with_defaults(metadata["config"])
+    like = seeded_shapes(metadata)
+    found, expected = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (variables, like))
+    if found != expected:
+        raise ValueError(f"the weights in {workdir} are not those of the model in its config.json: export it again")
+    return metadata, variables
+
+
+def stored_config(workdir: str) -> dict | None:
+    """The config of a run directory or of an exported model; None if there is none. Raises ValueError or OSError for damage."""
+    if weights.is_exported(local_path(workdir)):
+        return with_defaults(weights.read(local_path(workdir))[0]["config"])
+    return read_config(workdir)
+
+
+def seeded_shapes(metadata: dict) -> dict:
+    """The shapes of a checkpoint's variables, with a leading seed axis if there are several seeds."""
+    like = jax.eval_shape(make_model(metadata).init, jax.random.key(0))
+    seeds = metadata["config"]["seeds"]
+    if seeds == 1:
+        return like
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), like)
+
+
+def make_model(metadata: dict) -> Model:
+    """The model that a checkpoint's metadata describes."""
+    family, values = choose("model", FAMILIES, metadata["config"]["model"])
+    make = bind("model", family.make, values)
+    shape = tuple(metadata["image_shape"])
+    return fill_in(make, image_shape=shape, num_classes=metadata["num_classes"])

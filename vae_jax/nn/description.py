@@ -1,0 +1,116 @@
+"""Networks as data: lists of layers with their weights, which any runtime can compute.
+
+Images and feature maps are [batch, height, width, channel].
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import numpy as np
+
+from vae_jax.nn.networks import Autoencoder, Classifier, Decoder, DenseDecoder, DenseEncoder, Encoder
+
+EPSILON = 1e-5  # of BatchNormMaxPool
+
+
+class Layer(NamedTuple):
+    """One layer of a network.
+
+    Attributes:
+        kind: "conv" and "conv_transpose" (SAME, of the given stride, kernel [height, width, in, out], not flipped, and bias),
+            "dense" (kernel [in, out] and bias), "affine" (x factor + offset of each channel), "max_pool" (2x2, the last row or
+            column of an odd size left out), "reshape" (to [batch, *shape]), or a function of each value: "relu", "tanh",
+            "sigmoid"; "softmax" over the last axis.
+    """
+
+    kind: str
+    weights: Mapping[str, np.ndarray] = MappingProxyType({})
+    stride: int = 1
+    shape: tuple[int, ...] = ()
+
+
+def describe(network: nn.Module, params: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> list[Layer]:
+    """The layers of a network with these parameters, and these running statistics. Raises ValueError for other networks."""
+    known: dict[type, Callable[..., list[Layer]]] = {
+        Encoder: describe_encoder,
+        Decoder: describe_decoder,
+        DenseEncoder: describe_dense,
+        DenseDecoder: describe_dense,
+        Classifier: describe_classifier,
+    }
+    if type(network) not in known:
+        raise ValueError(f"a {type(network).__name__} has no description as layers")
+    as_arrays = {name: {key: np.asarray(leaf) for key, leaf in part.items()} for name, part in params.items()}
+    return known[type(network)](network, as_arrays, state or {})
+
+
+def describe_autoencoder(network: nn.Module, variables: Mapping[str, Any]) -> dict[str, list[Layer]]:
+    """encoder: image -> mean and logvar of q(z | x) side by side; decoder: z -> sigmoid of its output, the mean image.
+
+    Raises ValueError for other networks than those of `nn.networks`.
+    """
+    if not isinstance(network, Autoencoder):
+        raise ValueError(f"a {type(network).__name__} has no description as layers")  # noqa: TRY004
+    params = variables["params"]
+    return {
+        "encoder": describe(network.encoder, params["encoder"]),
+        "decoder": [*describe(network.decoder, params["decoder"]), Layer("sigmoid")],
+    }
+
+
+def describe_encoder(network: Encoder, params: Mapping[str, Any], state: Mapping[str, Any]) -> list[Layer]:
+    """The post's encoder, with strides or with pooling."""
+    layers = []
+    for name in numbered("conv", params):
+        layers.append(Layer("conv", params[name], stride=1 if network.pooling else 2))
+        layers += [Layer("max_pool")] * network.pooling + [Layer("relu")]
+    return [*layers, flatten(params["fc"]), Layer("dense", params["fc"])]
+
+
+def describe_decoder(network: Decoder, params: Mapping[str, Any], state: Mapping[str, Any]) -> list[Layer]:
+    """The post's decoder, whose first layer is dense."""
+    first, *others = numbered("tconv", params)
+    kernel, bias = params[first]["kernel"], params[first]["bias"]
+    height, width, latents, features = kernel.shape
+    dense = {
+        "kernel": kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(latents, -1),
+        "bias": np.tile(bias, height * width),
+    }
+    layers = [Layer("dense", dense), Layer("reshape", shape=(height, width, features))]
+    for name in others:
+        layers += [Layer("relu"), Layer("conv_transpose", params[name], stride=1 if name == others[-1] else 2)]
+    return layers
+
+
+def describe_dense(
+    network: DenseEncoder | DenseDecoder, params: Mapping[str, Any], state: Mapping[str, Any]
+) -> list[Layer]:
+    """Dense layers with tanh, of an encoder or a decoder."""
+    hidden = [layer for name in numbered("fc", params) for layer in (Layer("dense", params[name]), Layer("tanh"))]
+    ends = [flatten(params["fc1"] if "fc1" in params else params["fc"])] if isinstance(network, DenseEncoder) else []
+    shape = [Layer("reshape", shape=tuple(network.output_shape))] if isinstance(network, DenseDecoder) else []
+    return [*ends, *hidden, Layer("dense", params["fc"]), *shape]
+
+
+def describe_classifier(network: Classifier, params: Mapping[str, Any], state: Mapping[str, Any]) -> list[Layer]:
+    """The post's classifier: normalisation by the running statistics, before pooling as in the post."""
+    layers, convolutions = [], numbered("conv", params)
+    for i, name in enumerate(convolutions, start=1):
+        norm, running = params[f"norm{i}"], state[f"norm{i}"]
+        factor = norm["scale"] / np.sqrt(np.asarray(running["var"]) + np.float32(EPSILON))
+        offset = norm["bias"] - np.asarray(running["mean"]) * factor
+        layers += [Layer("conv", params[name]), Layer("affine", {"factor": factor, "offset": offset})]
+        layers += [Layer("max_pool")] * (i < len(convolutions)) + [Layer("relu")]
+    return [*layers, flatten(params["fc"]), Layer("dense", params["fc"]), Layer("softmax")]
+
+
+def numbered(prefix: str, params: Mapping[str, Any]) -> list[str]:
+    """The names PREFIX1, PREFIX2, ... of layers, in this order."""
+    return [f"{prefix}{i}" for i in range(1, len(params) + 1) if f"{prefix}{i}" in params]
+
+
+def flatten(dense: Mapping[str, np.ndarray]) -> Layer:
+    """What makes rows of the feature maps that a dense layer takes."""
+    return Layer("reshape", shape=(dense["kernel"].shape[0],))

@@ -1,0 +1,16 @@
+"""The config that a config file gives, which shows what is not a default."""
+
+from ml_collections import ConfigDict
+
+from vae_jax.run.config import differing
+
+
+class Config(ConfigDict):
+    """A ConfigDict whose `repr` is one line of the fields that differ from the defaults; `str` has all fields."""
+
+    def __repr__(self):
+        fields = self.to_dict()
+        if not isinstance(fields.get("model"), dict):  # a section
+            return str(self)
+        changed = ", ".join(f"{name}={value!r}" for name, value in differing(fields).items())
+        return f"<config of {fields['model'].get('name')}: {changed}; other fields have their defaults>"

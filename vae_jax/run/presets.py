@@ -1,0 +1,51 @@
+"""The config files that come with the package, found by path and never imported: configs/ in a clone, presets/ in a wheel."""
+
+import os
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+from vae_jax.run.config import nearest
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def folder() -> Path:
+    """Where they lie."""
+    installed = PACKAGE / "presets"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    """The names of the presets, such as "vae"."""
+    return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def load_preset(name: str) -> SimpleNamespace:
+    """What the file of a preset defines."""
+    return SimpleNamespace(**runpy.run_path(str(folder() / f"{name}.py")))
+
+
+def expand(argv: list[str]) -> list[str]:
+    """The command line with the path of a preset in place of its name: `--config=vae:digits` works in any folder.
+
+    Raises FileNotFoundError for a name that is neither a preset's nor a file's.
+    """
+    expanded = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config") and equals:
+            expanded[i] = f"{flag}={path_of(value)}"
+        elif i and argv[i - 1] in ("--config", "-config"):
+            expanded[i] = path_of(argument)
+    return expanded
+
+
+def path_of(value: str) -> str:
+    """A value of --config with the path of a preset in place of its name, and anything else as it is."""
+    name, colon, variant = value.partition(":")
+    if not name or name.endswith(".py") or os.path.basename(name) != name or os.path.isfile(name):
+        return value
+    if name not in names():
+        raise FileNotFoundError(f"there is no config {name}: give a file, or a preset; {nearest(name, names())}")
+    return f"{folder() / name}.py{colon}{variant}"

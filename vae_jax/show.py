@@ -1,0 +1,57 @@
+"""A trained model in a shell and in a notebook."""
+
+import base64
+import html
+import io
+from typing import Any
+
+import numpy as np
+
+COLUMNS, ROWS, GAP = 8, 2, 2
+
+
+def describe(pretrained: Any) -> str:
+    """Family, data, training, sizes, and the fields of the model that are not the defaults, in a few lines."""
+    from vae_jax.run.config import differing
+
+    height, width, channels = pretrained.image_shape
+    latents = f", {pretrained.model.latent_dim} latents" if pretrained.model.latent_dim else ""
+    changed = differing(pretrained.config)
+    model = [f"{name.removeprefix('model.')} {value}" for name, value in changed.items() if name.startswith("model.")]
+    losses = [
+        f"{name} {value:.4g}" for name, value in pretrained.metadata.get("metrics", {}).items() if name == "test/loss"
+    ]
+    return "\n  ".join(
+        [
+            f"<{pretrained.title}: step {pretrained.step}, {pretrained.parameters:,} parameters",
+            ", ".join([f"images of {height}x{width}x{channels}{latents}", *model, *losses]) + ">",
+        ]
+    )
+
+
+def describe_in_html(pretrained: Any) -> str:
+    """The same with 16 generated images, where the model can generate any without being given one."""
+    text = f"<pre>{html.escape(describe(pretrained))}</pre>"
+    model = pretrained.model
+    if model.decode_raw is None or model.condition_on == "image":
+        return f"<div>{text}</div>"
+    count = COLUMNS * ROWS
+    images = pretrained.sample(count, **pretrained.own_label(np.arange(count) % (model.num_classes or 1)))
+    shown = max(2 * COLUMNS * (pretrained.image_shape[1] + GAP), 256)
+    picture = (
+        f'<img alt="{count} generated images" width="{shown}" style="image-rendering: pixelated" src="{png(images)}">'
+    )
+    return f"<div>{text}{picture}</div>"
+
+
+def png(images: np.ndarray) -> str:
+    """Images in [0, 1], [n, height, width, channel], as the data URI of one picture, side by side on white."""
+    from PIL import Image
+
+    framed = np.pad(images, ((0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=1.0)
+    rows = framed.reshape(ROWS, COLUMNS, *framed.shape[1:])
+    picture = np.concatenate([np.concatenate([*row], axis=1) for row in rows], axis=0)
+    pixels = np.round(255 * picture).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
