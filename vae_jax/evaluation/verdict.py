@@ -14,7 +14,7 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
 
     The state is one of "the discriminator wins", "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
     """
-    if f"{split}/kl" not in numbers:  # it has no latents
+    if f"{split}/kl" not in numbers or numbers.get(f"{split}/kl_by_latent") == []:  # it has no latents
         return {}
     found = {}
     explained = describe_explained(numbers, split, baselines)
