@@ -208,11 +208,10 @@ def main() -> None:
     compute_once(study, "floor", comparison.floor)
     compute_once(study, "speed", functools.partial(speeds, base, dataset))
     for seed in range(given.seeds):
-        for method in METHODS:
+        for method in METHODS:  # the VAE/GAN first, whose discriminator judges the others
             fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | fields_of(method)
             command = launch.make_command(base, study.path / f"{method}-seed{seed}", fields, given.manual_dir)
             launch.run(command)
-        for method in METHODS:
             compute_once(study, "model", comparison.measure, method=method, seed=seed)
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs, {seeds}"

@@ -9,7 +9,7 @@ import optax
 import pytest
 from small_run import run_job, small_job
 
-from configs import classifier, vae
+from configs import classifier, vae, vaegan
 from vae_jax.run import session
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import map_examples
@@ -36,6 +36,7 @@ JOBS = {
     ),
     "vae": lambda: sgd_job(vae),
     "classifier": lambda: sgd_job(classifier),
+    "vaegan": lambda: sgd_job(vaegan, model={"feature_layer": 1}, rate=1e-4),
     "two seeds": lambda: sgd_job(vae, seeds=2),
 }
 
@@ -88,6 +89,7 @@ def alone():
     [
         ("vae", 8),
         ("classifier", 8),
+        pytest.param("vaegan", 8, marks=pytest.mark.slow),
         pytest.param("two seeds", 2, marks=pytest.mark.slow),
         pytest.param("optimal variance, free bits", 8, marks=pytest.mark.slow),
     ],

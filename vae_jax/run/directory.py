@@ -201,7 +201,7 @@ class RunDirectory:
         if routing:
             lines += [
                 "",
-                "Which term of the loss trains which network, on the images of the first batch:",
+                "Which term of the loss trains which network, on the images of the first batch; terms without their weights:",
                 "",
                 *routing,
             ]
