@@ -66,8 +66,7 @@ def make(
         network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training image.
         encoder_features: of conv: channels after each convolution; every one halves the image. Empty: 32, 64, 128, ..., until 7
             to 13 pixels are left, or an odd number: (32, 64) for 28x28, the post's.
-        decoder_features: of conv: channels after each transposed convolution but the last; every one doubles the image.
-            Empty: the encoder's in reverse.
+        decoder_features: of conv: channels of the transposed convolutions that double the image. Empty: the reverse.
         pooling: of conv: halve the image by max pooling instead of strided convolutions, which the post found to fail.
         hidden: of mlp: widths of the encoder's layers; the decoder has them in reverse.
         likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the variance that is best for
