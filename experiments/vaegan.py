@@ -27,10 +27,11 @@ from experiments.augmentation import compute_once, open_study
 from experiments.report import markdown_table
 from vae_jax import data, weights
 from vae_jax.batch import Dataset, first_of_each_label, make_batch
-from vae_jax.evaluation.samples import frechet_distance, manifold, precision_recall_density_coverage, sharpness
+from vae_jax.evaluation.samples import manifold, sharpness
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.families.vaegan import GROUPS, METHODS
 from vae_jax.figures import mosaic, show_image
+from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
 from vae_jax.run import session
 from vae_jax.run.directory import FORMAT
@@ -70,7 +71,7 @@ class Comparison:
     def load(self, method: str, seed: int) -> Any:
         return vae_jax.load(str(self._workdir / f"{method}-seed{seed}"))
 
-    def measure(self, method: str, seed: int) -> dict[str, float]:
+    def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Images from the prior and, of a method with an encoder, reconstructions of the mean code, beside the test images.
 
         Errors are half squared ones. The discriminator is that of the same seed's VAE/GAN.
@@ -90,14 +91,12 @@ class Comparison:
         last = launch.last_test(self._workdir / f"{method}-seed{seed}")
         return numbers | {"training_seconds": last["seconds"], "kl": last["test/kl"]}
 
-    def floor(self) -> dict[str, float]:
+    def floor(self) -> dict[str, Any]:
         """As many training images in place of generated ones."""
         return self._near(self._dataset.splits["train"].image[: self._count] / np.float32(255))
 
-    def _near(self, image: np.ndarray) -> dict[str, float]:
-        fake = self._featurize(image)
-        numbers = {"frechet_distance": frechet_distance(self._real.points, fake), "sharpness": self._sharpness(image)}
-        return numbers | precision_recall_density_coverage(self._real, manifold(fake))
+    def _near(self, image: np.ndarray) -> dict[str, Any]:
+        return compare(self._real, self._featurize(image), "") | {"sharpness": self._sharpness(image)}
 
     def _sharpness(self, image: np.ndarray) -> float:
         return sharpness(image) / sharpness(self._test)
@@ -157,15 +156,16 @@ def table(rows: list[dict]) -> list[list[str]]:
     rates = next((row for row in rows if row["stage"] == "speed"), {})
     for method, title in TITLES.items():
         found = [row for row in rows if row["stage"] == "model" and row["method"] == method]
-        shown = [summarize([row[name] for row in found if name in row]) for name in COLUMNS]
+        shown = [summarize([row.get(name) for row in found]) for name in COLUMNS]
         cells.append([title, *shown, f"{rates[method]:.0f}" if method in rates else ""])
     floor = next((row for row in rows if row["stage"] == "floor"), {})
-    cells.append(["training images", *(f"{floor[name]:.3g}" if name in floor else "" for name in COLUMNS), ""])
+    cells.append(["training images", *(summarize([floor.get(name)]) for name in COLUMNS), ""])
     return cells
 
 
-def summarize(values: list[float]) -> str:
-    """The mean, with the half-width of its 95 % interval where there are several values."""
+def summarize(values: list) -> str:
+    """The mean of the numbers among values, with the half-width of its 95 % interval where there are several; "" for none."""
+    values = [value for value in values if isinstance(value, float)]
     if len(values) < 2:
         return "".join(f"{value:.3g}" for value in values)
     mean, interval = mean_and_interval(values)
