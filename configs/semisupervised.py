@@ -5,8 +5,10 @@ python -m vae_jax.main --config=configs/semisupervised.py:digits    scikit-learn
 python -m vae_jax.main --config=configs/semisupervised.py:smoke     two steps on the bundled digits, for tests
 """
 
-from configs import vae
 from vae_jax.run.config import make_config
+from vae_jax.run.presets import load_preset
+
+vae = load_preset("vae")
 
 
 def get_config(variant: str = "default"):

@@ -5,8 +5,10 @@ python -m vae_jax.main --config=configs/stacked.py:digits    scikit-learn's bund
 python -m vae_jax.main --config=configs/stacked.py:smoke     two steps on the bundled digits, for tests
 """
 
-from configs import semisupervised, vae
 from vae_jax.run.config import make_config
+from vae_jax.run.presets import load_preset
+
+semisupervised, vae = map(load_preset, ("semisupervised", "vae"))
 
 
 def get_config(variant: str = "default"):

@@ -536,6 +536,17 @@ def test_bad_objectives(fields, message):
         vaegan.make_objective(small()[0], **fields)
 
 
+def test_a_plain_gan_gets_no_verdict_on_an_encoder_that_it_does_not_train():
+    numbers = {"test/kl": 0.0, "test/active_units": 0, "test/adversarial": 0.7}
+    judged = {"test/discriminator_on_data": 0.6, "test/discriminator_on_samples": 0.4}
+    assert verdict(numbers | judged, "test", {}) == {}
+    won = {"test/discriminator_on_data": 0.999, "test/discriminator_on_samples": 0.001}
+    assert verdict(numbers | won, "test", {})["verdict"].startswith("the discriminator wins")
+    assert verdict(numbers | judged | {"test/feature_reconstruction": 1.0}, "test", {})["verdict"].startswith(
+        "collapsed"
+    )
+
+
 @pytest.mark.parametrize("data,samples,wins", [(0.995, 0.005, True), (0.995, 0.02, False), (0.98, 0.001, False)])
 def test_a_discriminator_that_wins_is_said_to(data, samples, wins):
     numbers = {"test/kl": 20.0, "test/kl_by_latent": [10.0, 10.0]}

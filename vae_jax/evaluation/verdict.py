@@ -14,8 +14,8 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
 
     The state is one of "the discriminator wins", "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
     """
-    if f"{split}/kl" not in numbers or numbers.get(f"{split}/kl_by_latent") == []:  # it has no latents
-        return {}
+    if not trains_an_encoder(numbers, split):
+        return dict(zip(("verdict", "what to change"), one_sided(numbers, split) or ()))
     found = {}
     explained = describe_explained(numbers, split, baselines)
     if explained:
@@ -35,6 +35,12 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
         )
     state, change = judge(numbers, split, baselines)
     return {"verdict": state} | found | ({"what to change": change} if change else {})
+
+
+def trains_an_encoder(numbers: Mapping[str, Any], split: str) -> bool:
+    """Whether there are latents that mean something: a classifier and a regression have none, and a plain GAN does not train them."""
+    has_latents = f"{split}/kl" in numbers and numbers.get(f"{split}/kl_by_latent") != []
+    return has_latents and (f"{split}/adversarial" not in numbers or f"{split}/feature_reconstruction" in numbers)
 
 
 def one_sided(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
