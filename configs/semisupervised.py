@@ -15,11 +15,7 @@ def get_config(variant: str = "default"):
     return make_config("semisupervised", BASE, VARIANTS, variant)
 
 
-BASE = vae.BASE | {
-    "batch_size": 128,
-    "epochs": 50,
-    "data.binarize": "dynamic",
-    "data.labelled": 100,
-    "data.labelled_per_batch": 16,
-}
+DENSE = {"model.network": "mlp", "model.hidden": (500,), "model.latent_dim": 50}
+FEW = {"data.labelled": 100, "data.labelled_per_batch": 16}
+BASE = vae.BASE | vae.BINARY | DENSE | FEW | {"batch_size": 128}
 VARIANTS = {"default": {}, "digits": vae.VARIANTS["digits"], "smoke": vae.VARIANTS["smoke"]}

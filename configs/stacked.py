@@ -12,7 +12,8 @@ semisupervised, vae = map(load_preset, ("semisupervised", "vae"))
 
 
 def get_config(variant: str = "default"):
-    return make_config("stacked", semisupervised.BASE, VARIANTS, variant)
+    return make_config("stacked", BASE, VARIANTS, variant)
 
 
+BASE = semisupervised.BASE
 VARIANTS = {"default": {}, "digits": vae.VARIANTS["digits"], "smoke": vae.VARIANTS["smoke"]}

@@ -19,8 +19,12 @@ def small_job(changes=None, drawn=False, **run):
     return job if drawn else job._replace(figures=lambda *_: {}), config
 
 
-def run_job(job, config, path, stop=lambda: False, devices=None):
-    """Train in the run directory `path`; returns the last state and the directory, closed."""
+def run_job(job, config, path, stop=lambda: False, devices=None, routed=False):
+    """Train in the run directory `path`; returns the last state and the directory, closed.
+
+    Only with `routed` the summary says which term trains which network, since that takes seconds to compile.
+    """
+    job = job if routed else job._replace(terms=())
     directory = RunDirectory(str(path), config, "python -m vae_jax.main")
     folder = directory.path / "checkpoints"
     checkpoints = Checkpoints(folder, job.metadata, job.run.keep, job.best)

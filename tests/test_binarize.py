@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from small_run import run_job, small_job
 
 import vae_jax
-from vae_jax import commands, data
+from vae_jax import commands, data, examples
 from vae_jax.batch import BINARIZE, Batch, binarize, example_keys
 from vae_jax.families import vae
 from vae_jax.run import session
@@ -104,8 +104,8 @@ def test_training_evaluation_and_load_see_the_same_test_images(trained):
         mean, logvar = model.encode(image)
         kl = model.model.prior.kl({}, jnp.asarray(mean), jnp.asarray(logvar)).sum(axis=1)
         assert float(kl.mean()) == pytest.approx(directory.history[-1]["test/kl"], rel=1e-4)
-    _, examples = commands.load_with_split(str(path), config, "", "test")
-    np.testing.assert_array_equal(examples.image, binary.image)
+    _, stored = examples.load_with_split(str(path), config, "", "test")
+    np.testing.assert_array_equal(stored.image, binary.image)
 
 
 @pytest.mark.slow

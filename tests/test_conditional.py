@@ -213,6 +213,7 @@ def by_label(tmp_path_factory):
     return path, *train(path)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_takes_labels(by_label):
     path, vae, config = by_label
     image = vae.sample(4, seed=1, label=[0, 1, 2, 3])
@@ -248,6 +249,7 @@ def test_labels_that_do_not_fit_are_refused(by_label, call, message):
         call(by_label[1])
 
 
+@pytest.mark.slow
 def test_a_loaded_model_completes_images(tmp_path):
     vae, _ = train(tmp_path, condition="quadrant2", prior="learned", condition_hidden=(8,), likelihood="bernoulli")
     image = np.random.default_rng(0).random((3, 28, 28, 1)).astype(np.float32)

@@ -108,6 +108,7 @@ def test_several_devices_equal_one(alone, name, count):
         np.testing.assert_allclose(values, other_arrays[metric], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_seeds_by_vmap_as_on_a_gpu_equal_one_after_the_other(alone, monkeypatch):
     state, arrays = alone("two seeds")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -239,6 +239,7 @@ def test_digits_of_the_box_are_read_by_its_classifier():
     assert len(np.unique(label)) == 10 and probability.mean() > 0.75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", weights.SHA256)
 def test_the_models_in_the_box_have_their_test_losses(name, mnist_dir):
     """What their cards say, computed from the weights: 18.49 nats, the post's 18.5; 99.26 % and 0.0255 nats."""
@@ -417,6 +418,9 @@ JAX_PROGRAMS = {
     "classifier": ((9, 12, 1), {"features": (4, 4)}),
     "conditional": ((8, 12, 1), {"encoder_features": (4,), "decoder_features": (4,), "prior": "learned"}),
     "sparse_labels": ((8, 12, 1), {"encoder_features": (4,), "decoder_features": (4,)}),
+    "semisupervised": ((8, 12, 1), {"network": "mlp", "hidden": (4,)}),
+    "stacked": ((8, 12, 1), {"network": "mlp", "hidden": (4,), "code_hidden": (4,)}),
+    "vaegan": ((8, 12, 1), {"encoder_features": (4,), "decoder_features": (4,), "discriminator_features": (4, 4)}),
 }
 
 

@@ -65,7 +65,7 @@ def fill_in(function, **known):
     return function(**{name: value for name, value in known.items() if name in parameters})
 
 
-SIZES = {"latent_dim": 3, "encoder_features": (4, 4), "decoder_features": (4, 4), "features": (4, 4)}
+SIZES = {"network": "conv", "latent_dim": 3, "encoder_features": (4, 4), "decoder_features": (4, 4), "features": (4, 4)}
 SIZES["discriminator_features"] = (4, 4)
 
 
@@ -206,6 +206,7 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
     }
     for few_labels in (sparse_labels, semisupervised, stacked):
         capabilities[few_labels] = capabilities[conditional] | {"apply"}
+    capabilities[stacked] |= {"layers"}  # those of M1
     capabilities[vaegan] = capabilities[vae] | {"apply", "features"}
     present = {name for name, value in model._asdict().items() if value not in (None, "")}
     assert present == {"init"} | capabilities[family]

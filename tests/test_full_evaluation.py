@@ -34,6 +34,7 @@ def found(run):
     return commands.evaluate(*run, "latest", **QUICK)
 
 
+@pytest.mark.slow
 def test_every_number_stands_beside_its_floor_or_its_error(run, found):
     for name in [
         "nll",
@@ -148,6 +149,7 @@ def test_an_unlabelled_image_has_no_condition(run):
         full_evaluation.evaluate_fully(vae, dataset, "test", 3, 3, Path(run[0]))
 
 
+@pytest.mark.slow
 def test_grey_pixels_have_no_bernoulli_likelihood(tmp_path):
     workdir, config = train(tmp_path, model={"likelihood": "bernoulli"})
     subject = full_evaluation.Subject(vae_jax.load(workdir), session.build(config).dataset, "test", None, None, None)

@@ -63,6 +63,7 @@ def test_a_term_that_counts_no_example_trains_nothing():
     assert not any(float(norm) for norm in found["second"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if hasattr(family, "TERMS")])
 def test_the_kl_trains_no_decoder_and_the_loss_trains_every_network(name):
     family = FAMILIES[name]

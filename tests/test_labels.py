@@ -203,6 +203,7 @@ def test_bad_fields_are_refused(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_a_trained_model_predicts_and_generates(tmp_path):
     config = config_file.get_config("smoke").to_dict()
     config["model"] |= {"network": "mlp", "hidden": (16,), "latent_dim": 4}

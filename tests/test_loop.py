@@ -159,6 +159,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, c
         run_job(job, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_more_epochs(finished, tmp_path):
     """Under a constant rate a run of two epochs and one more equals a run of three."""
     job, config = small_job({"epochs": 3})
@@ -169,6 +170,7 @@ def test_more_epochs(finished, tmp_path):
     assert without_time(directory.history) == without_time(expected.history)
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_the_digits(tmp_path):
     """The same loop; the highest accuracy marks the best checkpoint."""
     config = classifier.get_config("digits").to_dict() | {"epochs": 2}
@@ -184,6 +186,7 @@ def test_a_classifier_learns_the_digits(tmp_path):
     check_best(tmp_path, directory, "validation/accuracy", max)
 
 
+@pytest.mark.slow
 def test_validation_images_mark_the_best_checkpoint(tmp_path):
     """The lowest bound, by default: at this rate it does not fall steadily."""
     _, config = small_job()

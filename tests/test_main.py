@@ -52,6 +52,12 @@ def test_digits_end_to_end(digits):
         "training.png",
         "reconstructions.png",
         "samples.png",
+        "codes.png",
+        "manifold.png",
+        "reconstructions.webp",
+        "samples.webp",
+        "reconstructions-00001.png",
+        "samples-00001.png",
     }
 
 

@@ -451,6 +451,7 @@ def test_a_model_of_labels_takes_no_images_without_them(monkeypatch):
         examples.load_examples("run", {}, "", "test", "a.png")
 
 
+@pytest.mark.slow
 def test_one_command_trains_on_photos_and_the_modes_take_two(tmp_path, forks):
     files = photos.write(tmp_path / "photos", 12)
     small = "--config.epochs=1", "--config.data.size=16", "--config.run.likelihood_samples=0"
@@ -461,7 +462,7 @@ def test_one_command_trains_on_photos_and_the_modes_take_two(tmp_path, forks):
         said.startswith(f"vae_jax: the images of {tmp_path}/photos/: 1 made colour; 12 scaled")
         and said.count("\n") == 1
     )
-    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 3
+    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 5
     again = forks(*train, workdir)
     assert again.ends() == "" and "finished already" in again.stdout
     assert "batch_size is 2 there, 3 here" in forks(*train, "--config.batch_size=3", workdir).refuses()

@@ -152,6 +152,7 @@ def test_a_fitted_mixture_equals_scikit_learn():
     np.testing.assert_allclose(np.cov(drawn.T), np.cov(z.T), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_bounds_under_two_priors_differ_by_their_log_densities():
     model = vae.make((8, 8, 1), latent_dim=2, encoder_features=(4,), decoder_features=(4,))
     variables = model.init(jax.random.key(0))

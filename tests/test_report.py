@@ -206,6 +206,7 @@ def test_our_peers_run():
     assert [len(own) for own in rates] == [2] * 4 and np.min(rates) > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_its_rows_and_figure(tmp_path):
     speed.sweep(1, str(tmp_path / "sweep"), batch_sizes=(4, 8), widths=(1,))
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]

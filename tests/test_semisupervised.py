@@ -260,6 +260,7 @@ def test_data_without_classes_and_a_likelihood_of_one_reconstruction(family):
         family.make((4, 4, 1), 3, **SMALL | {"likelihood": "optimal_gaussian"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["semisupervised", "stacked"])
 def test_a_trained_model_predicts_and_generates(name, tmp_path):
     config = config_file.get_config("smoke").to_dict()

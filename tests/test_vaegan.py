@@ -367,6 +367,7 @@ def test_the_slope_is_each_images_own():
     assert "penalty" not in metrics_of(*toy(), toy_batch(), train=False, penalty=3.0)
 
 
+@pytest.mark.slow
 def test_the_penalty_lowers_the_slope():
     """A second derivative, through the primitives of the convolution: its gradient points uphill by a finite difference."""
     model, variables = small()
@@ -455,6 +456,7 @@ def test_gamma_1_leaves_the_adversarial_term_out():
 # An optimizer for each network
 
 
+@pytest.mark.slow
 def test_each_network_has_its_rate_and_adam_of_its_own():
     """Two steps equal those of three Adams; a clipped norm is each network's own."""
     model, variables = toy()
@@ -584,7 +586,7 @@ def small_job(changes=None, drawn=False, **run):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     job, config = small_job(drawn=True, steps_per_call=2)
-    return *run_job(job, config, tmp_path_factory.mktemp("run")), config
+    return *run_job(job, config, tmp_path_factory.mktemp("run"), routed=True), config
 
 
 def without_time(rows):
@@ -596,6 +598,7 @@ def assert_same_state(state, other):
     jax.tree.map(np.testing.assert_array_equal, state, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 3, 4])
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, calls):
     """Parameters, the three Adams, the average and the log; calls end at the steps 2, 4, 5, 7, 9, 10."""
@@ -608,6 +611,7 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, calls):
     assert without_time(directory.history) == without_time(finished[1].history)
 
 
+@pytest.mark.slow
 def test_several_seeds_equal_each_alone(finished, tmp_path):
     job, config = small_job({"seeds": 2}, steps_per_call=2)
     both, directory = run_job(job, config, tmp_path)
@@ -615,6 +619,7 @@ def test_several_seeds_equal_each_alone(finished, tmp_path):
     assert "test/discriminator_on_data/seed1" in directory.history[-1]
 
 
+@pytest.mark.slow
 def test_what_a_run_logs_draws_and_sums_up(finished):
     state, directory, _ = finished
     rows = directory.history
@@ -623,7 +628,7 @@ def test_what_a_run_logs_draws_and_sums_up(finished):
     shown = {"adversarial", "discriminator", "discriminator_on_data", "discriminator_on_samples"}
     assert {f"test/{name}" for name in shown | {"feature_reconstruction", "bound", "kl_by_latent"}} <= set(rows[-1])
     figures = {path.name for path in (directory.path / "figures").iterdir()}
-    assert figures == {"training.png", "reconstructions.png", "samples.png"}
+    assert figures >= {f"{name}.png" for name in ("training", "reconstructions", "samples", "codes", "manifold")}
     summary = (directory.path / "summary.md").read_text()
     assert "| norm of the gradient | encoder | decoder | discriminator |" in summary
     lines = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in summary.splitlines()}
@@ -633,6 +638,7 @@ def test_what_a_run_logs_draws_and_sums_up(finished):
     assert set(state.ema["params"]) == set(NETWORKS)
 
 
+@pytest.mark.slow
 def test_a_trained_model_encodes_samples_and_has_a_likelihood(finished):
     _, directory, config = finished
     model = vae_jax.load(str(directory.path))
@@ -654,6 +660,7 @@ def test_a_trained_model_encodes_samples_and_has_a_likelihood(finished):
     assert commands.interpolate(str(directory.path), config, "latest", "test", 3, None, None)
 
 
+@pytest.mark.slow
 def test_a_discriminator_that_wins_at_once_is_reported(tmp_path, capsys):
     """Its rate is a thousand times the others': one line on stderr, and in the summary what to change."""
     job, config = small_job({"epochs": 4, "batch_size": 32})

@@ -31,7 +31,7 @@ from vae_jax.priors import Prior
 
 NAME = "Stacked semi-supervised VAE (M1 + M2)"
 TERMS = ("reconstruction", "kl", "code_bound", "cross_entropy")
-METRICS = labels.METRICS | {
+METRICS = {name: metric for name, metric in labels.METRICS.items() if name != "kl_by_latent"} | {
     "code_bound": Metric("U(c), the bound of M2 on -log p(c)", "nats", "lower"),
     "label_entropy": Metric("entropy of q(y | c)", "nats"),
 }
@@ -41,12 +41,12 @@ def make(
     image_shape: tuple[int, int, int],
     num_classes: int,
     *,
-    latent_dim: int = 50,
-    network: str = "mlp",
+    latent_dim: int = 20,
+    network: str = "conv",
     encoder_features: tuple[int, ...] = (),
     decoder_features: tuple[int, ...] = (),
-    hidden: tuple[int, ...] = (500,),
-    likelihood: str = "bernoulli",
+    hidden: tuple[int, ...] = (200, 200),
+    likelihood: str = "unit_gaussian",
     scale: float = 1.0,
     code_latent_dim: int = 50,
     code_hidden: tuple[int, ...] = (500,),

@@ -30,7 +30,9 @@ from vae_jax.batch import named_key
 from vae_jax.families import Metric, Model, reports
 from vae_jax.families.reports import ledger, make_final_probes, make_probes  # noqa: F401
 from vae_jax.families.vae import check_data, check_objective, with_parts  # noqa: F401
-from vae_jax.likelihoods import LIKELIHOODS, distortion
+from vae_jax.likelihoods import LIKELIHOODS, distortion, sigmoid_mean
+from vae_jax.model import ABSENT
+from vae_jax.nn.description import describe_autoencoder
 from vae_jax.nn.discriminator import Discriminator, check_discriminator
 from vae_jax.nn.networks import PRECISIONS, check_sizes, choose, configure, conv
 from vae_jax.objectives import discriminator_loss, generator_loss, reparameterize
@@ -114,6 +116,7 @@ def make(
         likelihood=p_x,
         prior=p_z,
         features=lambda variables, image: discriminate(variables, image)[1],
+        layers=functools.partial(describe_autoencoder, autoencoder) if p_x.mean is sigmoid_mean else ABSENT,
         apply=discriminate,
     )
 
