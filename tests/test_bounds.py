@@ -165,6 +165,7 @@ def test_the_two_estimators_agree():
     assert (dreg["phi"].var(axis=0) < plain["phi"].var(axis=0)).all()
 
 
+@pytest.mark.slow
 def test_the_reported_value_falls_along_the_negative_gradient():
     for fields in ({}, {"samples": 5}, {"samples": 5, "estimator": "dreg"}):
         model, variables = trained(0.2, 0.6)

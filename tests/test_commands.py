@@ -81,6 +81,7 @@ def test_sample(run):
     np.testing.assert_array_equal(found["image"], vae_jax.load(path, "latest").sample(7, 3))
 
 
+@pytest.mark.slow
 def test_sample_from_a_mixture_that_is_fitted_after_training(run):
     """Its bound is better than that under the model's prior, whose sampled KL has the mean of the closed one."""
     path, config, history, _ = run

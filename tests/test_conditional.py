@@ -233,6 +233,7 @@ def test_a_loaded_model_takes_labels(by_label):
         assert all(file.exists() for file in written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call,message",
     [

@@ -348,7 +348,14 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if "bfloat16" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("the post's", "dense") else pytest.mark.slow)
+        for name in NETWORKS
+        if "bfloat16" not in name
+    ],
+)
 def test_the_layers_are_those_of_the_model(name):
     family, shape, fields = NETWORKS[name]
     trained = pretrained(family, shape, **fields)
@@ -424,7 +431,9 @@ JAX_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "vae" else pytest.mark.slow) for name in FAMILIES]
+)
 def test_jax_programs(family):
     """For any batch, on all platforms, bit for bit what the model gives on this one."""
     need("flatbuffers")

@@ -79,6 +79,7 @@ def full_path(workdir):
     return Path(workdir) / "generated"
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_loaded_model(run, found):
     vae = vae_jax.load(run[0])
     test = session.build(run[1]).dataset.splits["test"]
@@ -87,6 +88,7 @@ def test_the_numbers_are_those_of_the_loaded_model(run, found):
     assert found["test/nll/standard_error"] == pytest.approx(expected.std(ddof=1) / np.sqrt(40), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkeypatch):
     """Also on another number of devices, whose blocks hold other numbers of images."""
     file = next(full_path(run[0]).glob("*.jsonl"))
@@ -139,6 +141,7 @@ def test_binary_images_and_the_training_split(tmp_path, monkeypatch):
     assert np.isfinite(numbers["train/frechet_distance"])
 
 
+@pytest.mark.slow
 def test_an_unlabelled_image_has_no_condition(run):
     """An all-zero label would give numbers that mean nothing."""
     vae, dataset = vae_jax.load(run[0]), session.build(run[1]).dataset

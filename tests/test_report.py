@@ -108,6 +108,7 @@ def report_of(path, name="digits"):
     return reproduce.Report(path, name, data.load(name="digits"), commands)
 
 
+@pytest.mark.slow
 def test_the_report_gives_the_numbers_of_its_parts(parts):
     text = report_of(parts).markdown()
     last = launch.last_test(parts / "vae")
@@ -124,6 +125,7 @@ def test_the_report_gives_the_numbers_of_its_parts(parts):
     assert page.count("<img ") == page.count('src="data:image/png;base64,') == 7
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_posts_numbers_for_mnist(parts, monkeypatch):
     report = report_of(parts)
     monkeypatch.setattr(report, "_name", "mnist")
@@ -132,6 +134,7 @@ def test_the_report_shows_the_posts_numbers_for_mnist(parts, monkeypatch):
     assert float(loss[3]) == pytest.approx(launch.last_test(parts / "vae")["test/loss"] - 18.5, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_report_refuses_an_unfinished_run(parts, tmp_path):
     path = shutil.copytree(parts, tmp_path / "post")
     with pytest.raises(ValueError, match="is of digits, not of mnist: give --quick"):

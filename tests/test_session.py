@@ -124,7 +124,10 @@ def test_unknown_variant(name):
         CONFIGS[name].get_config("nope")
 
 
-@pytest.mark.parametrize("name,variant", VARIANTS)
+@pytest.mark.parametrize(
+    "name,variant",
+    [pytest.param(*pair, marks=() if pair[1] == "digits" else pytest.mark.slow) for pair in VARIANTS],
+)
 def test_every_variant_builds_and_traces_its_step(name, variant):
     """On the bundled digits instead of MNIST, whose images have the same shape; the default also takes two steps."""
     config = CONFIGS[name].get_config(variant).to_dict()

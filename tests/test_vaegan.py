@@ -326,6 +326,7 @@ def test_shares_are_of_data_and_of_samples():
             np.testing.assert_allclose(found[f"discriminator_on_{name}"], share, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer,features", [(1, 4 * 4 * 4), (2, 2 * 2 * 6), (3, 8)])
 def test_the_features_are_those_after_the_chosen_convolution(layer, features):
     model, variables = small(layer)
@@ -409,6 +410,7 @@ def test_samples_have_noise_of_their_own():
 # Limits: the plain VAE, the plain GAN, no adversarial term
 
 
+@pytest.mark.slow
 def test_the_method_vae_is_the_family_vae():
     """The same first weights, and the same loss and gradient; the discriminator's is exactly 0."""
     model, plain = vaegan.make(SHAPE, **SIZES), vae.make(SHAPE, **SIZES)
@@ -426,6 +428,7 @@ def test_the_method_vae_is_the_family_vae():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, expected)
 
 
+@pytest.mark.slow
 def test_the_method_gan_leaves_the_encoder_alone():
     model, variables = toy()
     found = metrics_of(model, variables, toy_batch(), method="gan")
