@@ -7,6 +7,7 @@ one table for each kind of number, since a density, a mass on 256 levels and a m
 picture. The same command resumes an interrupted experiment.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ FIELDS = {  # what each likelihood changes in the config
 }
 
 
-def commands(workdir: Path, fields: dict, manual_dir: str) -> dict[str, list[str]]:
+def commands(workdir: Path, fields: dict, manual_dir: str, chosen: Sequence[str] = (*FIELDS,)) -> dict[str, list[str]]:
     """{likelihood: command}, with `fields` overridden in all of them; the tables need no log p(x)."""
     fields = fields | {"run.likelihood_samples": 0}
     return {
@@ -39,6 +40,7 @@ def commands(workdir: Path, fields: dict, manual_dir: str) -> dict[str, list[str
             "configs/vae.py:best", workdir / name, fields | {"model.likelihood": name} | own, manual_dir
         )
         for name, own in FIELDS.items()
+        if name in chosen
     }
 
 
@@ -73,11 +75,13 @@ def main() -> None:
     workdir = local_path(given.workdir)
     test = data.load(name=given.data, manual_dir=given.manual_dir).splits["test"]
     fields = {"epochs": given.epochs, "seeds": given.seeds, "data.name": given.data}
-    for command in commands(workdir, fields, given.manual_dir).values():
+    if unknown := [name for name in given.likelihoods if name not in FIELDS]:
+        raise ValueError(f"--likelihoods has {', '.join(unknown)}, but must be some of {', '.join(FIELDS)}")
+    for command in commands(workdir, fields, given.manual_dir, given.likelihoods).values():
         launch.run(command)
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
-    models = ablations.load(workdir, {name: name for name in FIELDS})
+    models = ablations.load(workdir, {name: name for name in FIELDS if name in given.likelihoods})
     save_figure(ablations.draw(models, test, title), workdir / "likelihoods.png")
     parts = [f"## {kind}\n\n{markdown_table(cells)}\n" for kind, cells in tables(models).items()]
     image = "![Samples and reconstructions](likelihoods.png)"
@@ -88,6 +92,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     launch.define_data_flags("runs/likelihoods")
+    flags.DEFINE_list("likelihoods", [*FIELDS], "Those to compare.")
     flags.DEFINE_integer("epochs", 20, "Epochs of each likelihood.", lower_bound=1)
     flags.DEFINE_integer("seeds", 3, "Seeds of each likelihood, trained together.", lower_bound=1)
     launch.start("likelihoods", main)
