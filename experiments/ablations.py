@@ -21,7 +21,7 @@ from experiments.report import markdown_table
 from vae_jax import data
 from vae_jax.batch import Split, first_of_each_label
 from vae_jax.evaluation.latents import active_units
-from vae_jax.figures import mosaic, show_image
+from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path, save_figure, write_atomically
@@ -73,12 +73,11 @@ def draw(variants: list[Variant], test: Split, title: str) -> Figure:
     """Samples of each variant, above test images, as it sees them, that are each followed by their reconstruction."""
     figure = Figure(figsize=(3 * len(variants), 7.6), layout="constrained")
     above, below = figure.subplots(2, len(variants))
-    for samples, pairs, (what, vae, _) in zip(above, below, variants):
+    for samples, below_it, (what, vae, _) in zip(above, below, variants):
         seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
         image = seen.image[first_of_each_label(test.label)] / np.float32(255)
         show_image(samples, mosaic(vae.sample(SIDE**2), SIDE))
-        both = np.stack([image, vae.reconstruct(image)], axis=1)
-        show_image(pairs, mosaic(both.reshape(-1, *image.shape[1:]), 4))
+        show_image(below_it, pairs(image, vae.reconstruct(image)))
         samples.set_title(what, fontsize=14)
     above[0].set_ylabel("samples from the prior", fontsize=12)
     below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)

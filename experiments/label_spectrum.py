@@ -24,15 +24,14 @@ from experiments.study import compute_once, open_study
 from experiments.trainer import Trainer
 from vae_jax import data
 from vae_jax.batch import Dataset
+from vae_jax.evaluation.latents import linear_probe
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path
 from vae_jax.run.log import OwnedDirectory
 from vae_jax.run.session import fingerprint
 
-NEIGHBOURS, SPREADING = (
-    10,
-    0.99,
-)  # of each image in the graph; what it takes from them: alpha of Zhou et al. 2004, section 4
+NEIGHBOURS = 10  # of each image in the graph
+SPREADING = 0.99  # what it takes from them: alpha of Zhou et al. 2004, section 4
 MOST_LABELLED = 16  # labelled images in a batch of 128
 
 
@@ -50,9 +49,8 @@ FAMILIES = {
     "M1 + M2": Family("stacked", "configs/stacked.py"),
     "conditional VAE, Bayes' rule": Family("conditional", "configs/conditional.py:dense", few=False),
 }
-TOGETHER: dict[
-    str, tuple[str, dict[str, bool]]
-] = {  # method: (function of `Spectrum`, its arguments); all draws at once
+# method: (function of `Spectrum`, its arguments); all draws at once
+TOGETHER: dict[str, tuple[str, dict[str, bool]]] = {
     "classifier": ("classifier", {}),
     "classifier, pseudo-labels": ("classifier", {"pseudo_labels": True}),
     "linear probe, pixels": ("probe", {"codes": False}),
@@ -102,17 +100,12 @@ class Spectrum:
 
     def probe(self, labels: int, codes: bool) -> dict:
         """Multinomial logistic regression on the labelled images."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
         train, test = self._codes() if codes else self._pixels()
         accuracy = []
         for draw in self._draws:
             label = self.hidden(labels, draw)
             known = label >= 0
-            probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-            accuracy.append(float(probe.fit(train[known], label[known]).score(test, self._test.label)))
+            accuracy.append(linear_probe((train[known], label[known]), (test, self._test.label)))
         return {"accuracy": accuracy}
 
     def spread(self, labels: int, codes: bool) -> dict:

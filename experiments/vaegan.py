@@ -23,14 +23,14 @@ from matplotlib.figure import Figure
 import vae_jax
 from configs import vaegan as config_file
 from experiments import launch
-from experiments.augmentation import compute_once, open_study
 from experiments.report import markdown_table
+from experiments.study import compute_once, open_study
 from vae_jax import data, weights
 from vae_jax.batch import Dataset, first_of_each_label, make_batch
 from vae_jax.evaluation.samples import manifold, sharpness
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.families.vaegan import GROUPS, METHODS
-from vae_jax.figures import mosaic, show_image
+from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
 from vae_jax.run import session
@@ -187,8 +187,7 @@ def draw(models: dict[str, Any], dataset: Dataset, title: str) -> Figure:
         if method == "gan":  # its encoder has learned nothing
             ax.set_axis_off()
             continue
-        both = np.stack([shown, vae.reconstruct(shown)], axis=1)
-        show_image(ax, mosaic(both.reshape(-1, *shown.shape[1:]), 4))
+        show_image(ax, pairs(shown, vae.reconstruct(shown)))
     below[-1].set_axis_off()
     above[0].set_ylabel("samples from the prior", fontsize=12)
     below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from ml_collections import ConfigDict
 
-from configs import classifier, conditional, semisupervised, sparse_labels, stacked, vae, vaegan
+from configs import classifier, vae
 from vae_jax import data, families, optimizers, steps
 from vae_jax.batch import make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
@@ -31,15 +32,7 @@ def config():
     return vae.get_config("smoke").to_dict()
 
 
-CONFIGS = {
-    "vae": vae,
-    "conditional": conditional,
-    "sparse_labels": sparse_labels,
-    "semisupervised": semisupervised,
-    "stacked": stacked,
-    "vaegan": vaegan,
-    "classifier": classifier,
-}
+CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in FAMILIES}
 VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
 SIGNATURES = {
     name: {

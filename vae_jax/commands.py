@@ -56,13 +56,13 @@ def evaluate(
         vae = check_able(of_seed(workdir, metadata, variables), workdir, "encode", "encoder")
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
-    found = {"step": metadata["step"]} | named
+    found, ledger = {"step": metadata["step"]} | named, job.ledger(named, split)
     if full:
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
-        found |= verdict(found | job.ledger(named, split), split, job.baselines())
-    return found | job.ledger(named, split) | job.baselines()
+        found |= verdict(found | ledger, split, job.baselines())
+    return found | ledger | job.baselines()
 
 
 def sample(

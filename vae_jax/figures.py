@@ -168,6 +168,14 @@ def mosaic(
     return grid.reshape(rows * height, columns * width, channels)
 
 
+def pairs(
+    image: Float[np.ndarray, "n height width channel"], again: Float[np.ndarray, "n height width channel"]
+) -> Float[np.ndarray, "mosaic_height mosaic_width channel"]:
+    """One picture of images that are each followed by their reconstruction, two pairs a row."""
+    both = np.stack([image, again], axis=1)
+    return mosaic(both.reshape(-1, *image.shape[1:]), 4)
+
+
 def film(
     image: Float[np.ndarray, "row frame height width channel"],
 ) -> list[UInt8[np.ndarray, "frame_height frame_width channel"]]:

@@ -49,8 +49,7 @@ def make_adam(
         clip_norm: the gradients of a step, or of a group, are shrunk to this global norm where theirs is larger; 0 never shrinks them.
         boundaries: of "piecewise": increasing shares of the steps, in (0, 1).
         factors: of "piecewise": one for each boundary.
-        rate_multipliers: what multiplies the learning rate of each network, for a family that names them as GROUPS, in that order;
-            none: 1.
+        rate_multipliers: what multiplies the rate of each network that a family names in GROUPS, in that order; none: 1.
 
     Raises ValueError for a value out of range.
     """
@@ -63,17 +62,23 @@ def make_adam(
         ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
         ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
     )
-    if base_batch_size:
-        learning_rate *= SCALINGS[scaling](batch_size / base_batch_size)
+    learning_rate *= SCALINGS[scaling](batch_size / base_batch_size) if base_batch_size else 1.0
 
     def make_one(share: float) -> optax.GradientTransformation:
         rate = make_schedule(steps, share * learning_rate, schedule, warmup, boundaries, factors)
-        adam = optax.adam(rate, beta1, beta2, eps)
-        if weight_decay:
-            adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
-        return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
+        return adam_with(rate, beta1, beta2, eps, weight_decay, clip_norm)
 
     return by_group(make_one, groups, rate_multipliers)
+
+
+def adam_with(
+    rate: Callable, beta1: float, beta2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """Adam at a rate, with weight decay and clipping where they are not 0."""
+    adam = optax.adam(rate, beta1, beta2, eps)
+    if weight_decay:
+        adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
 
 
 def by_group(

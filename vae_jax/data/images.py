@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from vae_jax.run.files import as_pillow
 from vae_jax.run.memory import check_memory
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # pure decoders: for some others Pillow starts external programs
@@ -64,7 +65,6 @@ def fit_array(
     image: UInt8[np.ndarray, "n height width channel"], wanted: Preparation, done: Counter
 ) -> UInt8[np.ndarray, "n h w c"]:
     """Images that are an array already, prepared as files are."""
-    from PIL import Image
 
     n, height, width, channels = image.shape
     colour = wanted.colour if wanted.colour != "auto" else ("grey" if channels == 1 else "colour")
@@ -74,7 +74,7 @@ def fit_array(
     check_size("the images", n * math.prod(result))
     fitted = np.empty((n, *result), np.uint8)
     for i, pixels in enumerate(image):
-        fitted[i] = fit(Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels), wanted, done)
+        fitted[i] = fit(as_pillow(pixels), wanted, done)
     return fitted
 
 

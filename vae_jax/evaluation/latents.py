@@ -91,17 +91,26 @@ def probe_labels(
 
     Both are fitted to the codes of the training images, scaled to unit variance for the regression, and count the test codes.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
+
+    nearest = KNeighborsClassifier(min(neighbours, len(train[1])))
+    return {
+        "linear_probe_accuracy": linear_probe(train, test),
+        "neighbour_accuracy": float(nearest.fit(*train).score(*test)),
+    }
+
+
+def linear_probe(
+    train: tuple[Float[np.ndarray, "n latent"], Int[np.ndarray, " n"]],
+    test: tuple[Float[np.ndarray, "m latent"], Int[np.ndarray, " m"]],
+) -> float:
+    """The test accuracy of multinomial logistic regression on codes scaled to unit variance."""
+    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    nearest = KNeighborsClassifier(min(neighbours, len(train[1])))
-    return {
-        "linear_probe_accuracy": float(probe.fit(*train).score(*test)),
-        "neighbour_accuracy": float(nearest.fit(*train).score(*test)),
-    }
+    return float(probe.fit(*train).score(*test))
 
 
 class Axes(NamedTuple):

@@ -10,6 +10,7 @@ from jax.nn import log_softmax
 from jaxtyping import Array, Float, Int
 
 from vae_jax.families import Metric, reports
+from vae_jax.model import Model
 from vae_jax.objectives import cross_entropy, marginalize_label
 
 METRICS = reports.METRICS | {
@@ -66,6 +67,11 @@ def check_data(dataset) -> None:
     for name, split in dataset.splits.items():
         if name != "train" and (split.label < 0).any():
             raise ValueError(f"{int(np.sum(split.label < 0))} {name} images have no label, but accuracy needs all")
+
+
+def decodes_per_example(model: Model) -> int:
+    """One image for each class."""
+    return model.num_classes
 
 
 def baselines(model, image: np.ndarray) -> dict:

@@ -18,6 +18,7 @@ from vae_jax.families.labels import (  # noqa: F401
     baselines,
     check_classes,
     check_data,
+    decodes_per_example,
     known_or_summed_out,
     of_labelled,
     weight_of_labels,
@@ -134,8 +135,3 @@ def make_objective(
         return metrics | of_labels | {"loss": loss}, {}
 
     return objective
-
-
-def decodes_per_example(model: Model) -> int:
-    """One image for each class."""
-    return model.num_classes

@@ -21,6 +21,7 @@ from vae_jax.families.labels import (  # noqa: F401
     baselines,
     check_classes,
     check_data,
+    decodes_per_example,
     known_or_summed_out,
     of_labelled,
     weight_of_labels,
@@ -141,8 +142,3 @@ def make_objective(
         return metrics | labels | {"loss": loss}, {}
 
     return objective
-
-
-def decodes_per_example(model: Model, *, charge: bool = True) -> int:
-    """One image for each class."""
-    return model.num_classes

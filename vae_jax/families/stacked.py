@@ -20,9 +20,8 @@ from jaxtyping import Array, Float
 from vae_jax.batch import named_key
 from vae_jax.families import Metric, labels, semisupervised, vae
 from vae_jax.families.conditional import make_figures, needs_condition  # noqa: F401
-from vae_jax.families.labels import baselines, check_classes, check_data  # noqa: F401
+from vae_jax.families.labels import baselines, check_classes, check_data, decodes_per_example  # noqa: F401
 from vae_jax.families.reports import ledger, make_probes  # noqa: F401
-from vae_jax.families.semisupervised import decodes_per_example  # noqa: F401
 from vae_jax.likelihoods import HALF_LOG_2PI, Likelihood, align
 from vae_jax.model import ABSENT, Model
 from vae_jax.nn.networks import Autoencoder, DenseDecoder, DenseEncoder, check_sizes
@@ -79,6 +78,11 @@ def make(
         DenseEncoder(2 * code_latent_dim, tuple(code_hidden)), DenseDecoder((1, 1, 2 * latent_dim), tuple(code_hidden))
     )
     m2 = semisupervised.infer_label(networks, code_latent_dim, density_of_codes(), code_shape, num_classes)
+    return stack(m1, m2)
+
+
+def stack(m1: Model, m2: Model) -> Model:
+    """The one model of images and labels whose prior of the codes is M2."""
 
     def init(key, pixel_mean=None):
         of_m1, of_m2 = jax.random.split(key)
@@ -92,7 +96,7 @@ def make(
             of_z, of_code = jax.random.split(key)
             own = of_codes(variables)
             raw = net.decode_raw(own, net.prior.sample(own, of_z, count))
-            return net.likelihood.sample(own, of_code, raw).reshape(count, latent_dim)
+            return net.likelihood.sample(own, of_code, raw).reshape(count, m1.latent_dim)
 
         return model._replace(prior=model.prior._replace(sample=sample), given=ABSENT)
 
@@ -102,7 +106,7 @@ def make(
         probabilities=lambda variables, image: m2.probabilities(
             of_codes(variables), as_image(m1.encode(variables, image)[0])
         ),
-        num_classes=num_classes,
+        num_classes=m2.num_classes,
         condition_on="label",
         condition=m2.condition,
         given=given,

@@ -81,8 +81,7 @@ def make(
     doublings cannot end at the image's size, or pooling leaves nothing of the image.
     """
     dtype = choose(PRECISIONS, "precision", precision)
-    scales = {"scale": (scale, 1.0), "learn_scale": (learn_scale, False)}
-    p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, **scales)
+    p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0), learn_scale=(learn_scale, False))
     check_sizes(latent_dim=(latent_dim,))
     autoencoder = make_autoencoder(
         *(network, image_shape, latent_dim, p_x.channels, dtype),

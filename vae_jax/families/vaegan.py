@@ -43,7 +43,7 @@ METHODS = ("vaegan", "vae", "gan")
 GROUPS = ("encoder", "decoder", "discriminator")
 TERMS = ("kl", "reconstruction", "feature_reconstruction", "adversarial", "discriminator", "penalty")
 METRICS = reports.METRICS | {
-    "loss": Metric("the sum of all terms, of which each network sees its own", "nats", "lower"),
+    "loss": Metric("the sum of all terms; each network learns from its own", "nats", "lower"),
     "reconstruction": Metric("-log p(x | z) of the pixels, less its constant", "nats", "lower"),
     "bound": Metric("-ELBO of the pixels, on which only the method vae trains", "nats", "lower"),
     "feature_reconstruction": Metric("R: half the squared error of the discriminator's features", "nats"),

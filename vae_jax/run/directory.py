@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from vae_jax.run.environment import environment, versions
 from vae_jax.run.files import (
@@ -175,6 +174,8 @@ class RunDirectory:
 
     def save_figures(self, figures: Mapping[str, Callable], epoch: int) -> None:
         """Draw each figure and write it to figures/NAME.png; of those in FILMED also figures/NAME.webp, one frame an epoch."""
+        from PIL import Image
+
         folder = self.path / "figures"
         for name, draw in figures.items():
             save_figure(draw(), folder / f"{name}.png")

@@ -6,10 +6,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 
 def local_path(path: str) -> Path:
@@ -80,9 +80,16 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(part, format="png", dpi=110)
 
 
+def as_pillow(pixels: np.ndarray) -> Any:
+    """uint8 pixels, [height, width, 1 or 3], as a Pillow image of mode L or RGB."""
+    from PIL import Image
+
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
 def save_film(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 100) -> None:
     """Write frames, [height, width, channel] of bytes, as an animated WebP without end, through `atomic_file`."""
-    first, *rest = (Image.fromarray(frame.squeeze(-1) if frame.shape[-1] == 1 else frame) for frame in frames)
+    first, *rest = map(as_pillow, frames)
     how = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0, "quality": 90}
     with atomic_file(path) as part:
         first.save(part, format="WEBP", **how)
@@ -91,7 +98,7 @@ def save_film(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 100)
 def save_image(pixels, path: Path) -> None:
     """Write uint8 pixels, [height, width, 1 or 3], as a PNG of that size through `atomic_file`."""
     with atomic_file(path) as part:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(part, format="PNG")
+        as_pillow(pixels).save(part, format="PNG")
 
 
 def read_regular(file: Path | epath.Path) -> bytes:

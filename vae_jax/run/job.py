@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vae_jax.batch import Dataset, Split, example_keys, make_batch, mean_image
+from vae_jax.batch import Dataset, Split, example_keys, make_batch
 from vae_jax.data import epoch_order, labelled_share
 from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.evaluation.gradients import gradient_routing, routing_table
@@ -139,8 +139,10 @@ def describe_batches(dataset: Dataset, batch_size: int) -> dict:
     }
 
 
-def describe_numbers(family: Family, known: Mapping, dataset: Dataset, numbers: Mapping, split: str) -> dict[str, Any]:
+def describe_numbers(
+    family: Family, known: Mapping, dataset: Dataset, pixel_mean: np.ndarray, numbers: Mapping, split: str
+) -> dict[str, Any]:
     """The family's ledger of the numbers of a split."""
-    spread = mean_square_distance(dataset.splits[split].image, mean_image(known["image"]).astype(np.float32))
+    spread = mean_square_distance(dataset.splits[split].image, pixel_mean)
     of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary, "variance": spread}
     return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})

@@ -107,7 +107,7 @@ def make_job(
         ema_decay=bound.ema_decay,
         best=(f"validation/{best}", better) if "validation" in dataset.splits else None,
         baselines=cache(partial(fill_in, family.baselines, **bound.make_model.keywords | known)),
-        ledger=partial(describe_numbers, family, bound.make_model.keywords | known, dataset),
+        ledger=partial(describe_numbers, family, bound.make_model.keywords | known, dataset, pixel_mean),
         figures=family.make_figures(net, as_seen(dataset.splits["test"], dataset.binarize, seed), samples, title),
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
