@@ -12,10 +12,10 @@ import numpy as np
 from absl import flags
 
 from experiments import launch
-from experiments.report import markdown_table
 from experiments.speed import Peer, machine, measure
 from vae_jax.families import vae
 from vae_jax.optimizers import make_adam
+from vae_jax.run.report import markdown_table
 from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 BATCH = 128

@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 import vae_jax
 from configs import vaegan as config_file
 from experiments import launch
-from experiments.report import markdown_table
 from experiments.study import compute_once, open_study
 from vae_jax import data, weights
 from vae_jax.batch import Dataset, first_of_each_label, make_batch
@@ -36,6 +35,7 @@ from vae_jax.pretrained import in_batches
 from vae_jax.run import session
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 from vae_jax.run.session import fingerprint
 from vae_jax.steps import init_state, make_train_step
 

@@ -49,6 +49,7 @@ def test_digits_end_to_end(digits):
         "lock",
         "metrics.jsonl",
         "summary.md",
+        "summary.html",
         "training.png",
         "reconstructions.png",
         "samples.png",
