@@ -202,7 +202,8 @@ def traverse(
             image,
             [f"z{latent}: {use[latent]:.2f} {unit}" for latent in order],
             [f"{value:.1f}" for value in values],
-            f"One latent at a time, by its {'mean KL' if unit == 'nats' else 'posterior mean'}: {vae.title}",
+            f"One latent at a time, by its {'mean KL' if unit == 'nats' else 'posterior mean'}, "
+            f"triangles at the image's own values: {vae.title}",
             marks,
         ),
         figures.film(image),

@@ -151,7 +151,8 @@ def image_rows(
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
     if marks is not None:
         below = (np.arange(rows) + 1) * (height + 2) - 1.5
-        ax.plot((marks + 0.5) * (width + 2) - 0.5, below, "^", color=BASELINE, markersize=4, clip_on=False)
+        along = (marks + 0.5) * (width + 2) - 0.5
+        ax.plot(along, below, "^", color=BASELINE, markersize=7, clip_on=False, scalex=False, scaley=False)
     set_title(figure, title)
     return figure
 
