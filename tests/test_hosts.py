@@ -108,6 +108,21 @@ def assert_same(params, other, tolerance=0):
 
 
 @pytest.mark.slow
+def test_two_processes_run_out_of_patience_together(tmp_path, start_pair):
+    """At this rate the bound soon gets worse: the first time ends the training, on both."""
+    wild = ["--config.data.validation=100", "--config.patience=1", "--config.optimizer.learning_rate=5.0"]
+    wild += ["--config.epochs=9"]
+    finish(*start_pair(tmp_path / "run", *CONFIG, *wild))
+    bounds = [row["validation/bound"] for row in read_rows(tmp_path / "run") if "validation/bound" in row]
+    better = [bound < min(bounds[:epoch]) for epoch, bound in enumerate(bounds) if epoch]
+    assert better == [True] * (len(bounds) - 2) + [False] and len(bounds) < 9
+    assert params(tmp_path / "run", 0)["step"] == params(tmp_path / "run", 1)["step"] == 10 * len(bounds)
+    pair = start_pair(tmp_path / "run", *CONFIG, *wild)
+    finish(*pair)
+    assert all("finished already" in process.stdout for process in pair)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_continue_exactly(tmp_path, start, start_pair):
     whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
     finish(*start_pair(whole, *CONFIG))
