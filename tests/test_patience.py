@@ -48,9 +48,9 @@ def given_bounds():
         yield patch
 
 
-def patient_job(**run):
+def patient_job(epochs=EPOCHS, **run):
     """A small dense network, which compiles fast."""
-    config = vae.get_config("smoke").to_dict() | {"epochs": EPOCHS, "batch_size": 400, "patience": PATIENCE}
+    config = vae.get_config("smoke").to_dict() | {"epochs": epochs, "batch_size": 400, "patience": PATIENCE}
     config["data"] |= {"validation": 100}
     config["model"] |= {"network": "mlp", "hidden": (4,), "latent_dim": 2}
     config["run"] |= {"steps_per_call": 2, **run}
@@ -121,6 +121,15 @@ def test_it_counts_as_finished_and_a_damaged_older_checkpoint_does_not_restart_i
     assert outcome.step == outcome.steps == int(state.step)
     assert f"checkpoint {3 * BEST} is damaged" in capsys.readouterr().err
     assert read_rows(path) == before
+
+
+@pytest.mark.slow
+def test_more_epochs_do_not_continue_a_training_without_patience(ended, tmp_path):
+    """It ran out in its very last epoch: it ends as one of more epochs does."""
+    run_job(*patient_job(epochs=LAST), tmp_path)
+    state, directory = run_job(*patient_job(), tmp_path)
+    assert_same(state, ended[0])
+    assert without_time(directory.history) == without_time(ended[1].history)
 
 
 @pytest.mark.parametrize(

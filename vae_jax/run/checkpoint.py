@@ -125,7 +125,7 @@ class Checkpoints:
         Args:
             metrics: those of its evaluation, {} if there was none.
             log: what tells whether the rows up to `step` are complete, as `RunDirectory.log_digest` returns it.
-            stopped_early: whether the training ends here, before its last epoch.
+            stopped_early: whether the training ends here, because it has run out of patience.
 
         Raises FloatingPointError if a value is not finite, and OSError if the checkpoint cannot be written.
         """

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from vae_jax.run.config import nearest
+from vae_jax.run.directory import LOGS
 from vae_jax.run.files import describe_error, write_atomically
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -30,7 +31,7 @@ class TensorBoard:
     """Event files in the run directory; what an interrupted process logged beyond its checkpoint is purged."""
 
     def __init__(self, module: Any, run: Run):
-        self._writer = module.SummaryWriter(str(run.path / "tensorboard"), purge_step=run.step + 1)
+        self._writer = module.SummaryWriter(str(run.path / LOGS), purge_step=run.step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():

@@ -181,13 +181,13 @@ class Loop:
     def end_epoch(self, epoch: int, state: TrainState) -> tuple[dict[str, Any], bool]:
         """Log and draw what belongs to the end of an epoch.
 
-        Returns the metrics of the splits that are not trained on, and whether the training ends here before its last epoch.
+        Returns the metrics of the splits that are not trained on, and whether the training has run out of patience.
         """
         self.progress.doing(f"evaluating epoch {epoch}")
         tested, arrays = self.evaluate(state.eval_variables, state.key)
         self.log(epoch * self.per_epoch, tested)
         waited = gather(self.epochs_since_best(epoch, tested))[0] if self.job.patience else 0
-        ended = 0 < self.job.patience <= waited and epoch < self.job.epochs
+        ended = 0 < self.job.patience <= waited
         last, final = ended or epoch == self.job.epochs, {}
         if last:
             self.progress.doing("the last measurements")
