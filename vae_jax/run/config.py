@@ -227,9 +227,9 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
 
     Left out is what a run may change when it continues: section `run`, `data.manual_dir`, and more epochs where the
-    optimizer does not depend on their number. A new batch_size of 0 is the old one.
+    optimizer does not depend on their number. A new batch_size of 0 is the old one. Runs from before there was patience have none.
     """
-    old, new = flatten(stored), flatten(config)
+    old, new = ({"patience": 0} | flatten(fields) for fields in (stored, config))
     for flat in (old, new):
         for name in [*flat]:
             if name.startswith("run.") or name == "data.manual_dir":
