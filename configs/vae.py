@@ -2,6 +2,7 @@
 
 python -m vae_jax.main --config=configs/vae.py          18.49, 25 min: MNIST, the post's training, shuffled
 python -m vae_jax.main --config=configs/vae.py:best     18.16, for a GPU: the same network and epochs, trained better
+python -m vae_jax.main --config=configs/vae.py:quick    a first look at MNIST: 5 epochs
 python -m vae_jax.main --config=configs/vae.py:matlab   18.58: MATLAB's recipe to the letter, not shuffled
 python -m vae_jax.main --config=configs/vae.py:digits   11.08, 72 s: scikit-learn's bundled digits
 python -m vae_jax.main --config=configs/vae.py:pooling  max pooling instead of strides, which the post says fails;
@@ -39,6 +40,7 @@ VARIANTS = {
     "default": {},
     "matlab": {"data.shuffle": False},
     "best": BEST,
+    "quick": BEST | {"epochs": 5, "run.figures_every": 1},
     "bernoulli": BEST | BINARY,
     "iwae": BEST | BINARY | {"objective.samples": 5},
     "sigma": BEST | {"model.likelihood": "optimal_gaussian"},

@@ -8,14 +8,11 @@ interrupted comparison.
 """
 
 import functools
-import itertools
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
@@ -23,21 +20,21 @@ from matplotlib.figure import Figure
 import vae_jax
 from configs import vaegan as config_file
 from experiments import launch
+from experiments.costs import make_run
+from experiments.speed import Peer, measure
 from experiments.study import compute_once, open_study
 from vae_jax import data, weights
-from vae_jax.batch import Dataset, first_of_each_label, make_batch
+from vae_jax.batch import Dataset, first_of_each_label
 from vae_jax.evaluation.samples import manifold, sharpness
 from vae_jax.evaluation.statistics import mean_and_interval
-from vae_jax.families.vaegan import GROUPS, METHODS
+from vae_jax.families.vaegan import METHODS
 from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
-from vae_jax.run import session
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path, save_figure, write_atomically
 from vae_jax.run.report import markdown_table
 from vae_jax.run.session import fingerprint
-from vae_jax.steps import init_state, make_train_step
 
 TITLES = {"vae": "VAE", "vaegan": "VAE/GAN", "gan": "GAN"}
 COLUMNS = {  # of the table: number -> heading
@@ -113,41 +110,15 @@ def half_squared(target: np.ndarray, found: np.ndarray) -> float:
     return float(0.5 * np.square(error).sum(axis=1).mean())
 
 
-def speeds(base: str, dataset: Dataset) -> dict[str, float]:
+def speeds(base: str) -> dict[str, float]:
     """Training images a second of each method on this machine, medians over interleaved rounds in one process."""
-    variant = base.partition(":")[2] or "default"
-    programs = {method: make_program(variant, method, dataset) for method in METHODS}
-    taken: dict[str, list[float]] = {method: [] for method in METHODS}
-    for method, _ in itertools.product(METHODS, range(2)):
-        programs[method]()  # compiled, and warm
-    for _, method in itertools.product(range(ROUNDS), METHODS):
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            size = programs[method]()
-        taken[method].append(STEPS * size / (time.perf_counter() - start))
-    return {method: statistics.median(rates) for method, rates in taken.items()}
-
-
-def make_program(variant: str, method: str, dataset: Dataset):
-    """A function that makes one training step and returns its number of images."""
-    config = config_file.get_config(variant).to_dict()
-    config["objective"] |= {name.removeprefix("objective."): value for name, value in fields_of(method).items()}
-    config["data"]["name"] = "digits"  # of the same size; the images do not matter
-    job = session.build(config)
-    root = jax.random.key(0)
-    step = jax.jit(make_train_step(job.objective, job.optimizer, None, job.ema_decay, job.prepare, GROUPS))
-    state = jax.jit(lambda: init_state(job.init(root), job.optimizer, root, job.ema_decay))()
-    rows = np.arange(job.batch_size)
-    image, label = (jnp.asarray(part[rows]) for part in dataset.splits["train"])
-    batch = make_batch(image, label, jnp.ones(len(rows)), jnp.asarray(rows))
-
-    def program() -> int:
-        nonlocal state
-        state, _ = step(state, batch)
-        jax.block_until_ready(state)
-        return len(rows)
-
-    return program
+    peers = []
+    for method in METHODS:
+        config = config_file.get_config(base.partition(":")[2] or "default").to_dict()
+        config["objective"] |= {name.removeprefix("objective."): value for name, value in fields_of(method).items()}
+        config["data"]["name"] = "digits"  # of the same size; the images do not matter
+        peers.append(Peer("training", method, make_run(config, STEPS), STEPS * config["batch_size"]))
+    return {peer.name: statistics.median(rates) for peer, rates in zip(peers, measure(peers, ROUNDS))}
 
 
 def table(rows: list[dict]) -> list[list[str]]:
@@ -205,7 +176,7 @@ def main() -> None:
     study = open_study(local_path(given.workdir), settings)
     comparison = Comparison(study.path, dataset, count)
     compute_once(study, "floor", comparison.floor)
-    compute_once(study, "speed", functools.partial(speeds, base, dataset))
+    compute_once(study, "speed", functools.partial(speeds, base))
     for seed in range(given.seeds):
         for method in METHODS:  # the VAE/GAN first, whose discriminator judges the others
             fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | fields_of(method)

@@ -65,6 +65,17 @@ def test_other_data_are_refused(run, monkeypatch):
             use()
 
 
+def test_evaluate_takes_own_images_as_one_more_split(run, tmp_path):
+    """The test images as files have the test images' numbers; those that need labels are left out."""
+    path, config, history, splits = run
+    np.savez(tmp_path / "mine.npz", image=splits["test"].image)
+    found = commands.evaluate(path, config, "latest", "test", own=str(tmp_path / "mine.npz"))
+    own = {name.partition("/")[2]: v for name, v in found.items() if name.startswith("mine-")}
+    expected = {name: history[-1][f"test/{name}"] for name in ("loss", "kl", "bound", "active_units", "kl_by_latent")}
+    assert own.items() >= expected.items()
+    assert not any(name.startswith(("test/", "input/")) for name in found)
+
+
 @pytest.mark.slow
 def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
     job, config = small_job({"seeds": 2})

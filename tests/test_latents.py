@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vae_jax.evaluation.latents import decompose_kl, log_aggregate_posterior, principal_axes, probe_labels
+from vae_jax.evaluation.latents import (
+    decompose_kl,
+    log_aggregate_posterior,
+    principal_axes,
+    probe_labels,
+    tsne_plane,
+)
 
 N = 600
 
@@ -93,3 +99,16 @@ def test_the_principal_axes_keep_the_largest_variances():
     np.testing.assert_allclose(plane.std(axis=0), axes.deviation, rtol=1e-5)
     np.testing.assert_allclose(axes.deviation, [3, 2], rtol=0.03)
     np.testing.assert_allclose(axes.share, np.array([9, 4]) / 13.02, rtol=0.05)
+
+
+def test_tsne_keeps_neighbours():
+    """Of three far groups of codes, each code's nearest neighbour on the map is of its own group."""
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(3), 20)
+    mean = (10 * np.eye(3)[group] + rng.normal(size=(60, 3))).astype(np.float32)
+    plane = tsne_plane(mean)
+    distance = np.linalg.norm(plane[:, None] - plane[None], axis=-1) + 1e9 * np.eye(60)
+    assert plane.shape == (60, 2) and (group[distance.argmin(axis=1)] == group).all()
+    assert tsne_plane(mean[:5, :1]).shape == (5, 2)
+    with pytest.raises(ValueError, match="there are 4 codes, but t-SNE needs at least 5"):
+        tsne_plane(mean[:4])

@@ -404,7 +404,8 @@ def test_modes_take_files_prepared_as_in_training(run):
 def test_encode_writes_a_table_of_codes(run):
     path, config, files = run
     for own, names in [(str(files[0].parent), [file.name for file in files]), (None, ["0", "1", "2", "3"])]:
-        archive, table, *_ = commands.encode(str(path), config, "", "test", own)
+        archive, table, *more = commands.encode(str(path), config, "", "test", own, tsne=own is not None)
+        assert [file.name for file in more[:1]] == ([f"{archive.stem}-tsne.png"] if own else [])
         found = arrays([archive])
         assert found["name"].tolist() == names and found["mean"].shape == found["logvar"].shape == (len(names), 3)
         with open(table, encoding="utf-8", newline="") as file:

@@ -1,8 +1,6 @@
 """What `--mode` does with a trained model: numbers and pictures. A mode asks for a capability, not for a model's name."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vae_jax import figures, generate, weights
+from vae_jax.batch import Split
+from vae_jax.evaluation.latents import tsne_plane
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.examples import (
     check_able,
@@ -21,13 +21,14 @@ from vae_jax.examples import (
     load_examples,
     load_with_data,
     read_own,
+    read_unlabelled,
 )
 from vae_jax.export import export as export_model
 from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
 from vae_jax.loading import load_variables
 from vae_jax.pretrained import of_seed
-from vae_jax.run.files import atomic_file, local_path, save_figure, save_film, save_image, write_atomically
+from vae_jax.run.files import as_csv, atomic_file, local_path, save_figure, save_film, save_image, write_atomically
 from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -46,8 +47,11 @@ def evaluate(
     samples: int = 5000,
     count: int | None = None,
     prior: str = "model",
+    own: str | None = None,
 ) -> dict[str, Any]:
     """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images.
+
+    The images of the path `own` are one more split, named after it and their hash.
 
     With `full` also the numbers of `full_evaluation` and a verdict in words; for the prior "gmm" those of the model with a mixture
     in place of its prior.
@@ -55,9 +59,13 @@ def evaluate(
     metadata, variables = load_variables(workdir, checkpoint)
     job = build(config)
     check_trained_on(metadata["data"], job.metadata["data"])
-    choose_split(job.dataset, split)
-    if full:
+    if full or own is not None:
         vae = check_able(of_seed(workdir, metadata, variables), workdir, "encode", "encoder")
+    if own is not None:
+        examples = read_unlabelled(vae, own)
+        split = examples.file
+        job.dataset.splits[split] = Split(examples.image, examples.label)
+    choose_split(job.dataset, split)
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
     found, ledger = {"step": metadata["step"]} | named, job.ledger(named, split)
@@ -214,8 +222,10 @@ def traverse(
     ) + [*examples.notes, *notes]
 
 
-def encode(workdir: str, config: dict, checkpoint: str, split: str, own: str | None = None) -> list[Any]:
-    """Mean and log-variance of q(z | x) of every image, as .npz and, a row an image, as .csv."""
+def encode(
+    workdir: str, config: dict, checkpoint: str, split: str, own: str | None = None, tsne: bool = False
+) -> list[Any]:
+    """Mean and log-variance of q(z | x) of every image, as .npz and, a row an image, as .csv; a map by t-SNE where asked for."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     mean, logvar = vae.encode(examples.image, **vae.own_label(examples.label))
     path = generated(workdir) / f"encode-step{vae.step}-{examples.file}.npz"
@@ -223,7 +233,12 @@ def encode(workdir: str, config: dict, checkpoint: str, split: str, own: str | N
     columns = [f"{what}{latent}" for what in ("mean", "logvar") for latent in range(mean.shape[1])]
     rows = ([name, *map("{:.8g}".format, row)] for name, row in zip(examples.names, np.hstack([mean, logvar])))
     write_atomically(path.with_suffix(".csv"), as_csv(["file", *columns], rows))
-    return [path, path.with_suffix(".csv"), *examples.notes]
+    paths = [path, path.with_suffix(".csv")]
+    if tsne:
+        paths.append(path.with_name(f"{path.stem}-tsne.png"))
+        title = f"Codes of {examples.title} by t-SNE, which keeps neighbours, not distances: {vae.title}"
+        save_figure(figures.codes(tsne_plane(mean), examples.label, ("", ""), title), paths[-1])
+    return [*paths, *examples.notes]
 
 
 def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
@@ -235,15 +250,6 @@ def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
     path = generated(workdir) / f"predict-step{classifier.step}-{examples.file}.csv"
     write_atomically(path, as_csv(["file", "label", "probability"], rows))
     return [path, *examples.notes]
-
-
-def as_csv(header: list[str], rows: Iterable) -> str:
-    """A table as text."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def export(workdir: str, checkpoint: str, output: str | None, formats: list[str] | None) -> list[Path]:

@@ -47,11 +47,16 @@ def load_examples(
         return vae, Examples(*examples, title=split, file=split, names=names)
     vae = load_able(workdir, checkpoint, "encode", "encoder")
     vae.check_has("decode_raw", "decoder")
-    if vae.model.condition_on == "label":
-        raise ValueError("--input gives images without labels, but this model is conditioned on them: leave it out")
-    examples = read_own(vae, own)
+    examples = read_unlabelled(vae, own)
     seen = as_seen(Split(examples.image, examples.label), vae.config["data"]["binarize"], vae.config["seed"])
     return vae, examples._replace(image=seen.image)
+
+
+def read_unlabelled(vae: Pretrained, path: str) -> Examples:
+    """`read_own` for a model that needs no label. Raises ValueError for one that does."""
+    if vae.model.condition_on == "label":
+        raise ValueError("--input gives images without labels, but this model is conditioned on them: leave it out")
+    return read_own(vae, path)
 
 
 def read_own(model: Pretrained, path: str) -> Examples:

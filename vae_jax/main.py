@@ -15,12 +15,12 @@ from vae_jax.run.presets import expand
 
 MODES = {  # and the flags that each takes, besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
-    "evaluate": "checkpoint split full samples count prior",
+    "evaluate": "checkpoint split full samples count prior input",
     "sample": "checkpoint count sample_seed prior labels files",
     "reconstruct": "checkpoint split count input",
     "interpolate": "checkpoint split count images labels input",
     "traverse": "checkpoint split count images labels input all",
-    "encode": "checkpoint split input",
+    "encode": "checkpoint split input tsne",
     "predict": "checkpoint input",
     "export": "checkpoint output formats",
 }
@@ -36,7 +36,7 @@ PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture 
 FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
 images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
 INPUT = """Your own images, prepared as those of the training were: a folder, image files with commas between them, or an .npz with
-`image`. For predict, and in place of --split for reconstruct, interpolate, traverse and encode."""
+`image`. For predict, and in place of --split for evaluate, reconstruct, interpolate, traverse and encode."""
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS
@@ -73,6 +73,7 @@ TABLE = (  # kind, name, default, help
         "Instead of --images: labels, each standing for its first image. For sample: the labels of a conditional model.",
     ),
     (string, "input", None, INPUT),
+    (switch, "tsne", False, "For encode: also a map of the codes by t-SNE, coloured by label."),
     (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
     (switch, "all", False, "For traverse: also the latents that carry less than 0.05 nats."),
     (string, "output", None, "For export: the folder. Default: generated/export-stepSTEP in the run directory."),
@@ -176,7 +177,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # how it trained decides nothing here
     check_same_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
-    given |= {"output": FLAGS.output, "formats": FLAGS.formats, "all_latents": FLAGS["all"].value}
+    given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne, "all_latents": FLAGS["all"].value}
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}
     result = fill_in(getattr(commands, mode), **known, **chosen, count=count, **given)
     lines = [f"{name} {show(value)}" for name, value in result.items()] if mode == "evaluate" else map(str, result)

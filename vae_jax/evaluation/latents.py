@@ -19,6 +19,7 @@ from vae_jax.evaluation.statistics import standard_error
 
 LOG_2PI = math.log(2 * math.pi)
 CHUNK = 256  # codes whose densities under all posteriors are in memory at once
+FEWEST_MAPPED = 5
 ACTIVE = 0.01  # variance of the posterior mean
 
 
@@ -111,6 +112,20 @@ def linear_probe(
 
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return float(probe.fit(*train).score(*test))
+
+
+def tsne_plane(mean: Float[np.ndarray, "n latent"]) -> Float[np.ndarray, "n 2"]:
+    """A map in which near codes stay near; far ones say nothing. Raises ValueError for fewer than five codes.
+
+    Source: van der Maaten & Hinton 2008, as scikit-learn has it, from the principal axes and with seed 0.
+    """
+    from sklearn.manifold import TSNE
+
+    if len(mean) < FEWEST_MAPPED:
+        raise ValueError(f"there are {len(mean)} codes, but t-SNE needs at least {FEWEST_MAPPED}")
+    perplexity = min(30.0, (len(mean) - 1) / 3)
+    start = "pca" if mean.shape[1] > 1 else "random"
+    return TSNE(init=start, perplexity=perplexity, random_state=0).fit_transform(mean)
 
 
 class Axes(NamedTuple):

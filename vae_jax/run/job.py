@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from vae_jax.batch import Dataset, Split, example_keys, make_batch
-from vae_jax.data import epoch_order, labelled_share
+from vae_jax.data import check_batches, epoch_order, fitting_batch, labelled_share
 from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.evaluation.gradients import gradient_routing, routing_table
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
@@ -142,6 +142,18 @@ class Job(NamedTuple):
             devices,
             self.prepare,
         )
+
+
+def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int) -> int:
+    """The batch size, chosen by the number of images where it is 0. Raises ValueError for data that do not suffice."""
+    family.check_data(dataset)
+    batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
+    check_batches(dataset, batch_size)
+    if patience and "validation" not in dataset.splits:
+        raise ValueError(
+            f"patience is {patience}, which needs validation images: give data.validation, or leave patience at 0"
+        )
+    return batch_size
 
 
 def describe_data(dataset: Dataset) -> dict:

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from vae_jax.batch import Dataset, binarize, mean_image, named_key
-from vae_jax.data import check_batches, fitting_batch, load
+from vae_jax.batch import binarize, mean_image, named_key
+from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
@@ -35,7 +35,7 @@ from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import check_reachable, describe_os_error
-from vae_jax.run.job import Job, describe_batches, describe_data, describe_numbers, fingerprint
+from vae_jax.run.job import Job, check_data, describe_batches, describe_data, describe_numbers, fingerprint
 from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import train
 from vae_jax.run.memory import check_fits
@@ -83,10 +83,7 @@ def make_job(
     family = bound.family
     better = direction_of(best, family)
     dataset = bound.load_data()
-    family.check_data(dataset)
-    batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
-    check_batches(dataset, batch_size)
-    check_patience(patience, dataset)
+    batch_size = check_data(family, dataset, batch_size, patience)
     known = describe_data(dataset) | describe_batches(dataset, batch_size)
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= bound.make_objective.keywords | {"image": dataset.splits["train"].image}
@@ -115,9 +112,7 @@ def make_job(
         run=bound.options,
     )
     check_fits(job, jax.local_devices()[0])
-    return job._replace(
-        groups=bound.groups, terms=getattr(family, "TERMS", ()), metrics=family.METRICS, patience=patience
-    )
+    return job._replace(groups=bound.groups, terms=bound.terms, metrics=family.METRICS, patience=patience)
 
 
 class Sections(NamedTuple):
@@ -129,6 +124,7 @@ class Sections(NamedTuple):
     make_objective: partial
     make_optimizer: partial
     groups: tuple[str, ...]
+    terms: tuple[str, ...]
     ema_decay: float
     options: RunOptions
 
@@ -148,6 +144,7 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
         make_objective=bind("objective", family.make_objective, objective),
         make_optimizer=make_optimizer,
         groups=groups,
+        terms=getattr(family, "TERMS", ()),
         ema_decay=bind("optimizer", ema, of_average)(),
         options=bind("run", RunOptions, run)(),
     )
@@ -161,14 +158,6 @@ def check_counts(seed: int, seeds: int, epochs: int, batch_size: int, patience: 
             raise ValueError(f"{name} is {value}, but must be at least {least}")
     if not 0 <= seed <= 2**32 - seeds:
         raise ValueError(f"seed is {seed}, but must lie in [0, 2**32 - seeds]")
-
-
-def check_patience(patience: int, dataset: Dataset) -> None:
-    """Raise ValueError if a training shall end early by images that it does not have."""
-    if patience and "validation" not in dataset.splits:
-        raise ValueError(
-            f"patience is {patience}, which needs validation images: give data.validation, or leave patience at 0"
-        )
 
 
 def direction_of(best: str, family: Family) -> str:

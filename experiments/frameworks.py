@@ -1,0 +1,130 @@
+"""What a user would pick instead: seconds and memory of the same VAE, trained and evaluated by each framework's own trainer.
+
+    python -m experiments.frameworks --workdir=runs/frameworks [--data=mnist] [--epochs=5] [--rounds=3]
+
+All train the post's network with Adam (0.001) on shuffled batches of 128, from images in memory, and compute the test loss after
+each epoch. Each training is a fresh process; its seconds run from the images in memory to the last test loss, with compilation
+and without imports. Ours also draws its figures and writes its checkpoints and summary. Rounds go through all peers in turn, so
+ratios hold even if the machine's speed drifts. Peers that are not installed are left out. The same command resumes.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from experiments import framework_peers, launch
+from experiments.study import compute_once, open_study
+from vae_jax import data
+from vae_jax.run.files import local_path, write_atomically
+from vae_jax.run.report import markdown_table
+
+PEERS = {  # name -> module that it needs, function, environment
+    "vae_jax": ("vae_jax", framework_peers.ours, {}),
+    "plain Flax": ("flax", framework_peers.plain_flax, {}),
+    "plain PyTorch": ("torch", framework_peers.plain_torch, {}),
+    "PyTorch Lightning": ("lightning", framework_peers.lightning, {}),
+    "pythae": ("pythae", framework_peers.pythae, {}),
+    "Keras on JAX": ("keras", framework_peers.keras, {"KERAS_BACKEND": "jax"}),
+    "Keras on PyTorch": ("keras", framework_peers.keras, {"KERAS_BACKEND": "torch"}),
+}
+CHILD = "VAE_JAX_PEER"
+
+
+def train_here(peer: str) -> dict[str, float]:
+    """Train one peer in this process: its seconds, the peak memory in MiB, and the last test loss."""
+    given = flags.FLAGS
+    module, function, _ = PEERS[peer]
+    importlib.import_module(module)
+    dataset = data.load(given.data, manual_dir=given.manual_dir)
+    train, test = (framework_peers.as_floats(dataset.splits[name].image) for name in ("train", "test"))
+    fields = {"name": given.data, "manual_dir": given.manual_dir}
+    start = time.perf_counter()
+    loss = function(train, test, given.epochs, fields)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"training_seconds": seconds, "peak_mebibytes": peak, "test_loss": float(loss)}
+
+
+def train_in_fresh_process(peer: str, round_number: int) -> dict[str, float]:
+    """`train_here` in a new process. Raises ValueError with its last line if it fails."""
+    env = os.environ | PEERS[peer][2] | {CHILD: peer}
+    command = [sys.executable, "-m", "experiments.frameworks", *sys.argv[1:]]
+    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{peer} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def installed() -> list[str]:
+    """The peers that are; says which are left out."""
+    found = [peer for peer, (module, *_) in PEERS.items() if importlib.util.find_spec(module)]
+    if left_out := [peer for peer in PEERS if peer not in found]:
+        print(f"not installed, and left out: {', '.join(left_out)}")
+    if not importlib.util.find_spec("torch"):
+        found = [peer for peer in found if peer != "Keras on PyTorch"]
+    return found
+
+
+def table(rows: list[dict]) -> list[list[str]]:
+    """One row a peer: medians with the lowest and the highest, and how many times as long as ours it takes in the same round."""
+    ours = {row["round_number"]: row["training_seconds"] for row in rows if row["peer"] == "vae_jax"}
+    cells = [["trainer", "seconds", "times ours", "peak memory, MiB", "test loss"]]
+    for peer in PEERS:
+        own = [row for row in rows if row["peer"] == peer and row["round_number"] in ours]
+        if own:
+            ratios = [row["training_seconds"] / ours[row["round_number"]] for row in own]
+            seconds, memory = ([row[name] for row in own] for name in ("training_seconds", "peak_mebibytes"))
+            loss = statistics.median(row["test_loss"] for row in own)
+            cells.append(
+                [peer, spread(seconds, ".0f"), spread(ratios, ".2f"), f"{statistics.median(memory):.0f}", f"{loss:.2f}"]
+            )
+    return cells
+
+
+def spread(values: list[float], digits: str) -> str:
+    """The median, and the lowest and highest."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):{digits}} ({low:{digits}}-{high:{digits}})"
+
+
+def versions() -> str:
+    """Of what takes part."""
+    names = ("jax", "flax", "torch", "lightning", "pythae", "keras")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if importlib.util.find_spec(name))
+
+
+def main() -> None:
+    given = flags.FLAGS
+    if peer := os.environ.get(CHILD):
+        print(json.dumps(train_here(peer)))
+        return
+    peers = installed()
+    study = open_study(local_path(given.workdir), {"data": given.data, "epochs": given.epochs, "versions": versions()})
+    try:
+        for number in range(given.rounds):
+            for peer in peers:
+                compute_once(study, "training", train_in_fresh_process, peer=peer, round_number=number)
+        cells = markdown_table(table(study.rows))
+    finally:
+        study.close()
+    cores = len(os.sched_getaffinity(0))
+    note = f"{cores} CPU cores, {versions()}; medians of {given.rounds} rounds, with the lowest and the highest."
+    text = f"# {given.epochs} epochs of {given.data}, batch 128, evaluation included\n\n{cells}\n\n{note}\n"
+    write_atomically(study.path / "summary.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    launch.define_data_flags("runs/frameworks")
+    flags.DEFINE_integer("epochs", 5, "Epochs of each training.", lower_bound=1)
+    flags.DEFINE_integer("rounds", 3, "Rounds through all peers; more can be added later.", lower_bound=1)
+    launch.start("frameworks", main)
