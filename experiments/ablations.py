@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 import vae_jax
 from configs import vae as vae_config
 from experiments import launch
-from experiments.report import markdown_table
 from vae_jax import data
 from vae_jax.batch import Split, first_of_each_label
 from vae_jax.evaluation.latents import active_units
@@ -25,6 +24,7 @@ from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 
 VARIANTS = {  # of configs/vae.py
     "default": "the post's model",

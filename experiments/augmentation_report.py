@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments import arms
 from experiments.arms import ARMS, PAIRS, SHARES, SWEEP
-from experiments.report import bullets, markdown_table
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.figures import mosaic, show_image
 from vae_jax.run.files import read_json_lines, save_figure, write_atomically
+from vae_jax.run.report import bullets, markdown_table
 
 REAL, GENERATED, NEUTRAL = "#1b4f8a", "#c05a00", "#8a93a0"
 

@@ -16,12 +16,12 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import launch
-from experiments.report import markdown_table
 from vae_jax.families import FAMILIES, Metric
 from vae_jax.run.config import flatten, with_defaults
 from vae_jax.run.directory import read_config
 from vae_jax.run.files import local_path, save_figure, write_atomically
 from vae_jax.run.log import read_rows
+from vae_jax.run.report import markdown_table
 
 UNTOLD = ("run.", "data.manual_dir")  # fields that decide no number
 DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition", "objective.samples")

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 import vae_jax
 from experiments import launch
-from experiments.report import markdown_table
 from vae_jax import data, figures
 from vae_jax.batch import Dataset, first_of_each_label
 from vae_jax.evaluation.statistics import standard_error
@@ -28,6 +27,7 @@ from vae_jax.full_evaluation.subject import Subject
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.devices import Devices
 from vae_jax.run.files import json_line, local_path, save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 
 QUADRANTS = (1, 2, 3)
 MODELS = {"regression": {"model.latent_dim": 0}, "conditional VAE": {}}

@@ -15,10 +15,10 @@ import numpy as np
 from absl import flags
 
 from experiments import launch
-from experiments.report import markdown_table
 from experiments.speed import Peer, machine, measure
 from vae_jax.run import session
 from vae_jax.run.config import make_config
+from vae_jax.run.report import markdown_table
 from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 BASE = {"data.name": "digits", "epochs": 1, "batch_size": 128, "best": "bound"}

@@ -22,10 +22,10 @@ import time
 from absl import flags
 
 from experiments import framework_peers, launch
-from experiments.report import markdown_table
 from experiments.study import compute_once, open_study
 from vae_jax import data
 from vae_jax.run.files import local_path, write_atomically
+from vae_jax.run.report import markdown_table
 
 PEERS = {  # name -> module that it needs, function, environment
     "vae_jax": ("vae_jax", framework_peers.ours, {}),

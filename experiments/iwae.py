@@ -15,7 +15,6 @@ from absl import flags
 import vae_jax
 from experiments import launch
 from experiments.likelihoods import with_interval
-from experiments.report import markdown_table
 from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.latents import active_units
@@ -25,6 +24,7 @@ from vae_jax.full_evaluation.subject import Subject
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import json_line, local_path, write_atomically
+from vae_jax.run.report import markdown_table
 
 RECIPE = {
     "model.network": "mlp",

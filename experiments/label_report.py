@@ -10,9 +10,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import markdown_table
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.run.files import save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 
 PUBLISHED = {  # test accuracy in %: Pyro's tutorial "The Semi-Supervised VAE", five draws; Kingma et al. 2014, at 100 and 1,000
     "M2 in Pyro's tutorial": {100: 93.2, 600: 94.4, 1000: 94.9, 3000: 95.8},

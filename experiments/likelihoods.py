@@ -14,11 +14,11 @@ import numpy as np
 from absl import flags
 
 from experiments import ablations, launch
-from experiments.report import markdown_table
 from vae_jax import data
 from vae_jax.evaluation.baselines import convert
 from vae_jax.likelihoods import DENSITY
 from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 
 LEARNED = {"model.learn_scale": True, "model.scale": 0.1}
 FIELDS = {  # what each likelihood changes in the config

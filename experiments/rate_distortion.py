@@ -15,11 +15,11 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import launch
-from experiments.report import markdown_table
 from vae_jax import commands, data
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_rate_distortion
 from vae_jax.run.directory import read_config
 from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 
 COLUMNS = {  # of the table: metric -> heading
     "kl": "rate: KL, nats",

@@ -11,17 +11,17 @@ import math
 import shutil
 from pathlib import Path
 
-import jax
 from absl import flags
 
 import vae_jax
 from experiments import ablations, arms, augmentation_report, launch
-from experiments.report import markdown_table, to_html
 from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_loss
+from vae_jax.nn.layer_table import layer_table
 from vae_jax.run.files import local_path, save_figure, write_atomically
 from vae_jax.run.log import read_rows
+from vae_jax.run.report import markdown_table, to_html
 
 PARTS = ("vae", "ablations", "classifier", "augmentation", "report")
 POST_LOSS, POST_ACCURACY = 18.5, 99.21
@@ -82,7 +82,7 @@ class Report:
             name=self._name,
             other_data="" if self._name == "mnist" else OTHER_DATA,
             numbers=markdown_table(self._numbers()),
-            vae_layers=markdown_table(layers(self._vae)),
+            vae_layers=markdown_table(layer_table(self._vae.variables["params"])),
             training=markdown_table(self._training()),
             ignoring=linear_vae_loss(eigenvalues, 0),
             linear=linear_vae_loss(eigenvalues, self._vae.model.latent_dim),
@@ -93,7 +93,7 @@ class Report:
             epochs=self._variants[0].vae.config["epochs"],
             costs=self._costs(),
             ablations=markdown_table(ablations.table(self._variants, self._test)),
-            classifier_layers=markdown_table(layers(self._classifier)),
+            classifier_layers=markdown_table(layer_table(self._classifier.variables["params"])),
             size=len(self._dataset.splits["train"].label),
             seeds=SEEDS,
             accuracy={name: 100 * x for name, x in self._accuracies.items()},
@@ -179,21 +179,6 @@ class Report:
 def trained_seconds(folder: Path, *runs: str) -> float:
     """Seconds that runs in a folder trained."""
     return sum(read_rows(folder / run)[-1]["seconds"] for run in runs)
-
-
-def layers(model) -> list[list[str]]:
-    """The layers of a trained model: kernel sizes and numbers of parameters, the decoder last."""
-    found, total = {}, 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.variables["params"]):
-        *layer, kind = (key.key for key in path)
-        shape, count = found.get(" ".join(layer), ("", 0))
-        if kind == "kernel":
-            shape = "x".join(map(str, leaf.shape))
-        found[" ".join(layer)] = (shape, count + leaf.size)
-        total += leaf.size
-    body = [[name, shape, f"{count:,}"] for name, (shape, count) in found.items()]
-    body.sort(key=lambda row: row[0].startswith("decoder"))
-    return [["layer", "kernel", "parameters"], *body, ["all", "", f"{total:,}"]]
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import vae_jax
 from configs import vaegan as config_file
 from experiments import launch
 from experiments.costs import make_run
-from experiments.report import markdown_table
 from experiments.speed import Peer, measure
 from experiments.study import compute_once, open_study
 from vae_jax import data, weights
@@ -34,6 +33,7 @@ from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.report import markdown_table
 from vae_jax.run.session import fingerprint
 
 TITLES = {"vae": "VAE", "vaegan": "VAE/GAN", "gan": "GAN"}

@@ -126,7 +126,7 @@ def test_interpolate_begins_and_ends_at_the_reconstructions(run):
 
 def test_traverse_moves_one_latent_at_a_time_in_the_order_of_their_kl(run):
     path, config, history, splits = run
-    found = arrays(commands.traverse(path, config, "latest", "test", 3, [4], None))
+    found = arrays(commands.traverse(path, config, "latest", "test", 3, [4], None, all_latents=True))
     assert found["image"].shape == (20, 3, 28, 28, 1)
     assert np.all(np.diff(found["kl"]) <= 0) and sorted(found["latent"]) == [*range(20)]
     assert found["kl"].sum() == pytest.approx(history[-1]["test/kl"], rel=1e-4)
@@ -134,6 +134,25 @@ def test_traverse_moves_one_latent_at_a_time_in_the_order_of_their_kl(run):
     z = vae.encode(splits["test"].image[4:5])[0]
     z[0, found["latent"][2]] = found["value"][0] = -3.0
     np.testing.assert_allclose(found["image"][2, 0], vae.decode(z)[0], atol=1e-5)
+
+
+def test_traverse_leaves_out_latents_that_carry_nothing(run, monkeypatch):
+    """Those below the limit, here the third largest; all are shown if there would be none, and the file is another."""
+    path, config, _, splits = run
+    everything = commands.traverse(path, config, "latest", "test", 3, [4], None, all_latents=True)
+    kl = arrays(everything)["kl"]
+    monkeypatch.setitem(commands.USED, "nats", float(kl[2]))
+    draw, drawn = commands.figures.image_rows, []
+    monkeypatch.setattr(commands.figures, "image_rows", lambda *given: drawn.append(given) or draw(*given))
+    some = commands.traverse(path, config, "latest", "test", 3, [4], None)
+    np.testing.assert_array_equal(arrays(some[:3])["kl"], kl[:3])
+    assert some[-1] == f"left out: 17 of 20 latents, below {float(kl[2])} nats; --all shows them"
+    assert everything[0].stem == f"{some[0].stem}-all" and len(everything) == 3
+    mean = vae_jax.load(path, "latest").encode(splits["test"].image[4:5])[0][0]
+    own = np.clip((mean[arrays(some[:3])["latent"]] + 3) / 3, 0, 2)  # columns stand for -3, 0 and 3
+    np.testing.assert_allclose(drawn[0][-1], own, atol=1e-5)
+    monkeypatch.setitem(commands.USED, "nats", 1e9)
+    assert len(arrays(commands.traverse(path, config, "latest", "test", 3, [4], None))["kl"]) == 20
 
 
 def choose(run, count=1, images=None, labels=None):

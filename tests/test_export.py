@@ -13,13 +13,14 @@ import pytest
 from small_run import run_job, small_job
 
 import vae_jax
+from configs import classifier, vae
 from vae_jax import commands, export, weights
 from vae_jax.export import for_jax
 from vae_jax.families import FAMILIES
 from vae_jax.loading import stored_config
 from vae_jax.pretrained import Pretrained
 from vae_jax.run import session
-from vae_jax.run.config import defaults
+from vae_jax.run.config import changes, defaults
 
 FILES = {"README.md", "config.json", "model.safetensors", "sha256.json"}
 
@@ -253,6 +254,12 @@ def test_the_models_in_the_box_have_their_test_losses(name, mnist_dir):
     assert found["test/loss"] == pytest.approx(known[name], rel=1e-3)
     if name == "mnist-classifier":
         assert found["test/accuracy"] == pytest.approx(0.9926, abs=2e-4)
+
+
+@pytest.mark.parametrize("name,preset", [("mnist-vae", vae), ("mnist-classifier", classifier)])
+def test_the_presets_fit_the_models_in_the_box(name, preset):
+    """So --config=vae, which a mode needs for data.manual_dir, is not another config."""
+    assert changes(stored_config(weights.resolve(name)), preset.get_config().to_dict()) == []
 
 
 def test_a_folder_of_that_name_wins_and_outputs_stay_out_of_the_package(run, tmp_path, monkeypatch, capsys):

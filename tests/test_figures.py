@@ -89,6 +89,15 @@ def test_image_rows_are_labelled():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["-1", "0", "1"]
     np.testing.assert_allclose(ax.get_yticks(), [2.5, 8.5])  # the middle of rows of 4 pixels and a margin
     np.testing.assert_array_equal(ax.images[0].get_array()[7:11, 15:20], image[1, 2, ..., 0])
+    assert not ax.lines
+
+
+def test_marks_stand_below_their_row_at_their_column():
+    """Images of 4x5 pixels with a margin of one: columns begin at 0, 7 and 14, and column 1.5 is between the last two."""
+    image = np.zeros((2, 3, 4, 5, 1))
+    (ax,) = figures.image_rows(image, ["", ""], ["", "", ""], "", np.array([0, 1.5])).axes
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), [3, 13.5])
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [4.5, 10.5])
 
 
 @pytest.mark.parametrize("count,shape", [(1, (6, 7)), (5, (12, 21)), (9, (18, 21))])

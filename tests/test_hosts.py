@@ -108,6 +108,21 @@ def assert_same(params, other, tolerance=0):
 
 
 @pytest.mark.slow
+def test_two_processes_run_out_of_patience_together(tmp_path, start_pair):
+    """At this rate the bound soon gets worse: the first time ends the training, on both."""
+    wild = ["--config.data.validation=100", "--config.patience=1", "--config.optimizer.learning_rate=5.0"]
+    wild += ["--config.epochs=9"]
+    finish(*start_pair(tmp_path / "run", *CONFIG, *wild))
+    bounds = [row["validation/bound"] for row in read_rows(tmp_path / "run") if "validation/bound" in row]
+    better = [bound < min(bounds[:epoch]) for epoch, bound in enumerate(bounds) if epoch]
+    assert better == [True] * (len(bounds) - 2) + [False] and len(bounds) < 9
+    assert params(tmp_path / "run", 0)["step"] == params(tmp_path / "run", 1)["step"] == 10 * len(bounds)
+    pair = start_pair(tmp_path / "run", *CONFIG, *wild)
+    finish(*pair)
+    assert all("finished already" in process.stdout for process in pair)
+
+
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_continue_exactly(tmp_path, start, start_pair):
     whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
     finish(*start_pair(whole, *CONFIG))
@@ -120,6 +135,7 @@ def test_two_processes_train_as_one_does_and_continue_exactly(tmp_path, start, s
         "figures",
         "lock",
         "metrics.jsonl",
+        "summary.html",
         "summary.md",
     }
     finish(start(alone, *CONFIG, devices=4))
@@ -219,17 +235,18 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
     """A folder stands in for gs://. A second start begins with the copy of the last save."""
     monkeypatch.setattr(run_directory, "is_remote", lambda path: True)
     remote = tmp_path / "remote"
-    directory = RunDirectory(str(remote), {"epochs": 1}, "", tensorboard=True)
+    directory = RunDirectory(str(remote), {"epochs": 1}, "")
     assert {path.name for path in remote.iterdir()} == {"config.json"}
     assert directory.path != remote
     assert directory.rewind(0)
     directory.log({"step": 1, "epoch": 1.0, "train/loss": 2.0})
     directory.upload()
     directory.log({"step": 2, "epoch": 2.0, "train/loss": 1.0})
+    (directory.path / "tensorboard").mkdir()
+    (directory.path / "tensorboard" / "events").write_text("the last ones")
     directory.close()
     assert not directory.path.exists()
-    (board,) = (remote / "tensorboard").iterdir()
-    assert b"train/loss" in board.read_bytes()
+    assert (remote / "tensorboard" / "events").read_text() == "the last ones"
     assert [row["step"] for row in read_rows(remote)] == [1]
 
     settings = {"config": {"epochs": 1}, "saved": 0}

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,12 @@ def test_the_run_directory(finished):
         "`python -m vae_jax.main`",
         "![samples](figures/samples.png)",
         "jax ",
+        "- images: 1,437 train, 360 test",
+        "| decoder tconv4 | 3x3x4x1 | 28x28x1 | 37 |",
     ):
         assert part in summary
+    page = (directory.path / "summary.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 5 and not re.search(r'(src|href)="(?!data:)', page)
 
 
 def test_training_lowers_the_loss(finished):

@@ -49,6 +49,7 @@ def test_digits_end_to_end(digits):
         "lock",
         "metrics.jsonl",
         "summary.md",
+        "summary.html",
         "training.png",
         "reconstructions.png",
         "samples.png",
@@ -80,9 +81,15 @@ def test_neither_cache_nor_steps_per_call_change_the_numbers(digits, tmp_path):
 
 
 def test_modes_need_only_the_run_directory(digits, forks):
+    """Nor does it matter how the run proceeded: a field of its section `run` may be gone since."""
     workdir, _ = digits
+    file = workdir / "config.json"
+    stored = file.read_text()
+    config = json.loads(stored)
+    file.write_text(json.dumps(config | {"run": config["run"] | {"tensorboard": True}}))
     evaluated = fresh(*MAIN, "--mode=evaluate", f"--workdir={workdir}")
     assert evaluated.ends() == ""
+    file.write_text(stored)
     assert f"test/loss {last_row(workdir)['test/loss']:.6g}\n" in evaluated.stdout
     sampled = forks(*MAIN, "--mode=sample", "--count=3", f"--workdir={workdir}")
     assert sampled.ends() == ""
@@ -135,7 +142,8 @@ def test_a_bar_on_a_terminal(tmp_path):
         pass
     os.close(reader)
     assert process.wait() == 0
-    for part in (b"epoch 1/1", b"loss", b"images/s", b"100%"):
+    doing = b"compiling", b"evaluating epoch 1", b"the last measurements", b"the figures of epoch 1"
+    for part in (b"epoch 1/1", b"loss", b"images/s", b"100%", *doing):
         assert part in shown
 
 

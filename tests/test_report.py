@@ -13,13 +13,13 @@ from small_run import run_job, small_job
 
 from configs import classifier
 from experiments import ablations, arms, augmentation_report, launch, reproduce, speed, speed_peers
-from experiments.report import bullets, markdown_table, to_html
 from vae_jax import data
 from vae_jax.batch import Batch
 from vae_jax.figures import mosaic
 from vae_jax.likelihoods import LIKELIHOODS
 from vae_jax.run import session
 from vae_jax.run.files import save_figure
+from vae_jax.run.report import bullets, markdown_table, to_html
 
 CELLS = [["what", "ours", "share"], ["a loss | b", "**18.52** ± 0.03", "5 %"], ["none", "", "-0.5 %"]]
 PAGE = f"""# A <b> title

@@ -1,8 +1,6 @@
 """What `--mode` does with a trained model: numbers and pictures. A mode asks for a capability, not for a model's name."""
 
-import csv
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,14 @@ from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
 from vae_jax.loading import load_variables
 from vae_jax.pretrained import of_seed
-from vae_jax.run.files import atomic_file, local_path, save_figure, save_film, save_image, write_atomically
+from vae_jax.run.files import as_csv, atomic_file, local_path, save_figure, save_film, save_image, write_atomically
 from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
+USED = {
+    "nats": 0.05,
+    "variance": 0.01,
+}  # from which on a traversal shows a latent; the variance is that of Burda et al. 2016
 
 
 def evaluate(
@@ -176,10 +178,12 @@ def traverse(
     images: list[int] | None,
     labels: list[int] | None,
     own: str | None = None,
+    all_latents: bool = False,
 ) -> list[Any]:
     """An image's encoding decoded with one latent at a time moved, sorted by how much each latent is used over the split.
 
-    The measure is the mean KL, or the variance of the posterior mean if the prior has no KL in closed form.
+    The measure is the mean KL, or the variance of the posterior mean if the prior has no KL in closed form. Latents below USED
+    are left out, unless `all_latents` asks for them or there is no other. Triangles mark the image's own values.
     """
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     index = choose_images(examples, examples.title, 1, images, labels)
@@ -188,27 +192,34 @@ def traverse(
         use, unit = np.var(mean, axis=0), "variance"
     else:
         use, unit = np.mean(vae.model.prior.kl(vae.variables, mean, logvar), axis=0), "nats"
-    order = np.argsort(-use)
+    order, notes = np.argsort(-use), []
+    used = int(np.sum(use >= USED[unit]))
+    if not all_latents and 0 < used < len(use):
+        order = order[:used]
+        notes = [f"left out: {len(use) - used} of {len(use)} latents, below {USED[unit]} {unit}; --all shows them"]
     values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
+    marks = np.interp(mean[index[0]][order], values, np.arange(count))
     z = generate.traverse(mean[index[0]], jnp.asarray(values))[order]
     conditions = vae.condition_of(examples.image[index], examples.label[index[0]])
     image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)
     image = image.reshape(*z.shape[:2], *image.shape[1:])
     return save(
         workdir,
-        f"traverse-step{vae.step}-{examples.at(index[0])}-count{count}",
+        f"traverse-step{vae.step}-{examples.at(index[0])}-count{count}" + ("-all" if all_latents else ""),
         figures.image_rows(
             image,
             [f"z{latent}: {use[latent]:.2f} {unit}" for latent in order],
             [f"{value:.1f}" for value in values],
-            f"One latent at a time, by its {'mean KL' if unit == 'nats' else 'posterior mean'}: {vae.title}",
+            f"One latent at a time, by its {'mean KL' if unit == 'nats' else 'posterior mean'}, "
+            f"triangles at the image's own values: {vae.title}",
+            marks,
         ),
         figures.film(image),
         image=image,
         latent=order,
         **{"kl" if unit == "nats" else "variance": use[order]},
         value=values,
-    ) + [*examples.notes]
+    ) + [*examples.notes, *notes]
 
 
 def encode(
@@ -239,15 +250,6 @@ def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
     path = generated(workdir) / f"predict-step{classifier.step}-{examples.file}.csv"
     write_atomically(path, as_csv(["file", "label", "probability"], rows))
     return [path, *examples.notes]
-
-
-def as_csv(header: list[str], rows: Iterable) -> str:
-    """A table as text."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(header)
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def export(workdir: str, checkpoint: str, output: str | None, formats: list[str] | None) -> list[Path]:

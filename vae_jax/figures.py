@@ -139,8 +139,9 @@ def image_rows(
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     title: str,
+    marks: Float[np.ndarray, " row"] | None = None,
 ) -> "Figure":
-    """Images in labelled rows and columns."""
+    """Images in labelled rows and columns; `marks` are column numbers, one a row, at which a triangle stands below it."""
     rows, columns, height, width, channels = image.shape
     figure = new_figure(0.75 * columns + 2.2, 0.75 * rows + 1)
     ax = figure.subplots()
@@ -148,6 +149,10 @@ def image_rows(
     ax.set_xticks((np.arange(columns) + 0.5) * (width + 2) - 0.5, column_labels, fontsize=10)
     ax.set_yticks((np.arange(rows) + 0.5) * (height + 2) - 0.5, row_labels)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    if marks is not None:
+        below = (np.arange(rows) + 1) * (height + 2) - 1.5
+        along = (marks + 0.5) * (width + 2) - 0.5
+        ax.plot(along, below, "^", color=BASELINE, markersize=7, clip_on=False, scalex=False, scaley=False)
     set_title(figure, title)
     return figure
 

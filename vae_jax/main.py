@@ -19,7 +19,7 @@ MODES = {  # and the flags that each takes, besides --config and --workdir
     "sample": "checkpoint count sample_seed prior labels files",
     "reconstruct": "checkpoint split count input",
     "interpolate": "checkpoint split count images labels input",
-    "traverse": "checkpoint split count images labels input",
+    "traverse": "checkpoint split count images labels input all",
     "encode": "checkpoint split input tsne",
     "predict": "checkpoint input",
     "export": "checkpoint output formats",
@@ -75,6 +75,7 @@ TABLE = (  # kind, name, default, help
     (string, "input", None, INPUT),
     (switch, "tsne", False, "For encode: also a map of the codes by t-SNE, coloured by label."),
     (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
+    (switch, "all", False, "For traverse: also the latents that carry less than 0.05 nats."),
     (string, "output", None, "For export: the folder. Default: generated/export-stepSTEP in the run directory."),
     (items, "formats", None, "For export: programs beside the weights, jax (by jax.export), onnx, or both."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),
@@ -173,10 +174,10 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     if stored is None:
         boxed = ", ".join(weights.SHA256)
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir, such as {boxed}")
-    config = (config or stored) | {"epochs": stored["epochs"]}
+    config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # how it trained decides nothing here
     check_same_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
-    given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne}
+    given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne, "all_latents": FLAGS["all"].value}
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}
     result = fill_in(getattr(commands, mode), **known, **chosen, count=count, **given)
     lines = [f"{name} {show(value)}" for name, value in result.items()] if mode == "evaluate" else map(str, result)

@@ -46,11 +46,13 @@ class Checkpoints:
         restored: the metadata of the checkpoint that training continues from; None if it starts.
         kept: the steps of the undamaged checkpoints when training continued.
         best: {"step", "cost"} of the best checkpoint so far, damaged or not; None if there is none.
+        stopped_early: whether the latest checkpoint is the end of a training that ran out of patience.
     """
 
     restored: dict | None = None
     kept: tuple[int, ...] = ()
     best: dict | None = None
+    stopped_early: bool = False
 
     def __init__(self, folder, metadata: dict, keep: int, best: tuple[str, str] | None = None):
         self._folder = absolute(folder)
@@ -89,6 +91,7 @@ class Checkpoints:
             return None
         step, self.restored = next(iter(kept.items()))
         self.kept, self.best = tuple(kept), self.restored["best"]
+        self.stopped_early = self.restored.get("stopped_early", False)
         if (latest := latest_saved(self._folder)) > step and latest not in damaged:
             note(f"checkpoint {latest} is lost: training repeats the steps since {step}")
         check_same_data(self.restored, self._metadata)
@@ -114,12 +117,15 @@ class Checkpoints:
         path = next(name for name in names if not name.exists())
         return (self._folder / str(step)).rename(path)
 
-    def save(self, step: int, state: TrainState, metrics: dict, log: dict | None = None) -> None:
+    def save(
+        self, step: int, state: TrainState, metrics: dict, log: dict | None = None, stopped_early: bool = False
+    ) -> None:
         """Write the checkpoint of `step` atomically, then delete those that are no longer kept.
 
         Args:
             metrics: those of its evaluation, {} if there was none.
             log: what tells whether the rows up to `step` are complete, as `RunDirectory.log_digest` returns it.
+            stopped_early: whether the training ends here, because it has run out of patience.
 
         Raises FloatingPointError if a value is not finite, and OSError if the checkpoint cannot be written.
         """
@@ -133,7 +139,9 @@ class Checkpoints:
         items = {
             "state": ocp.args.StandardSave(state),
             "variables": ocp.args.StandardSave(variables),
-            "metadata": ocp.args.JsonSave(self._metadata | {"step": step, "best": best, "log": log}),
+            "metadata": ocp.args.JsonSave(
+                self._metadata | {"step": step, "best": best, "log": log, "stopped_early": stopped_early}
+            ),
         }
         part = self._folder / f"{step}.tmp"
         try:
@@ -145,7 +153,7 @@ class Checkpoints:
             raise OSError(
                 f"checkpoint {step} was not saved ({describe_error(error)}): the same command continues from the one before"
             ) from error
-        self.best = best
+        self.best, self.stopped_early = best, stopped_early
         for old in steps(self._folder)[self._keep :]:
             if best is None or old != best["step"]:
                 self._delete(old)

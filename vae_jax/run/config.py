@@ -27,7 +27,7 @@ class RunOptions:
         figures_every: epochs between two drawings of the figures; they are also drawn after the first and last epoch.
         likelihood_samples: draws of z from which the summary estimates log p(x) of 1,000 test images of 28x28, or fewer larger
             ones, at the end; 0: it does not.
-        tensorboard: also write the metrics for TensorBoard.
+        log_to: also log metrics and figures to "tensorboard", "wandb" or "trackio", or to several with commas between them.
         profile: write a trace of three calls into the run directory, for TensorBoard or Perfetto.
         compilation_cache: keep compiled programs in a folder of the user's, so that the next start is faster.
     """
@@ -37,11 +37,14 @@ class RunOptions:
     keep: int = 2
     figures_every: int = 10
     likelihood_samples: int = 100
-    tensorboard: bool = False
+    log_to: str = ""
     profile: bool = False
     compilation_cache: bool = True
 
     def __post_init__(self):
+        from vae_jax.run.loggers import import_loggers
+
+        import_loggers(self.log_to)
         for name in ("steps_per_call", "save_every", "keep", "figures_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
@@ -69,7 +72,7 @@ def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
     """The fields of a family's config with the defaults that the signatures give them; top-level ones only where they have one."""
     from vae_jax.families import FAMILIES
 
-    config: dict[str, Any] = {"seed": 0, "seeds": 1}
+    config: dict[str, Any] = {"seed": 0, "seeds": 1, "patience": 0}
     for section, functions in signatures(FAMILIES[family], optimizer).items():
         config[section] = {
             name: parameter.default for function in functions for name, parameter in fields(function).items()
@@ -224,9 +227,9 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
 
     Left out is what a run may change when it continues: section `run`, `data.manual_dir`, and more epochs where the
-    optimizer does not depend on their number. A new batch_size of 0 is the old one.
+    optimizer does not depend on their number. A new batch_size of 0 is the old one. Runs from before there was patience have none.
     """
-    old, new = flatten(stored), flatten(config)
+    old, new = ({"patience": 0} | flatten(fields) for fields in (stored, config))
     for flat in (old, new):
         for name in [*flat]:
             if name.startswith("run.") or name == "data.manual_dir":

@@ -1,18 +1,17 @@
-"""The run directory: config.json, metrics.jsonl, checkpoints/, figures/, summary.md."""
+"""The run directory: config.json, metrics.jsonl, checkpoints/, figures/, summary.md and summary.html."""
 
 import contextlib
 import json
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from vae_jax.run.environment import environment, versions
+from vae_jax.run.environment import code_version
 from vae_jax.run.files import (
     describe_error,
     describe_os_error,
@@ -24,6 +23,8 @@ from vae_jax.run.files import (
     write_atomically,
 )
 from vae_jax.run.log import LogDigest, OwnedDirectory, read_rows
+from vae_jax.run.report import to_html
+from vae_jax.run.summary import About, summarize
 
 FORMAT = 3
 OLD_FORMAT = "was written by an earlier format of vae_jax, which commit af11a1a reads"
@@ -31,6 +32,7 @@ SECTIONS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dic
 FIELDS = SECTIONS | {"best": str}
 FILMED = ("reconstructions", "samples")  # figures whose epochs make a film
 FRAME = 500  # milliseconds of each epoch
+LOGS = "tensorboard"  # the folder of what `run.log_to` writes for it
 LEFTOVERS = {"lock", "config.tmp"}  # of a run killed in its first moment
 
 
@@ -78,14 +80,12 @@ class RunDirectory:
         path: str,
         config: Mapping,
         command: str,
-        tensorboard: bool = False,
         check: Callable[[dict, Mapping], None] = lambda stored, config: None,
     ):
         self.remote = epath.Path(path) if is_remote(path) else None
         self.path = local_path(tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path)
         self.command, self._config = command, config
-        self._open_board = _find_tensorboard() if tensorboard else None
-        self._board = None
+        self._code = code_version()  # that of the start: the files may change during a training
         with contextlib.ExitStack() as on_error:
             try:
                 self._owned = OwnedDirectory(self.path, "metrics.jsonl")
@@ -142,8 +142,6 @@ class RunDirectory:
         if self._saved:
             self.mark_saved(step)
         self._started = time.time() - (self.history[-1]["seconds"] if rows else 0.0)
-        if self._open_board:
-            self._board = self._open_board(str(self.path / "tensorboard"), purge_step=step + 1)
         return log is None or (len(rows) == log["rows"] and self.log_digest() == log)
 
     def _keep(self, rows):
@@ -159,10 +157,6 @@ class RunDirectory:
         row = self._timed(row, time.time() - self._started)
         self._owned.append(row)
         self._digest.add(row)
-        if self._board:
-            for name, value in row.items():
-                if "/" in name and not isinstance(value, list):
-                    self._board.add_scalar(name, value, row["step"])
 
     def insert(self, row: dict) -> None:
         """Put a row that was lost in its place; its time is that of the row before it."""
@@ -187,36 +181,13 @@ class RunDirectory:
                     [np.asarray(Image.open(frame).convert("RGB")) for frame in frames], folder / f"{name}.webp", FRAME
                 )
 
-    def write_summary(self, title: str, numbers: Mapping[str, Any], routing: Sequence[str] = ()) -> None:
-        """Write summary.md: the numbers, which term trains which network, how to repeat the run, the figures."""
-        lines = [f"# {title}", "", "| number | value |", "|---|---|"]
-        for name, value in numbers.items():
-            if name.endswith("/interval") or np.ndim(value) > 1:
-                continue
-            text = _describe(value)
-            if f"{name}/interval" in numbers and not np.ndim(value):
-                text += f" ± {numbers[f'{name}/interval']:.2g} (95 %)"
-            lines.append(f"| {name} | {text} |")
-        minutes, seconds = divmod(round(self.history[-1]["seconds"]), 60)
-        facts = environment(numbers["devices"])
-        if routing:
-            lines += [
-                "",
-                "Which term of the loss trains which network, on the images of the first batch; terms without their weights:",
-                "",
-                *routing,
-            ]
-        lines += [
-            "",
-            f"- command: `{self.command}`",
-            f"- time: {minutes} min {seconds} s",
-            f"- device: {facts['devices']}; {facts['CPU cores']} cores of {facts['processor']}, {platform.platform()}",
-            f"- versions: {', '.join(map(' '.join, versions().items()))}",
-            f"- matmul precision: {facts['matmul precision']}",
-            "",
-        ]
-        lines += [f"![{path.stem}](figures/{path.name})\n" for path in sorted((self.path / "figures").glob("*.png"))]
-        write_atomically(self.path / "summary.md", "\n".join(lines))
+    def write_summary(self, title: str, numbers: Mapping[str, Any], about: About) -> None:
+        """Write summary.md, and summary.html with its figures in it."""
+        figures = [f"figures/{path.name}" for path in sorted((self.path / "figures").glob("*.png"))]
+        seconds = self.history[-1]["seconds"]
+        text = summarize(title, numbers, about, self.command, self._code, seconds, figures)
+        write_atomically(self.path / "summary.md", text)
+        write_atomically(self.path / "summary.html", to_html(text, self.path))
 
     def upload(self, part: str = "") -> None:
         """Copy all files, or those in the folder `part`, to gs://, so that the remote files are of the same moment.
@@ -238,24 +209,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Release the lock, and remove a temporary folder."""
-        if self._board:
-            self._board.close()  # this writes the last rows
-            with contextlib.suppress(OSError):
-                self.upload("tensorboard")
+        with contextlib.suppress(OSError):
+            self.upload(LOGS)  # its last rows
         self._owned.close()
         if self.remote:
             shutil.rmtree(self.path)
-
-
-def _describe(value):
-    if isinstance(value, list):
-        return ", ".join(f"{entry:.3g}" for entry in value)
-    return f"{value:.4g}" if isinstance(value, float) else f"{value}"
-
-
-def _find_tensorboard():
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise OSError("run.tensorboard needs tensorboardX: pip install tensorboardX") from None
-    return SummaryWriter

@@ -5,6 +5,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
+from functools import cache
+from pathlib import Path
 
 import jax
 
@@ -12,12 +15,30 @@ THREADS = ("NPROC", "OMP_NUM_THREADS")  # variables that limit the threads of XL
 HARMLESS = re.compile(
     "JAX_(PLATFORM|COMPILATION_CACHE|PERSISTENT_CACHE|LOG|TRACEBACK|DEBUG_LOG|COORDINATOR|THREEFRY|DEFAULT_PRNG|DEFAULT_MATMUL)"
 )
+PACKAGE = Path(__file__).parents[1]
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that decide the numbers."""
     return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+@cache
+def code_version(package: Path = PACKAGE) -> str:
+    """The version of the package, and where it lies in a git checkout the commit, and whether files of the package differ from it."""
+    version = f"vae_jax {importlib.metadata.version('vae_jax')}"
+    if not (package.parent / ".git").exists():  # a repository further up is another project's
+        return version
+    command = ["git", "--no-optional-locks", "-C", str(package.parent), "status", "--porcelain=v2", "--branch", "--"]
+    try:
+        status = subprocess.run([*command, package.name], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):  # no git, or not this user's repository
+        return version
+    lines = status.stdout.splitlines()
+    commit = next((line.split()[2][:12] for line in lines if line.startswith("# branch.oid ")), "unknown")
+    changed = "" if all(line.startswith("#") for line in lines) else f", with changes in {package.name}/"
+    return f"{version}, commit {commit}{changed}"
 
 
 def environment(devices: int) -> dict[str, str]:

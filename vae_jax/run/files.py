@@ -1,10 +1,12 @@
 """Files and paths: atomic writes, JSON lines, local and remote paths."""
 
 import contextlib
+import csv
+import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,12 @@ def read_json_lines(
 
 def json_line(row: dict) -> str:
     return json.dumps(row) + "\n"
+
+
+def as_csv(header: list[str], rows: Iterable) -> str:
+    """A table as text."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(rows)
+    return text.getvalue()

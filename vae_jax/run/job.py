@@ -1,5 +1,6 @@
 """What a config becomes: all that a training needs."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,16 +10,18 @@ import numpy as np
 import optax
 
 from vae_jax.batch import Dataset, Split, example_keys, make_batch
-from vae_jax.data import epoch_order, labelled_share
+from vae_jax.data import check_batches, epoch_order, fitting_batch, labelled_share
 from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.evaluation.gradients import gradient_routing, routing_table
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
-from vae_jax.families import Family, Model, Probes
+from vae_jax.families import Family, Metric, Model, Probes
+from vae_jax.nn.layer_table import BATCH, layer_table, output_shapes
 from vae_jax.objectives import Objective
 from vae_jax.run.config import RunOptions, fill_in
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import make_evaluate
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
+from vae_jax.run.summary import About
 
 ROUTED = 256  # images whose gradients the summary shows, at most
 FINAL_PIXELS = 1000 * 784  # of the test images at the end: what they take does not grow with the size of an image
@@ -49,6 +52,8 @@ class Job(NamedTuple):
     run: RunOptions
     groups: tuple[str, ...] = ()  # networks with an optimizer each
     terms: tuple[str, ...] = ()  # metrics whose gradients the summary shows by network
+    metrics: Mapping[str, Metric] = {}  # the family's
+    patience: int = 0  # epochs without improvement of `best` after which the training ends; 0: never
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,6 +115,22 @@ class Job(NamedTuple):
 
         return route
 
+    def about(self) -> About:
+        """What the summary says of metrics, data and layers; the objective is traced once, and nothing is computed."""
+
+        def evaluate(variables, image, label):
+            rows = jnp.arange(BATCH)
+            keys = example_keys(jax.random.key(0), None, rows)
+            batch = self.prepare(make_batch(image, label, jnp.ones(BATCH), rows), keys)
+            return self.objective(variables, batch, keys, False, None)
+
+        variables = jax.eval_shape(self.init, jax.random.key(0))
+        split = self.dataset.splits["train"]
+        shapes = (jax.ShapeDtypeStruct((BATCH, *part.shape[1:]), part.dtype) for part in split)
+        images = {name: len(split.label) for name, split in self.dataset.splits.items()}
+        layers = layer_table(variables["params"], output_shapes(evaluate, variables, *shapes))
+        return About(self.metrics, images, layers)
+
     def evaluate_on(self, split: str, devices: Devices | None = None) -> Callable:
         """`make_evaluate` for one of the data set's splits."""
         return make_evaluate(
@@ -123,9 +144,31 @@ class Job(NamedTuple):
         )
 
 
+def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int) -> int:
+    """The batch size, chosen by the number of images where it is 0. Raises ValueError for data that do not suffice."""
+    family.check_data(dataset)
+    batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
+    check_batches(dataset, batch_size)
+    if patience and "validation" not in dataset.splits:
+        raise ValueError(
+            f"patience is {patience}, which needs validation images: give data.validation, or leave patience at 0"
+        )
+    return batch_size
+
+
 def describe_data(dataset: Dataset) -> dict:
     """What a model must know of the data it is made for."""
     return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
+
+
+def fingerprint(dataset: Dataset) -> dict:
+    """The sizes of the splits, and a SHA-256 of all their images and labels."""
+    total = hashlib.sha256()
+    for split in dataset.splits.values():
+        total.update(np.ascontiguousarray(split.image))
+        total.update(np.ascontiguousarray(split.label))
+    sizes = {name: len(split.label) for name, split in dataset.splits.items()}
+    return sizes | {"sha256": total.hexdigest()}
 
 
 def describe_batches(dataset: Dataset, batch_size: int) -> dict:

@@ -4,7 +4,8 @@ A step's logs reach the disk before its checkpoint does, so a resumed run equals
 """
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import closing
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ from vae_jax.evaluation.verdict import one_sided, verdict
 from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
-from vae_jax.run.hosts import gather, raise_on_all_hosts
+from vae_jax.run.hosts import NotPrimary, gather, raise_on_all_hosts
 from vae_jax.run.job import Job
+from vae_jax.run.loggers import Loggers, Run
 from vae_jax.run.profile import Profile
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed
@@ -57,17 +59,32 @@ class Loop:
         run_steps = make_run_steps(train_step, job.batch_size, self.most, devices.count)
         self.run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
         self.route, self.warned = job.make_route(), False
+        self.about = cache(job.about)
         self.arrays = devices.replicate(job.dataset.splits["train"])
         self.evaluations = {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"}
 
     def run(self, stop: Callable[[], bool]) -> TrainState:
-        job, checkpoints = self.job, self.checkpoints
         state = self.restore()
+        self.loggers = self.open_loggers(int(np.max(state.step)))
+        with closing(self.loggers):
+            return self.train_from(state, stop)
+
+    def open_loggers(self, step: int) -> Any:
+        """What `run.log_to` names."""
+        if not self.devices.is_primary:
+            return NotPrimary()
+        run = Run(self.directory.path, self.directory.remote, self.job.metadata["config"], step)
+        return Loggers(self.job.run.log_to, run, self.progress.note)
+
+    def train_from(self, state: TrainState, stop: Callable[[], bool]) -> TrainState:
+        job, checkpoints = self.job, self.checkpoints
         step = saved = int(np.max(state.step))
         order = unread = None
+        ended = gather(checkpoints.stopped_early)[0]
+        self.progress.doing("compiling")
         traced = job.run.profile and self.devices.is_primary
         with Profile(self.directory.path / "profile" if traced else None, self.progress.note) as profile:
-            while step < job.steps:
+            while step < job.steps and not ended:
                 epoch, first = divmod(step, self.per_epoch)
                 if order is None or first == 0:
                     order = self.devices.replicate(job.order(epoch + 1))
@@ -85,10 +102,10 @@ class Loop:
                 if epoch_ended or due:
                     self.read(*unread)
                     unread = None
-                tested = self.end_epoch(epoch + 1, state) if epoch_ended else {}
-                if due or checkpoints.is_best(tested):
+                tested, ended = self.end_epoch(epoch + 1, state) if epoch_ended else ({}, False)
+                if due or ended or checkpoints.is_best(tested):
                     self.directory.upload()
-                    checkpoints.save(step, state, tested, self.directory.log_digest())
+                    checkpoints.save(step, state, tested, self.directory.log_digest(), ended)
                     self.directory.mark_saved(step)
                     saved = step
                 if stopping:
@@ -157,27 +174,46 @@ class Loop:
         for name, value in metrics.items():
             if not np.all(np.isfinite(value)):
                 raise FloatingPointError(f"{name} is {value} at step {step}: {advice(step)}")
-        self.directory.log({"step": step, "epoch": step / self.per_epoch, **metrics})
+        row = {"step": step, "epoch": step / self.per_epoch, **metrics}
+        self.directory.log(row)
+        self.loggers.log(row)
 
-    def end_epoch(self, epoch: int, state: TrainState) -> dict[str, Any]:
-        """Log and draw what belongs to the end of an epoch; returns the metrics of the splits that are not trained on."""
+    def end_epoch(self, epoch: int, state: TrainState) -> tuple[dict[str, Any], bool]:
+        """Log and draw what belongs to the end of an epoch.
+
+        Returns the metrics of the splits that are not trained on, and whether the training has run out of patience.
+        """
+        self.progress.doing(f"evaluating epoch {epoch}")
         tested, arrays = self.evaluate(state.eval_variables, state.key)
         self.log(epoch * self.per_epoch, tested)
-        final = {}
-        if epoch == self.job.epochs:
+        waited = gather(self.epochs_since_best(epoch, tested))[0] if self.job.patience else 0
+        ended = 0 < self.job.patience <= waited
+        last, final = ended or epoch == self.job.epochs, {}
+        if last:
+            self.progress.doing("the last measurements")
             final = self.job.evaluate_finally(state.eval_variables, state.key, self.devices)
         if self.devices.is_primary:
             trained = self.mean_over_epoch(epoch)
-            self.progress.epoch_done(epoch, trained | tested)
+            self.progress.epoch_done(epoch, trained | tested, last)
+            if ended:
+                stopped = f"{self.job.best[0]} has not improved for {waited} epochs, since epoch {epoch - waited}"
+                self.progress.note(f"the training ends after epoch {epoch}: {stopped}")
+                final["stopped early"] = stopped
             if (warning := one_sided(trained, "train")) and not self.warned:
                 self.progress.note(f"epoch {epoch}: {': '.join(warning)}")
                 self.warned = True
-            if epoch in (1, self.job.epochs) or epoch % self.job.run.figures_every == 0:
+            if epoch == 1 or last or epoch % self.job.run.figures_every == 0:
                 with self.progress.reported(f"the figures of epoch {epoch}"):
                     self.draw(epoch, state, arrays["test"])
                 with self.progress.reported(f"the summary of epoch {epoch}"):
                     self.summarize(epoch, state, trained | tested | final)
-        return tested
+        return tested, ended
+
+    def epochs_since_best(self, epoch: int, tested: dict) -> int:
+        """Epochs that have passed at the end of `epoch` since the metric `best` improved; 0 where nothing is the best."""
+        if self.job.best is None or self.checkpoints.best is None or self.checkpoints.is_best(tested):
+            return 0
+        return epoch - self.checkpoints.best["step"] // self.per_epoch
 
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The metrics of the splits that are not trained on, and what the probes measured on each."""
@@ -212,6 +248,7 @@ class Loop:
             job.baselines(),
         )
         self.directory.save_figures(figures, epoch)
+        self.loggers.show(epoch * self.per_epoch, self.directory.path / "figures")
 
     def summarize(self, epoch: int, state: TrainState, found: dict) -> None:
         """Write the summary of what was `found` in training and on the other splits."""
@@ -223,7 +260,8 @@ class Loop:
         if self.job.dataset.notes:
             numbers["what was done to the images"] = "; ".join(self.job.dataset.notes)
         routing = self.route(self.devices.local_copy(state.variables))
-        self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested), routing)
+        about = self.about()._replace(routing=routing)
+        self.directory.write_summary(self.job.title, numbers | self.best_so_far(step, tested), about)
 
     def best_so_far(self, step: int, tested: dict) -> dict[str, Any]:
         """The step of the best checkpoint and its metrics."""

@@ -38,9 +38,14 @@ class Progress:
         """Print a line on stderr."""
         self._bar.write(f"vae_jax: {text}", file=sys.stderr)
 
+    def doing(self, what: str) -> None:
+        """Show in the bar what goes on until the next training images are counted."""
+        self._bar.set_postfix_str(what)
+
     @contextlib.contextmanager
     def reported(self, what: str) -> Iterator[None]:
-        """Report any failure of the block, and go on: no picture is worth a training."""
+        """Show the block as `doing`, report any failure of it, and go on: no picture is worth a training."""
+        self.doing(what)
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -54,11 +59,11 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss:.2f}{self._tested}", refresh=False)
         self._bar.update(images)
 
-    def epoch_done(self, epoch: int, metrics: dict) -> None:
-        """Show an epoch's metrics, `train/loss` and `test/loss` among them."""
+    def epoch_done(self, epoch: int, metrics: dict, last: bool = False) -> None:
+        """Show an epoch's metrics, `train/loss` and `test/loss` among them; those of the first and the last one always."""
         self._tested = f", test {metrics['test/loss']:.2f}"
         now = time.time()
-        if self._bar.disable and (now - self._printed > self.PAUSE or epoch in (1, self._epochs)):
+        if self._bar.disable and (now - self._printed > self.PAUSE or last or epoch == 1):
             losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("/loss"))
             rate = self._done / (now - self._started)
             left = f"{self._left / rate / 60:.1f} min left"

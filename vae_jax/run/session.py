@@ -1,6 +1,5 @@
 """A config -> the job that it describes -> a training in a run directory."""
 
-import hashlib
 import itertools
 import shlex
 import sys
@@ -12,8 +11,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from vae_jax.batch import Dataset, binarize, mean_image, named_key
-from vae_jax.data import check_batches, fitting_batch, load
+from vae_jax.batch import binarize, mean_image, named_key
+from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
@@ -36,7 +35,7 @@ from vae_jax.run.directory import FIELDS, RunDirectory, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import check_reachable, describe_os_error
-from vae_jax.run.job import Job, describe_batches, describe_data, describe_numbers
+from vae_jax.run.job import Job, check_data, describe_batches, describe_data, describe_numbers, fingerprint
 from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import train
 from vae_jax.run.memory import check_fits
@@ -61,6 +60,7 @@ def make_job(
     epochs: int,
     batch_size: int,
     best: str,
+    patience: int = 0,
     data: Mapping,
     model: Mapping,
     objective: Mapping,
@@ -75,16 +75,15 @@ def make_job(
         epochs: passes over the training images.
         batch_size: images in one training step; 0: 64, or a quarter of the training images where they are fewer than 256.
         best: the validation metric that marks the best checkpoint, where data.validation holds images out.
+        patience: epochs without a better value of that metric after which the training ends; 0: it never ends early.
     """
-    check_counts(seed, seeds, epochs, batch_size)
+    check_counts(seed, seeds, epochs, batch_size, patience)
     # Every section is checked before the first one acts: a slip in the last is reported before data are read.
     bound = bind_sections(data, model, objective, optimizer, run)
     family = bound.family
     better = direction_of(best, family)
     dataset = bound.load_data()
-    family.check_data(dataset)
-    batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
-    check_batches(dataset, batch_size)
+    batch_size = check_data(family, dataset, batch_size, patience)
     known = describe_data(dataset) | describe_batches(dataset, batch_size)
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= bound.make_objective.keywords | {"image": dataset.splits["train"].image}
@@ -113,7 +112,7 @@ def make_job(
         run=bound.options,
     )
     check_fits(job, jax.local_devices()[0])
-    return job._replace(groups=bound.groups, terms=getattr(family, "TERMS", ()))
+    return job._replace(groups=bound.groups, terms=bound.terms, metrics=family.METRICS, patience=patience)
 
 
 class Sections(NamedTuple):
@@ -125,6 +124,7 @@ class Sections(NamedTuple):
     make_objective: partial
     make_optimizer: partial
     groups: tuple[str, ...]
+    terms: tuple[str, ...]
     ema_decay: float
     options: RunOptions
 
@@ -144,14 +144,15 @@ def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: 
         make_objective=bind("objective", family.make_objective, objective),
         make_optimizer=make_optimizer,
         groups=groups,
+        terms=getattr(family, "TERMS", ()),
         ema_decay=bind("optimizer", ema, of_average)(),
         options=bind("run", RunOptions, run)(),
     )
 
 
-def check_counts(seed: int, seeds: int, epochs: int, batch_size: int) -> None:
+def check_counts(seed: int, seeds: int, epochs: int, batch_size: int, patience: int) -> None:
     """Raise ValueError for a top-level number out of range."""
-    counts = {"seeds": (seeds, 1), "epochs": (epochs, 1), "batch_size": (batch_size, 0)}
+    counts = {"seeds": (seeds, 1), "epochs": (epochs, 1), "batch_size": (batch_size, 0), "patience": (patience, 0)}
     for name, (value, least) in counts.items():
         if value < least:
             raise ValueError(f"{name} is {value}, but must be at least {least}")
@@ -166,16 +167,6 @@ def direction_of(best: str, family: Family) -> str:
     if best not in known:
         raise ValueError(f"unknown metric best {best!r}: {nearest(best, known)}")
     return known[best]
-
-
-def fingerprint(dataset: Dataset) -> dict:
-    """The sizes of the splits, and a SHA-256 of all their images and labels."""
-    total = hashlib.sha256()
-    for split in dataset.splits.values():
-        total.update(np.ascontiguousarray(split.image))
-        total.update(np.ascontiguousarray(split.label))
-    sizes = {name: len(split.label) for name, split in dataset.splits.items()}
-    return sizes | {"sha256": total.hexdigest()}
 
 
 def describe() -> list[tuple[str, str]]:
@@ -208,7 +199,7 @@ class Outcome(NamedTuple):
     """How a training ended."""
 
     step: int
-    steps: int
+    steps: int  # those of a whole training, or as many as an early stop took
     summary: Any  # the path of summary.md
     signal: int = 0  # the one that stopped it early
 
@@ -244,7 +235,8 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
             enable_compilation_cache()
         stop = make_stop()
         state = train(job, directory, checkpoints, progress, stop, devices)
-        hosts.gather("done")  # a host that left while the primary still saves would end it
+        # This also waits: a host that left while the primary still saves would end it.
+        stopped_early = hosts.gather(checkpoints.stopped_early)[0]
     except OSError as error:
         if error.strerror is None:  # ours, which already names the way out
             raise
@@ -255,7 +247,8 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
     finally:
         progress.close()
         directory.close()
-    return Outcome(int(state.step.max()), job.steps, directory.summary, stop.signal)
+    step = int(state.step.max())
+    return Outcome(step, step if stopped_early else job.steps, directory.summary, stop.signal)
 
 
 def is_finished(job: Job, workdir: str, folder) -> bool:
@@ -269,7 +262,7 @@ def is_finished(job: Job, workdir: str, folder) -> bool:
     latest = next(iter(kept.values()))
     check_same_data(latest, job.metadata)
     check_same_config(workdir, latest["config"], job.metadata["config"])
-    if latest["step"] < job.steps or damaged:
+    if (latest["step"] < job.steps and not latest.get("stopped_early")) or damaged:
         return False
     return LogDigest(read_rows(folder.parent)).value() == latest["log"]
 
@@ -278,7 +271,7 @@ def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> t
     """The run directory, its checkpoints, and the progress shown."""
     command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
     check = partial(check_same_config, workdir)
-    directory = RunDirectory(workdir, config, command, job.run.tensorboard, check)
+    directory = RunDirectory(workdir, config, command, check)
     metadata = job.metadata | {"environment": environment(devices)}
     checkpoints = Checkpoints(folder, metadata, job.run.keep, job.best)
     progress = Progress(job.steps * job.batch_size * len(job.seeds), job.epochs)

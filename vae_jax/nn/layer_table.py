@@ -1,0 +1,81 @@
+"""The layers of a model as a table: parameters from its variables, outputs from a traced call."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+BATCH = 10_007  # a prime that is no layer's width: an axis of a multiple of it is one of the batch
+Path = tuple[str, ...]
+Shape = tuple[int, ...]
+Layer = tuple[Path, frozenset[tuple[str, Shape]]]  # where it is, and the shapes of its own parameters
+
+
+def output_shapes(function: Callable[..., Any], *arguments: Any) -> dict[Layer, Shape]:
+    """The shape of each Linen module's first output in `function(*arguments)`, without the batch's axes; nothing is computed.
+
+    The batch has `BATCH` examples. A module's path starts at the network that was applied.
+    """
+    found: dict[Layer, Shape] = {}
+
+    def note(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        if context.method_name == "__call__" and hasattr(output, "shape"):
+            own = shapes(context.module.variables.get("params", {}))
+            found.setdefault((context.module.path, own), without_batch(output.shape))
+        return output
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(function, *arguments)
+    return found
+
+
+def shapes(parameters: Mapping[str, Any]) -> frozenset[tuple[str, Shape]]:
+    """Names and shapes of a layer's own parameters, without those of the layers in it."""
+    return frozenset((name, leaf.shape) for name, leaf in parameters.items() if hasattr(leaf, "shape"))
+
+
+def without_batch(shape: Shape) -> Shape:
+    """What follows the last axis of the batch; samples and classes lie before it or in it."""
+    batch = [axis for axis, size in enumerate(shape) if size and size % BATCH == 0]
+    return shape[batch[-1] + 1 :] if batch else shape
+
+
+def layer_table(params: Mapping[str, Any], outputs: Mapping[Layer, Shape] | None = None) -> list[list[str]]:
+    """A heading, a row for each layer with parameters, and their sum: kernel, output where known, parameters.
+
+    The rows follow the order of `outputs`; without them a decoder comes last.
+    """
+    layers: dict[Path, dict[str, Any]] = {}
+    for path, leaf in flatten_dict(params).items():
+        layers.setdefault(path[:-1] or path, {})[path[-1]] = leaf
+    known = list(outputs or {})
+    calls = {path: called(path, shapes(parameters), known) for path, parameters in layers.items()}
+    body = []
+    for path in sorted(layers, key=lambda path: (calls[path], path[0] == "decoder")):
+        kernel, call = layers[path].get("kernel"), calls[path]
+        output = (outputs or {})[known[call]] if call < len(known) else ()
+        body.append([" ".join(path), by("" if kernel is None else kernel.shape), by(output), sized(layers[path])])
+    cells = [["layer", "kernel", "output", "parameters"], *body, ["all", "", "", sized(params)]]
+    return cells if outputs else [[name, kernel, count] for name, kernel, _, count in cells]
+
+
+def called(path: Path, own: frozenset, known: Sequence[Layer]) -> int:
+    """Which of the known calls is that of a layer; as many as there are if none is.
+
+    The network that was applied may lie anywhere in the parameters, so the longest end of the path decides.
+    """
+    ends = ((path[start:], own) for start in range(len(path)))
+    return next((known.index(end) for end in ends if end in known), len(known))
+
+
+def by(shape: Sequence[Any]) -> str:
+    return "x".join(map(str, shape))
+
+
+def sized(params: Any) -> str:
+    """The number of parameters."""
+    return f"{sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)):,}"

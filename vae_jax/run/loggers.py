@@ -1,0 +1,131 @@
+"""`run.log_to`: the metrics and figures of a run for TensorBoard, Weights & Biases or Trackio."""
+
+import importlib
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from vae_jax.run.config import nearest
+from vae_jax.run.directory import LOGS
+from vae_jax.run.files import describe_error, write_atomically
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+ID = "log_id"  # the file in the run directory by which a resumed run is the same run to a tracker
+
+
+class Run(NamedTuple):
+    """What a logger is told of a run: its directory here, where that is kept if on gs://, its config, and where it starts."""
+
+    path: Path
+    remote: epath.Path | None
+    config: Mapping[str, Any]
+    step: int
+
+
+class TensorBoard:
+    """Event files in the run directory; what an interrupted process logged beyond its checkpoint is purged."""
+
+    def __init__(self, module: Any, run: Run):
+        self._writer = module.SummaryWriter(str(run.path / LOGS), purge_step=run.step + 1)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        from PIL import Image
+
+        for name, path in pictures.items():
+            self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Tracker:
+    """A run of W&B or of Trackio, which have one interface; a resumed run continues it, W&B's by its id, Trackio's by its name."""
+
+    def __init__(self, module: Any, run: Run):
+        name, key = (run.remote or run.path.resolve()).name, run_id(run)
+        own = {"name": f"{name}-{key}"}
+        if module.__name__ == "wandb":
+            own = {"name": name, "id": key, "dir": str(run.path)}
+        project = os.environ.get(f"{module.__name__.upper()}_PROJECT", "vae_jax")
+        self._module = module
+        self._run = module.init(project=project, config=dict(run.config), resume="allow", **own)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        self._run.log({name: self._module.Image(str(path)) for name, path in pictures.items()}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Loggers:
+    """All loggers of a run. One that fails is reported once, through `note`, and left out: no logger ends a training."""
+
+    def __init__(self, log_to: str, run: Run, note: Callable[[str], None]):
+        self._note, self._open = note, {}
+        for name, module in import_loggers(log_to).items():
+            with_run = TensorBoard if name == "tensorboard" else Tracker
+            self._try(name, lambda: self._open.update({name: with_run(module, run)}))  # noqa: B023
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """The numbers of a row of metrics.jsonl; lists are left out."""
+        numbers = {name: value for name, value in row.items() if "/" in name and not isinstance(value, list)}
+        self._each(lambda logger: logger.log(row["step"], numbers))
+
+    def show(self, step: int, folder: Path) -> None:
+        """The figures in a folder."""
+        pictures = {f"figures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
+        self._each(lambda logger: logger.show(step, pictures))
+
+    def close(self) -> None:
+        self._each(lambda logger: logger.close())
+
+    def _each(self, action):
+        for name, logger in [*self._open.items()]:
+            self._try(name, lambda: action(logger))  # noqa: B023
+
+    def _try(self, name, action):
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001
+            self._open.pop(name, None)
+            self._note(f"{name} cannot be logged to ({describe_error(error)}): the training goes on without it")
+
+
+def import_loggers(log_to: str) -> dict[str, Any]:
+    """{name: module} of the loggers named in `run.log_to`, with commas between them.
+
+    Raises ValueError for an unknown name, and for one whose package is not installed.
+    """
+    modules = {}
+    for name in filter(None, (part.strip() for part in log_to.split(","))):
+        if name not in PACKAGES:
+            raise ValueError(f"unknown logger {name!r} in run.log_to: {nearest(name, PACKAGES)}")
+        try:
+            modules[name] = importlib.import_module(PACKAGES[name])
+        except ImportError:
+            package = f"{PACKAGES[name]}, which is not installed: pip install {PACKAGES[name]}"
+            raise ValueError(f"{name} in run.log_to needs {package}") from None
+        if getattr(modules[name], "__file__", None) is None:  # W&B leaves a folder of this name where it was run
+            raise ValueError(f"{name} in run.log_to needs its package, not the folder {name} here: pip install {name}")
+    return modules
+
+
+def run_id(run: Run) -> str:
+    """Eight characters that stay with the run directory, drawn at the first call."""
+    file = (run.remote or run.path) / ID
+    if not file.exists():
+        write_atomically(run.path / ID, secrets.token_hex(4))
+        file = run.path / ID
+    return file.read_text().strip()
