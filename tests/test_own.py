@@ -21,6 +21,7 @@ from vae_jax.evaluation import baselines
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_baselines, mean_square_distance
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.nn.networks import fitting_features
+from vae_jax.pretrained import Pretrained
 from vae_jax.run import session
 from vae_jax.run.config import changes
 
@@ -446,8 +447,9 @@ def test_bad_input(run, tmp_path):
 
 
 def test_a_model_of_labels_takes_no_images_without_them(monkeypatch):
-    model = types.SimpleNamespace(condition_on="label")
-    monkeypatch.setattr(examples, "load_able", lambda *_: types.SimpleNamespace(model=model, check_has=lambda *_: None))
+    vae = Pretrained({}, {})
+    vars(vae)["model"] = types.SimpleNamespace(condition_on="label", decode_raw=True)
+    monkeypatch.setattr(examples, "load_able", lambda *_: vae)
     with pytest.raises(ValueError, match="--input gives images without labels, but this model is conditioned on them"):
         examples.load_examples("run", {}, "", "test", "a.png")
 
