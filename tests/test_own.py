@@ -175,7 +175,10 @@ def test_bad_fields_of_own_images(tmp_path, monkeypatch):
     refused("data.colour is 'gray', but must be one of auto, grey, colour", name="digits", colour="gray")
     refused("data.name is empty: give your images", name="")
     photos.write(tmp_path / "photos", 2)
-    refused("need .* GiB of memory, but this machine has", name=f"{tmp_path}/photos/", size=2**31)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    refused("memory cannot hold .*photos, and the disk of .* GiB free of the", name=f"{tmp_path}/photos/", size=2**31)
+    with pytest.raises(ValueError, match="need .* GiB of memory, but this machine has"):
+        data.read_images(f"{tmp_path}/photos/", data.Preparation(2**31))
     monkeypatch.chdir(tmp_path)
     refused("unknown data set 'photos': did you mean './photos'", name="photos", size=8)
 
