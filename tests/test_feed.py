@@ -94,7 +94,7 @@ def test_a_set_twice_as_large_as_memory_trains_to_the_same_bits(images, tmp_path
 def test_the_same_bits_on_several_devices_and_of_several_seeds(images, tmp_path, cap, count, seeds):
     job, config = make_job(images, seeds=seeds)
     state, _ = run_job(job, config, tmp_path / "resident", devices=Devices(count))
-    cap(IMAGES * 64 // 2)
+    cap(IMAGES * 64)
     job, config = make_job(images, seeds=seeds)
     streamed, _ = run_job(job, config, tmp_path / "streamed", devices=Devices(count))
     same_bits(streamed, state)

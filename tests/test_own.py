@@ -14,7 +14,7 @@ from small_run import run_job
 
 import vae_jax
 from configs import vae
-from vae_jax import commands, data, examples, families
+from vae_jax import batch, commands, data, examples, families
 from vae_jax.batch import mean_image
 from vae_jax.data.images import SMALLEST
 from vae_jax.evaluation import baselines
@@ -301,7 +301,7 @@ def test_the_gram_matrix_has_the_eigenvalues_of_the_covariance(spectra):
 
 def test_leading_eigenvalues_of_many_large_images(spectra, monkeypatch):
     """Four known directions, then noise; the rest of the variance is exact, and so are the baselines of so many latents."""
-    monkeypatch.setattr(baselines, "CHUNK", 70)
+    monkeypatch.setattr(batch, "CHUNK", 70)
     rng = np.random.default_rng(1)
     codes = rng.standard_normal((200, 4)) * [40, 25, 12, 8]
     flat = 128 + codes @ np.linalg.qr(rng.standard_normal((192, 4)))[0].T * 4 + rng.standard_normal((200, 192))

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-CHUNK = 2**24  # bytes of images that are worked on at once
+CHUNK = 4096  # images that are worked on at once
 
 
 class Split(NamedTuple):
@@ -46,8 +46,8 @@ def mean_image(image: UInt8[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
 
 
 def chunks(image: UInt8[np.ndarray, "n ..."]) -> Iterator[UInt8[np.ndarray, "m ..."]]:
-    """The images in parts of at most `CHUNK` bytes, or single ones: memory may not hold what is computed from all of them."""
-    count = max(1, CHUNK // max(1, image[0].nbytes))
+    """The images in parts of at most `CHUNK` images and 16 MiB: memory may not hold what is computed from all of them."""
+    count = min(CHUNK, max(1, 2**24 // max(1, image[0].nbytes)))
     for start in range(0, len(image), count):
         yield image[start : start + count]
 

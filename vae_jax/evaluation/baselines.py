@@ -11,7 +11,6 @@ from vae_jax.batch import chunks, mean_image
 
 LARGEST_MATRIX = 4096  # rows of the largest symmetric matrix of which all eigenvalues are computed
 OVERSAMPLED, ITERATIONS = 10, 8  # of the randomised method; see `leading_eigenvalues`
-CHUNK = 4096  # images that are floats at once
 
 
 def linear_vae_baselines(
@@ -122,7 +121,7 @@ def covariance_eigenvalues(
             second += chunk.T @ chunk
         return np.maximum(np.linalg.eigvalsh(second / n)[::-1], 0)
     if n <= LARGEST_MATRIX:
-        (rows,) = centred(flat, mean)
+        rows = np.concatenate([*centred(flat, mean)])
         found = np.linalg.eigvalsh((rows @ rows.T).astype(np.float64) / n)[::-1]
         return np.maximum(np.pad(found, (0, pixels - n)), 0)
     found = leading_eigenvalues(flat, mean, min(largest or LARGEST_MATRIX, LARGEST_MATRIX))
@@ -159,8 +158,8 @@ def mean_square_distance(
 
 def centred(flat: UInt8[np.ndarray, "n pixels"], centre: Float[np.ndarray, " pixels"]) -> Iterator[np.ndarray]:
     """Images scaled to [0, 1] less `centre`, a chunk at a time."""
-    for start in range(0, len(flat), CHUNK):
-        yield flat[start : start + CHUNK].astype(np.float32) / 255 - centre
+    for part in chunks(flat):
+        yield part.astype(np.float32) / 255 - centre
 
 
 def linear_rate_distortion(
