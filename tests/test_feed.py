@@ -3,12 +3,16 @@
 import errno
 import itertools
 import os
+import shutil
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 from small_run import run_job
 
@@ -80,9 +84,7 @@ def test_a_set_twice_as_large_as_memory_trains_to_the_same_bits(images, tmp_path
     stopped, _ = run_job(job, config, tmp_path / "streamed", stop)
     assert int(stopped.step) == 21
     streamed, _ = run_job(*make_job(images), tmp_path / "streamed")
-    message = (
-        "the training images take 0.1 GiB and this machine has 0.1 GiB free: the images of each call are sent to it"
-    )
+    message = "the training images take 0.1 GiB, and this machine has 0.1 GiB free: they stay on the host, which sends"
     err = capsys.readouterr().err
     assert err.count(message) == 2 and "decoded" not in err
     same_bits(streamed, state)
@@ -230,6 +232,10 @@ def test_files_are_written_once_and_again_where_they_or_their_source_have_change
         flip(folder / name)
         for name, array in load_again("photos is damaged in the cache: its images are decoded into").items():
             np.testing.assert_array_equal(array, expected[name])
+    other = data.load(name=f"{source}/", skip_unreadable=True, validation=3)  # has files of its own
+    assert len(other.splits["validation"].label) == 3
+    load_again("")
+    shutil.rmtree(next(path for path in folder.parent.iterdir() if path.is_dir() and path != folder))
     Image.fromarray(np.zeros((9, 10), np.uint8)).save(source / "a" / "00.png")
     found = load_again("photos has changed: its images are decoded into")
     assert sum(np.sum(array != expected[name]) for name, array in found.items() if "image" in name) > 200
@@ -237,6 +243,25 @@ def test_files_are_written_once_and_again_where_they_or_their_source_have_change
     flip(folder / "train-image.npy")
     load_again("is damaged")
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+
+
+def test_of_two_that_start_at_once_one_decodes_and_the_other_waits(tmp_path, cap, monkeypatch):
+    """A lock of the file system, which threads that open the file each for themselves take as processes do."""
+    np.savez(tmp_path / "own.npz", image=IMAGE)
+    expected = data.load(name=str(tmp_path / "own.npz"))
+    written = []
+
+    def write(*arguments, original=cache.write):
+        written.append(arguments)
+        time.sleep(0.2)
+        original(*arguments)
+
+    monkeypatch.setattr(cache, "write", write)
+    cap(SMALL)
+    with ThreadPoolExecutor(2) as pool:
+        for dataset in pool.map(data.load, [str(tmp_path / "own.npz")] * 2):
+            same_data(dataset, expected)
+    assert len(written) == 1
 
 
 @pytest.mark.parametrize("problem", ["a full disk", "a disk that fills up", "a folder that is a file", "a bad image"])
@@ -267,3 +292,15 @@ def test_files_that_cannot_be_written_are_reported_in_one_line_and_leave_nothing
         data.load(name=f"{source}/", skip_unreadable=problem != "a bad image")
     assert "\n" not in str(error.value)
     assert root.is_file() or not [path for path in root.iterdir() if path.is_dir()]
+
+
+def test_data_sets_of_tensorflow_datasets_are_kept_too(tmp_path, cap, monkeypatch):
+    pytest.importorskip("array_record")
+    splits = {name: types.SimpleNamespace(num_examples=7) for name in ("train", "validation", "test")}
+    monkeypatch.setattr(tfds.core.DatasetInfo, "splits", splits)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "is_prepared", lambda self: True)
+    with tfds.testing.mock_data(num_examples=7):
+        expected = data.load(name="binarized_mnist", size=12)
+        cap(SMALL)
+        same_data(data.load(name="binarized_mnist", size=12), expected)
+    assert (tmp_path / "cache" / "vae_jax" / "images").is_dir()

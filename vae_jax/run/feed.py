@@ -28,7 +28,8 @@ def make_feed(job: Job, devices: Devices, note: Callable[[str], None]) -> Feed:
         return resident(job, devices)
     room, place = free(device)
     note(
-        f"the training images take {gib(nbytes)} and {place} has {gib(room)} free: the images of each call are sent to it"
+        f"the training images take {gib(nbytes)}, and {place} has {gib(room)} free: they stay on the host, which sends those of "
+        "each call"
     )
     return streamed(job, devices)
 
