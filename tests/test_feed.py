@@ -21,7 +21,7 @@ from vae_jax import data
 from vae_jax.data import cache
 from vae_jax.run import memory, session
 from vae_jax.run.devices import Devices
-from vae_jax.run.feed import make_feed
+from vae_jax.run.feed import ask_for, make_feed
 from vae_jax.run.log import read_rows
 from vae_jax.steps import make_run_steps
 
@@ -141,6 +141,21 @@ def test_a_call_sees_the_same_examples_either_way(images, cap, count, seeds):
     jax.tree.map(np.testing.assert_array_equal, streamed, resident)
 
 
+def test_the_disk_is_asked_for_the_rows_of_a_call(tmp_path, monkeypatch):
+    path, asked = tmp_path / "image.npy", []
+    np.save(path, IMAGE)
+    image = np.load(path, mmap_mode="r")
+
+    def posix_fadvise(file, start, size, advice):
+        asked.append(os.pread(file, size, start))
+
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    ask_for(image, np.array([7, 0, 98]))
+    assert asked == [IMAGE[row].tobytes() for row in (7, 0, 98)]
+    ask_for(IMAGE, np.array([7]))
+    assert len(asked) == 3
+
+
 SMALL = 2000  # bytes: what memory holds while these sets are read
 
 
@@ -199,6 +214,8 @@ def kept(tmp_path, cap):
     """A data set in files, its source, and the folder of the files."""
     source = tmp_path / "photos"
     write_files(source)
+    (source / "b").rename(tmp_path / "elsewhere")
+    (source / "b").symlink_to(tmp_path / "elsewhere")
     cap(SMALL)
     dataset = data.load(name=f"{source}/", skip_unreadable=True)
     (folder,) = (path for path in (tmp_path / "cache" / "vae_jax" / "images").iterdir() if path.is_dir())
@@ -236,7 +253,7 @@ def test_files_are_written_once_and_again_where_they_or_their_source_have_change
     assert len(other.splits["validation"].label) == 3
     load_again("")
     shutil.rmtree(next(path for path in folder.parent.iterdir() if path.is_dir() and path != folder))
-    Image.fromarray(np.zeros((9, 10), np.uint8)).save(source / "a" / "00.png")
+    Image.fromarray(np.zeros((9, 10), np.uint8)).save(source / "b" / "01.png")
     found = load_again("photos has changed: its images are decoded into")
     assert sum(np.sum(array != expected[name]) for name, array in found.items() if "image" in name) > 200
     (folder.with_name(f"{folder.name}.tmp") / "left").mkdir(parents=True)  # by a process that was killed

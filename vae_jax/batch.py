@@ -1,4 +1,4 @@
-"""Examples: a data set in memory, the batch of one step, and the random keys of each example."""
+"""Examples: a data set in memory or mapped into it, the batch of one step, and the random keys of each example."""
 
 import zlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory. `splits` has "train", "test" and, where images are held out or given, "validation"."""
+    """A data set in memory, or with images that are mapped into it (`np.memmap`). `splits` has "train", "test" and, where images are held out or given, "validation"."""
 
     splits: dict[str, Split]
     num_classes: int  # 0 = unlabelled

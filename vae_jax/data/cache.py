@@ -20,6 +20,7 @@ from vae_jax.run.files import describe_os_error
 from vae_jax.run.memory import gib
 
 FORMAT = 1
+LEVELS = ("*", "*/*", "*/*/*")  # `rglob` would not look into folders that are links
 WAY_OUT = "name another folder by XDG_CACHE_HOME, or take fewer or smaller images"
 Read = Callable[[Path | None], tuple[dict[str, Split], list[str]]]
 
@@ -102,9 +103,11 @@ def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> 
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = listing(source)
             if why := problem(folder, found):
+                part = root / f"{name}.tmp"
+                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: this one has the lock
                 check_disk(source, root, nbytes)
                 say(f"{source} {why}: its images are decoded into {folder}")
-                write(folder, found, read)
+                write(folder, part, found, read)
             return open_splits(folder)
     except OSError as error:
         if error.strerror is None:  # ours
@@ -129,10 +132,10 @@ def say(text: str) -> None:
 
 
 def listing(source: Path) -> str:
-    """A digest of the names, sizes and times of a file, or of all files in a folder."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    """A digest of the names, sizes and times of a file, or of the files in a folder, down to those of a class of a split."""
+    found = [source] if source.is_file() else sorted(path for level in LEVELS for path in source.glob(level))
     total = hashlib.sha256()
-    for file in files:
+    for file in filter(Path.is_file, found):
         stat = file.stat()
         total.update(os.fsencode(f"{file.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
     return total.hexdigest()
@@ -160,10 +163,8 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def write(folder: Path, source: str, read: Read) -> None:
-    """Read the images and write them into a folder, which appears when it is complete and replaces an older one."""
-    part = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: this one has the lock
+def write(folder: Path, part: Path, source: str, read: Read) -> None:
+    """Read the images and write them into the folder `part`, which replaces `folder` when it is complete."""
     part.mkdir()
     try:
         splits, notes = read(part)

@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Key
@@ -100,12 +101,12 @@ def as_seen(split: Split, how: str, seed: int) -> Split:
 
     @jax.jit
     def pixels(image, index):
-        return binarize_as_evaluated(make_batch(image, index, index, index).image, index, how, seed)
+        seen = binarize_as_evaluated(make_batch(image, index, index, index).image, index, how, seed)
+        return (255 * seen).astype(jnp.uint8)
 
     starts = range(0, len(split.label), BATCH_SIZE)
     parts = [
-        np.uint8(255 * pixels(split.image[i : i + BATCH_SIZE], i + np.arange(len(split.label[i : i + BATCH_SIZE]))))
-        for i in starts
+        pixels(split.image[i : i + BATCH_SIZE], i + np.arange(len(split.label[i : i + BATCH_SIZE]))) for i in starts
     ]
     return split._replace(image=np.concatenate(parts))
 
