@@ -127,7 +127,7 @@ def read_files(
         except ValueError as error:
             problems[i] = error
         if len(images) == 1 and not wanted.size:
-            check_size(name, len(files) * images[i].size, wanted.scratch)
+            check_size(name, len(files) * next(iter(images.values())).size, wanted.scratch)
     bad = [files[i] for i in problems]
     if problems and not (skip_unreadable and images):
         reason = next(iter(problems.values()))
