@@ -374,11 +374,13 @@ def test_unreadable_npz(tmp_path):
         data.load(name=str(tmp_path / "text.npz"))
 
 
-def test_data_set_larger_than_memory_is_refused_with_its_size(tmp_path, monkeypatch):
+def test_what_is_not_kept_on_disk_is_refused_with_its_size_if_memory_cannot_hold_it(tmp_path, monkeypatch):
+    """Images for a mode, and a data set that is scaled; test_feed.py has those that are kept."""
     save_images(tmp_path, ["a"])
-    np.savez(tmp_path / "own.npz", image=np.zeros((5, 8, 12), np.uint8))
     free = types.SimpleNamespace(available=1000)
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: free)
-    for name in (tmp_path, tmp_path / "own.npz"):
-        with pytest.raises(ValueError, match=r"need 0\.1 GiB of memory, but this machine has 0\.1 GiB free"):
-            data.load(name=str(name))
+    message = r"need 0\.1 GiB of memory, but this machine has 0\.1 GiB free"
+    with pytest.raises(ValueError, match=message):
+        data.read_images(str(tmp_path), data.Preparation())
+    with pytest.raises(ValueError, match=message):
+        data.load(name="digits", size=32)

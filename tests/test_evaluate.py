@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vae_jax import data, families
-from vae_jax.batch import Split
+from vae_jax import batch, data, families
+from vae_jax.batch import Split, has_grey
 from vae_jax.evaluation.baselines import (
     convert,
     covariance_eigenvalues,
@@ -27,6 +27,7 @@ from vae_jax.evaluation.classification import (
 )
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.families import Probes
+from vae_jax.run import evaluate
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import make_evaluate, map_examples
 from vae_jax.run.seeds import combine_seeds, mean_metrics, reduce_seeds, root_keys
@@ -134,6 +135,35 @@ def test_evaluation_passes_no_step_and_does_not_train(split):
 
     make_evaluate(objective, NO_PROBES, split)({}, KEY)
     assert set(seen) == {(False, None, None)}
+
+
+@pytest.mark.parametrize("count,seeds", [(1, 1), (2, 2)])
+def test_a_split_larger_than_a_block_is_sent_in_blocks(split, monkeypatch, count, seeds):
+    """Of 23 images, 4 or 8 at once: the index, of which the noise is a function, is the position in the split."""
+
+    def measure(variables, batch, key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
+        return {"index": batch.index, "image": batch.image, "noise": jax.vmap(jax.random.normal)(keys)}
+
+    roots = KEY if seeds == 1 else root_keys(range(seeds))
+    variables = {"none": np.zeros(seeds)}
+    expected = map_examples(measure, split, seeds, 2, Devices(count))(variables, roots)
+    monkeypatch.setattr(evaluate, "BLOCK", 2 * 2 * count * 64 + 63)
+    found = map_examples(measure, split, seeds, 2, Devices(count))(variables, roots)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (np.broadcast_to(found["index"], (seeds, 23)) == np.arange(23)).all()
+
+
+@pytest.mark.parametrize("of_images", [cross_entropy_baselines, histogram_loss, has_grey])
+def test_what_looks_at_all_images_does_so_in_parts(monkeypatch, of_images):
+    """Parts of three images, of which the last is one; the only grey pixel is its last."""
+    image = np.random.default_rng(0).choice([0, 255], (10, 8, 8, 1)).astype(np.uint8)
+    image[-1, -1, -1] = 7
+    expected = of_images(image)
+    monkeypatch.setattr(batch, "CHUNK", 3)
+    assert of_images(image) == expected
+    assert [len(part) for part in batch.chunks(image)] == [3, 3, 3, 1]
+    assert of_images is not has_grey or expected
 
 
 def test_padding_is_inert(split):

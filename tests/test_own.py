@@ -14,7 +14,7 @@ from small_run import run_job
 
 import vae_jax
 from configs import vae
-from vae_jax import commands, data, examples, families
+from vae_jax import batch, commands, data, examples, families
 from vae_jax.batch import mean_image
 from vae_jax.data.images import SMALLEST
 from vae_jax.evaluation import baselines
@@ -176,7 +176,10 @@ def test_bad_fields_of_own_images(tmp_path, monkeypatch):
     refused("data.colour is 'gray', but must be one of auto, grey, colour", name="digits", colour="gray")
     refused("data.name is empty: give your images", name="")
     photos.write(tmp_path / "photos", 2)
-    refused("need .* GiB of memory, but this machine has", name=f"{tmp_path}/photos/", size=2**31)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    refused("memory cannot hold .*photos, and the disk of .* GiB free of the", name=f"{tmp_path}/photos/", size=2**31)
+    with pytest.raises(ValueError, match="need .* GiB of memory, but this machine has"):
+        data.read_images(f"{tmp_path}/photos/", data.Preparation(2**31))
     monkeypatch.chdir(tmp_path)
     refused("unknown data set 'photos': did you mean './photos'", name="photos", size=8)
 
@@ -299,7 +302,7 @@ def test_the_gram_matrix_has_the_eigenvalues_of_the_covariance(spectra):
 
 def test_leading_eigenvalues_of_many_large_images(spectra, monkeypatch):
     """Four known directions, then noise; the rest of the variance is exact, and so are the baselines of so many latents."""
-    monkeypatch.setattr(baselines, "CHUNK", 70)
+    monkeypatch.setattr(batch, "CHUNK", 70)
     rng = np.random.default_rng(1)
     codes = rng.standard_normal((200, 4)) * [40, 25, 12, 8]
     flat = 128 + codes @ np.linalg.qr(rng.standard_normal((192, 4)))[0].T * 4 + rng.standard_normal((200, 192))

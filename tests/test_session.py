@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import classifier, vae
 from vae_jax import data, families, optimizers, steps
-from vae_jax.batch import make_batch
+from vae_jax.batch import Split, make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
 from vae_jax.families import FAMILIES, Metric
 from vae_jax.nn.networks import NETWORKS
@@ -522,24 +522,33 @@ class Device:
         return {"bytes_limit": self.limit} if self.limit else None
 
 
-def test_a_training_larger_than_the_device_is_refused_with_its_size(config):
+@pytest.mark.parametrize("size,held", [(1437, "the training images"), (50_000, "the images of two calls")])
+def test_a_training_larger_than_the_device_is_refused_with_its_size(config, size, held):
     """It holds the images, four copies of each seed's weights, and the images decoded from its share of a batch."""
     job = session.build(config | {"seeds": 3})
+    train = Split(np.broadcast_to(np.uint8(0), (size, 28, 28, 1)), np.zeros(size, np.int32))
+    job = job._replace(dataset=job.dataset._replace(splits={"train": train}))
     weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(job.init, jax.random.key(0))))
+    images = 1437 if size == 1437 else 2 * 3 * job.steps_per_call * 512
     for decodes in (1, 50):
         larger = job._replace(decodes_per_example=decodes)
         decoded = 512 * decodes * 28 * 28 // jax.device_count()
-        needed = 1797 * 28 * 28 + 4 * (3 * 4 * weights + decoded)
+        needed = images * 28 * 28 + 4 * (3 * 4 * weights + decoded)
         session.check_fits(larger, Device(needed))
-        message = rf"3 models of {weights:,} weights and the data .* need \d\.\d GiB of memory, but small GPU has"
+        message = rf"3 models of {weights:,} weights and {held} need \d\.\d GiB of memory, but small GPU has"
         with pytest.raises(ValueError, match=message) as error:
             session.check_fits(larger, Device(needed - 1))
         assert "\n" not in str(error.value)
+        assert ("run.steps_per_call" in str(error.value)) == (size > 1437)
+
+
+def test_images_stay_on_a_device_that_they_fill_to_one_half():
+    assert memory.stays_on(Device(200), 100) and not memory.stays_on(Device(199), 100)
 
 
 def test_a_job_is_built_only_if_it_fits_on_the_first_device(config, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**20), Device(2**40)])
-    with pytest.raises(ValueError, match="small GPU has 0.1 GiB free: take fewer or smaller images, a smaller model"):
+    with pytest.raises(ValueError, match="small GPU has 0.1 GiB free: take a smaller model or batch, or fewer seeds"):
         session.build(config)
 
 

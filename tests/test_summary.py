@@ -91,8 +91,8 @@ def test_parameters_without_a_layer_are_counted():
 def test_a_number_has_its_interval_and_its_unit():
     numbers = {"test/loss": 18.0, "test/loss/interval": 0.25, "at the best step: validation/kl": 7.0, "steps": 3}
     assert rows(numbers | {"test/confusion": [[1, 2]], "test/scale": 0.5}, vae.METRICS) == [
-        ["test/loss", "18 ± 0.25 (95 %)", "nats, lower is better"],
-        ["at the best step: validation/kl", "7", "nats, lower is better"],
+        ["test/loss", "18 ± 0.25 (95 %)", "nats ↓"],
+        ["at the best step: validation/kl", "7", "nats ↓"],
         ["steps", "3", ""],
         ["test/scale", "0.5", "pixels in [0, 1]"],
     ]

@@ -1,6 +1,7 @@
-"""Examples: a data set in memory, the batch of one step, and the random keys of each example."""
+"""Examples: a data set in memory or mapped into it, the batch of one step, and the random keys of each example."""
 
 import zlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
+
+CHUNK = 4096  # images that are worked on at once
 
 
 class Split(NamedTuple):
@@ -18,7 +21,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory. `splits` has "train", "test" and, where images are held out or given, "validation"."""
+    """A data set in memory, or with images that are mapped into it (`np.memmap`). `splits` has "train", "test" and, where images are held out or given, "validation"."""
 
     splits: dict[str, Split]
     num_classes: int  # 0 = unlabelled
@@ -42,9 +45,16 @@ def mean_image(image: UInt8[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
     return image.mean(axis=0, dtype=np.float64) / 255
 
 
+def chunks(image: UInt8[np.ndarray, "n ..."]) -> Iterator[UInt8[np.ndarray, "m ..."]]:
+    """The images in parts of at most `CHUNK` images and 16 MiB: memory may not hold what is computed from all of them."""
+    count = min(CHUNK, max(1, 2**24 // max(1, image[0].nbytes)))
+    for start in range(0, len(image), count):
+        yield image[start : start + count]
+
+
 def has_grey(image: UInt8[np.ndarray, "n height width channel"]) -> bool:
     """Whether a pixel is neither 0 nor 255."""
-    return bool(((image > 0) & (image < 255)).any())
+    return any(((part > 0) & (part < 255)).any() for part in chunks(image))
 
 
 BINARIZE = ("none", "dynamic", "threshold")

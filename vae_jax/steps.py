@@ -150,18 +150,24 @@ def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int
     It runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, which is at most
     `most`, may differ between calls of one compiled program. `history` holds each step's metrics, [most]. Of each batch
     it takes share number `shard` of `shards` equal ones; `train_step` must sum over them.
+
+    Where `image` and `label` are not the whole data set, `order` is `(order, place)`: the examples' positions in the data set, to
+    which their noise belongs, and their places in `image`.
     """
     share = batch_size // shards
     train_step = jax.jit(train_step)  # so that it is traced once
 
     def run_steps(state, order, first, count, image, label, shard=0):
+        order, place = order if isinstance(order, tuple) else (order, None)
         weight = jnp.ones(share)
 
         def one_step(i, carry):
             state, history = carry
             start = (first + i) * batch_size + shard * share
-            rows = lax.dynamic_slice(order, (start,), (share,))
-            batch = make_batch(image[rows], label[rows], weight, rows)
+            index = rows = lax.dynamic_slice(order, (start,), (share,))
+            if place is not None:
+                rows = lax.dynamic_slice(place, (start,), (share,))
+            batch = make_batch(image[rows], label[rows], weight, index)
             state, metrics = train_step(state, batch)
             return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
 

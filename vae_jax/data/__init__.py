@@ -1,4 +1,4 @@
-"""Named data sets and a user's own images -> uint8 arrays in memory; splits; the order of the examples."""
+"""Named data sets and a user's own images -> uint8 arrays in memory, or mapped into it; splits; the order of the examples."""
 
 from pathlib import Path
 
@@ -6,11 +6,14 @@ import numpy as np
 from jaxtyping import Int
 
 from vae_jax.batch import BINARIZE, Dataset, Split
+from vae_jax.data.cache import cached
 from vae_jax.data.images import Preparation as Preparation
-from vae_jax.data.named import DATASETS, MNIST_FAMILY, load_tfds
+from vae_jax.data.named import DATASETS, MNIST_FAMILY, find_tfds, load_tfds
 from vae_jax.data.own import SPLIT_SEED as SPLIT_SEED
 from vae_jax.data.own import fit_splits, load_own, take
 from vae_jax.data.own import read_images as read_images
+from vae_jax.run.files import local_path
+from vae_jax.run.memory import TooLarge
 
 
 def load(
@@ -52,19 +55,43 @@ def load(
         raise ValueError(f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there")
     if binarize not in BINARIZE:
         raise ValueError(f"data.binarize is {binarize!r}, but must be one of {', '.join(BINARIZE)}")
-    loaded, notes = load_splits(name, manual_dir, Preparation(size, colour).check(), skip_unreadable)
-    if binarize != "none" and loaded[0].image.shape[-1] != 1:
+    prepare = Preparation(size, colour).check()
+    splits, notes = load_prepared(name, manual_dir, prepare, skip_unreadable, validation)
+    if binarize != "none" and splits["train"].image.shape[-1] != 1:
         raise ValueError(
             f"data.binarize is {binarize!r}, but the images of {name} are coloured: only grey ones can be binary"
         )
-    splits = hold_out(loaded, validation, name)
-    num_classes = int(max(split.label.max() for split in loaded)) + 1
+    num_classes = int(max(split.label.max() for split in splits.values())) + 1
     splits["train"] = hide_labels(splits["train"], labelled, label_seed, num_classes)
     if labelled_per_batch and (labelled <= 0 or not shuffle):
         raise ValueError(
             f"data.labelled_per_batch is {labelled_per_batch}, which needs data.labelled above 0 and shuffled images: leave it at 0"
         )
     return Dataset(splits, num_classes, shuffle, binarize, labelled_per_batch, tuple(notes))
+
+
+def load_prepared(
+    name: str, manual_dir: str, wanted: Preparation, skip_unreadable: bool, validation: int
+) -> tuple[dict[str, Split], list[str]]:
+    """The splits by name, and what was done to the images, in words. Images that memory cannot hold are kept in files and mapped."""
+
+    def read(scratch):
+        loaded, notes = load_splits(name, manual_dir, wanted._replace(scratch=scratch), skip_unreadable)
+        return hold_out(loaded, validation, name, scratch), notes
+
+    try:
+        return read(None)
+    except TooLarge as error:
+        if name in DATASETS:  # they are in memory before they are scaled
+            raise
+        source = local_path(name) if is_own(name) else Path(find_tfds(name).data_path)
+        fields = {"size": wanted.size, "colour": wanted.colour, "skip": skip_unreadable, "validation": validation}
+        return cached(source, fields, read, error.nbytes)
+
+
+def is_own(name: str) -> bool:
+    """Whether the name of a data set is the path of a user's images."""
+    return name.lower().endswith(".npz") or name.startswith((".", "~", "/")) or ("/" in name and Path(name).is_dir())
 
 
 def load_splits(
@@ -75,12 +102,12 @@ def load_splits(
         raise ValueError("data.name is empty: give your images, --config.data.name=FOLDER/ or FILE.npz")
     if name in DATASETS:
         return fit_splits([*DATASETS[name](name, manual_dir)], wanted)
-    if name.lower().endswith(".npz") or name.startswith((".", "~", "/")) or ("/" in name and Path(name).is_dir()):
+    if is_own(name):
         return load_own(name, wanted, skip_unreadable)
-    return fit_splits(load_tfds(name, manual_dir), wanted)
+    return fit_splits(load_tfds(find_tfds(name), wanted.scratch), wanted)
 
 
-def hold_out(loaded: list[Split], validation: int, name: str) -> dict[str, Split]:
+def hold_out(loaded: list[Split], validation: int, name: str, scratch: Path | None = None) -> dict[str, Split]:
     """The splits by name, with `validation` training images held out. Raises ValueError for a number that cannot be."""
     train, test, *given = loaded
     count = len(train.label)
@@ -93,7 +120,7 @@ def hold_out(loaded: list[Split], validation: int, name: str) -> dict[str, Split
     if not validation:
         return dict(zip(("train", "test", "validation"), loaded))
     order = np.random.default_rng(SPLIT_SEED).permutation(count)
-    held, kept = take(train, np.sort(order[:validation])), take(train, np.sort(order[validation:]))
+    held, kept = (take(train, np.sort(part), scratch) for part in (order[:validation], order[validation:]))
     return {"train": kept, "test": test, "validation": held}
 
 

@@ -3,13 +3,14 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
+from vae_jax.data.cache import Shelf, store
 from vae_jax.run.files import as_pillow
 from vae_jax.run.memory import check_memory
 
@@ -25,10 +26,11 @@ NAMED = 5  # files that a message names
 
 
 class Preparation(NamedTuple):
-    """What every image of a data set goes through, as the fields `data.size` and `data.colour` say."""
+    """What every image of a data set goes through, as the fields `data.size` and `data.colour` say, and where the images are kept."""
 
     size: int = 0
     colour: str = "auto"
+    scratch: Path | None = None  # a folder for files that take the place of memory
 
     def check(self) -> "Preparation":
         """This. Raises ValueError for a size below 8 that is not 0, and for an unknown colour."""
@@ -39,10 +41,10 @@ class Preparation(NamedTuple):
         return self
 
 
-def check_size(what: str, nbytes: int) -> None:
-    """Raise ValueError if memory cannot hold three copies: as read, as split, and on the device."""
-    way_out = "data sets are held in memory, so take fewer or smaller images"
-    check_memory(f"three copies of {what}", 3 * nbytes, way_out)
+def check_size(what: str, nbytes: int, scratch: Path | None = None) -> None:
+    """Raise TooLarge if memory cannot hold three copies: as read, as split, and on the device. A folder `scratch` takes its place."""
+    if scratch is None:
+        check_memory(f"three copies of {what}", 3 * nbytes, "take fewer or smaller images")
 
 
 def fit(image: Any, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "height width channel"]:
@@ -71,11 +73,8 @@ def fit_array(
     result = wanted.size or height, wanted.size or width, 1 if colour == "grey" else 3
     if result == (height, width, channels):
         return image
-    check_size("the images", n * math.prod(result))
-    fitted = np.empty((n, *result), np.uint8)
-    for i, pixels in enumerate(image):
-        fitted[i] = fit(as_pillow(pixels), wanted, done)
-    return fitted
+    check_size("the images", n * math.prod(result), wanted.scratch)
+    return store((fit(as_pillow(pixels), wanted, done) for pixels in image), (n, *result), wanted.scratch)
 
 
 def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "height width channel"]:
@@ -118,45 +117,50 @@ def read_files(
     Grey images among coloured ones become coloured. Raises ValueError, naming them, for files that cannot be read, unless they
     are to be left out, and for images of different sizes.
     """
-    images: dict[int, np.ndarray] = {}
+    images: MutableMapping[int, np.ndarray] = Shelf(wanted.scratch) if wanted.scratch else {}
     problems: dict[int, ValueError] = {}
     done: Counter = Counter()
-    check_size(name, len(files) * wanted.size**2 * (1 if wanted.colour == "grey" else 3))
+    check_size(name, len(files) * wanted.size**2 * (1 if wanted.colour == "grey" else 3), wanted.scratch)
     for i, path in enumerate(files):
         try:
             images[i] = read_image(path, wanted, done)
         except ValueError as error:
             problems[i] = error
         if len(images) == 1 and not wanted.size:
-            check_size(name, len(files) * next(iter(images.values())).size)
+            check_size(name, len(files) * next(iter(images.values())).size, wanted.scratch)
     bad = [files[i] for i in problems]
     if problems and not (skip_unreadable and images):
         reason = next(iter(problems.values()))
         others = f"; {len(bad) - 1} others of {len(files)} neither: {some(bad[1:])}" if bad[1:] else ""
         raise ValueError(f"cannot read the image {bad[0]}: {reason}{others}: {way_out}")
-    pixels = same_shape(files, images, done)
+    pixels = same_shape(files, images, done, wanted.scratch)
     notes = [f"{count} {what}" for what, count in sorted(done.items())]
     if bad:
         notes.append(f"{len(bad)} of {len(files)} left out, which cannot be read ({some(bad)})")
     return [*images], pixels, notes
 
 
-def same_shape(files: Sequence[Path], images: dict[int, np.ndarray], done: Counter) -> np.ndarray:
+def same_shape(
+    files: Sequence[Path], images: Mapping[int, np.ndarray], done: Counter, scratch: Path | None
+) -> UInt8[np.ndarray, "n height width channel"]:
     """The images as one array, with grey ones made coloured where there are others."""
     first = next(iter(images))
     coloured = any(pixels.shape[2] == 3 for pixels in images.values())
-    stacked = np.empty((len(images), *images[first].shape[:2], 3 if coloured else 1), np.uint8)
-    for row, (i, pixels) in zip(stacked, images.items()):
-        if pixels.shape[:2] != row.shape[:2]:
-            sizes = (f"{one.shape[1]}x{one.shape[0]}" for one in (pixels, images[first]))
-            raise ValueError(
-                f"{files[i]} is {next(sizes)}, but {files[first]} is {next(sizes)}: bring all images to one size, "
-                "which --config.data.size=64 does"
-            )
-        if coloured and pixels.shape[2] == 1:
-            done["made colour"] += 1
-        row[:] = pixels
-    return stacked
+    shape = *images[first].shape[:2], 3 if coloured else 1
+
+    def rows():
+        for i, pixels in images.items():
+            if pixels.shape[:2] != shape[:2]:
+                sizes = (f"{one.shape[1]}x{one.shape[0]}" for one in (pixels, images[first]))
+                raise ValueError(
+                    f"{files[i]} is {next(sizes)}, but {files[first]} is {next(sizes)}: bring all images to one size, "
+                    "which --config.data.size=64 does"
+                )
+            if coloured and pixels.shape[2] == 1:
+                done["made colour"] += 1
+            yield np.broadcast_to(pixels, shape)
+
+    return store(rows(), (len(images), *shape), scratch)
 
 
 def some(paths: Sequence[Path | str]) -> str:

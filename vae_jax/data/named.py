@@ -13,11 +13,13 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from vae_jax.batch import Split
+from vae_jax.data.cache import store
 from vae_jax.data.images import check_size
 from vae_jax.data.own import split_off_test
 from vae_jax.run.files import local_path
@@ -129,8 +131,8 @@ def _way_out(name):
     return f"{files}, or train on the bundled digits, --config=vae:digits"
 
 
-def load_tfds(name: str, manual_dir: str) -> list[Split]:
-    """Training, test and perhaps validation split of an image classification data set of TensorFlow Datasets.
+def find_tfds(name: str) -> Any:
+    """The builder of an image classification data set of TensorFlow Datasets, prepared.
 
     Raises ValueError for an unknown or unsuitable data set, and OSError if it cannot be prepared.
     """
@@ -148,13 +150,18 @@ def load_tfds(name: str, manual_dir: str) -> list[Split]:
     _check_suits(builder)
     if not builder.is_prepared():
         _prepare(builder)
-    splits = builder.info.splits
+    return builder
+
+
+def load_tfds(builder: Any, scratch: Path | None = None) -> list[Split]:
+    """Training, test and perhaps validation split of a data set of TensorFlow Datasets; `scratch` as in `store`."""
+    name, splits = builder.name, builder.info.splits
     # Some have labels on their validation images only.
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, but train and test are needed")
     own = ["validation"] if test == "test" and "validation" in splits else []
-    return [_read_tfds(builder, part) for part in ("train", test, *own)]
+    return [_read_tfds(builder, part, scratch) for part in ("train", test, *own)]
 
 
 def _check_suits(builder):
@@ -182,23 +189,27 @@ def _prepare(builder):
         raise OSError(f"preparing {builder.name} failed: {' '.join(str(error).split())}") from error
 
 
-def _read_tfds(builder, part):
+def _read_tfds(builder, part, scratch):
     image_key, label_key = _keys(builder)
     shape, count = builder.info.features[image_key].shape, builder.info.splits[part].num_examples
-    check_size(builder.name, count * math.prod(shape))
+    check_size(builder.name, count * math.prod(shape), scratch)
     source = builder.as_data_source(part)
     if len(source) != count:
         raise ValueError(
             f"{builder.name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
         )
-    image, label = np.empty((count, *shape), np.uint8), np.full(count, -1, np.int32)
-    for i, example in enumerate(source):
-        image[i] = example[image_key]
-        if label_key is not None:
-            label[i] = example[label_key]
-    if builder.name == "binarized_mnist":  # its pixels are 0 and 1
-        image = np.where(image > 0, np.uint8(255), np.uint8(0))
-    return Split(image, label)
+    label = np.full(count, -1, np.int32)
+
+    def rows():
+        for i, example in enumerate(source):
+            if label_key is not None:
+                label[i] = example[label_key]
+            pixels = example[image_key]
+            yield (
+                np.where(pixels > 0, 255, 0) if builder.name == "binarized_mnist" else pixels
+            )  # its pixels are 0 and 1
+
+    return Split(store(rows(), (count, *shape), scratch), label)
 
 
 MNIST_FAMILY = ("mnist", "fashion_mnist", "kmnist")

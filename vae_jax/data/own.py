@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from vae_jax.batch import Split
+from vae_jax.data.cache import store, unpack
 from vae_jax.data.images import FORMATS, SUFFIXES, UNREADABLE, Preparation, check_size, fit_array, read_files, some
 from vae_jax.run.files import local_path
+from vae_jax.run.memory import TooLarge
 
 SPLIT_SEED = 0  # a split belongs to the data set and is the same for every run's seed
 TEST_SHARE = 0.2  # of images that come without a test set
@@ -22,12 +24,17 @@ KINDS = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
 LEAVE_OUT = "replace it, or leave such files out by --config.data.skip_unreadable=true"
 
 
-def take(split: Split, positions: Int[np.ndarray, " n"]) -> Split:
-    """The examples of a split at these positions."""
-    return Split(split.image[positions], split.label[positions])
+def take(split: Split, positions: Int[np.ndarray, " n"], scratch: Path | None = None) -> Split:
+    """The examples of a split at these positions; `scratch` as in `store`."""
+    if scratch is None:
+        return Split(split.image[positions], split.label[positions])
+    rows = (split.image[i] for i in positions)
+    return Split(store(rows, (len(positions), *split.image.shape[1:]), scratch), split.label[positions])
 
 
-def split_off_test(image: UInt8[np.ndarray, "n h w c"], label: Int[np.ndarray, " n"]) -> tuple[Split, Split]:
+def split_off_test(
+    image: UInt8[np.ndarray, "n h w c"], label: Int[np.ndarray, " n"], scratch: Path | None = None
+) -> tuple[Split, Split]:
     """Training and test split, stratified by label, or random where labels are missing or too rare for that."""
     from sklearn.model_selection import train_test_split
 
@@ -38,7 +45,7 @@ def split_off_test(image: UInt8[np.ndarray, "n h w c"], label: Int[np.ndarray, "
     stratify = label if counts.min() >= 2 and len(counts) <= min(size, len(label) - size) else None
     positions = np.arange(len(label))
     parts = train_test_split(positions, test_size=size, stratify=stratify, random_state=SPLIT_SEED)
-    train, test = (take(Split(image, label), np.sort(part)) for part in parts)
+    train, test = (take(Split(image, label), np.sort(part), scratch) for part in parts)
     return train, test
 
 
@@ -49,8 +56,8 @@ def load_own(name: str, wanted: Preparation, skip_unreadable: bool = False) -> t
     """
     path = local_path(name)
     if name.lower().endswith(".npz"):
-        arrays = _read_npz(name, path)
-        given = [_make_split(arrays, part, name) for part in ("", "test_") if f"{part}image" in arrays]
+        arrays, parts = _read_npz(name, path, wanted.scratch), ("", "test_")
+        given = [_make_split(arrays, part, name, wanted.scratch) for part in parts if f"{part}image" in arrays]
         splits, notes = fit_splits(given, wanted)
     else:
         splits, notes = _read_folder(name, path, wanted, skip_unreadable)
@@ -60,7 +67,7 @@ def load_own(name: str, wanted: Preparation, skip_unreadable: bool = False) -> t
             raise ValueError(
                 f"test_image in {name} has images of {test.image.shape[1:]}, but image has {train.image.shape[1:]}"
             )
-    return [*split_off_test(*train)] if not others else splits, notes
+    return [*split_off_test(*train, wanted.scratch)] if not others else splits, notes
 
 
 def fit_splits(splits: list[Split], wanted: Preparation) -> tuple[list[Split], list[str]]:
@@ -94,15 +101,21 @@ def read_images(
     return names, image, notes + ignored
 
 
-def _read_npz(name, path):
+def _read_npz(name, path, scratch=None):
     if not path.is_file():
         raise ValueError(f"there is no file {name}")
     try:
         with zipfile.ZipFile(path) as archive:
-            check_size(name, sum(info.file_size for info in archive.infolist()))
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: np.asarray(archive[key]) for key in archive.files}
+            check_size(name, sum(info.file_size for info in archive.infolist()), scratch)
+            if scratch:
+                members = archive.infolist()
+                arrays = {member.filename.removesuffix(".npy"): unpack(archive, member, scratch) for member in members}
+        if not scratch:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {key: np.asarray(archive[key]) for key in archive.files}
     except Exception as error:  # damage raises anything from zlib.error to TokenError
+        if isinstance(error, TooLarge) or (scratch and isinstance(error, OSError)):  # such as a full disk
+            raise
         raise ValueError(f"cannot read {name}: {error}") from error
     unknown = arrays.keys() - {"image", "label", "test_image", "test_label"}
     stray = "test_label" in arrays and "test_image" not in arrays
@@ -113,7 +126,7 @@ def _read_npz(name, path):
     return arrays
 
 
-def _make_split(arrays, prefix, name):
+def _make_split(arrays, prefix, name, scratch=None):
     image = arrays[prefix + "image"]
     where = f"{prefix}image in {name}"
     if image.ndim not in (3, 4) or 0 in image.shape or image.shape[3:] not in ((), (1,), (3,)):
@@ -121,7 +134,7 @@ def _make_split(arrays, prefix, name):
     if image.dtype != np.uint8:
         if not np.issubdtype(image.dtype, np.floating) or not (image.min() >= 0 and image.max() <= 1):
             raise ValueError(f"{where} is {image.dtype}, but must be uint8, or float in [0, 1]")
-        image = np.round(image * 255).astype(np.uint8)
+        image = store((np.round(one * 255).astype(np.uint8) for one in image), image.shape, scratch)
     count = len(image)
     label = arrays.get(prefix + "label", np.full(count, -1))
     fits = label.shape == (count,) and np.issubdtype(label.dtype, np.integer)
@@ -152,7 +165,9 @@ def _read_folder(name, folder, wanted, skip_unreadable):
     part_of = np.repeat(np.arange(len(found)), [len(one.files) for one in found.values()])[kept]
     label = np.concatenate(label)[kept]
     whole = Split(image, label)
-    splits = [whole] if len(found) == 1 else [take(whole, np.flatnonzero(part_of == i)) for i in range(len(found))]
+    splits = [whole]
+    if len(found) > 1:
+        splits = [take(whole, np.flatnonzero(part_of == i), wanted.scratch) for i in range(len(found))]
     for path, split in zip(parts.values(), splits):
         if not len(split.label):
             raise ValueError(f"{path} holds no image that can be read")

@@ -7,11 +7,10 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float, UInt8
 
-from vae_jax.batch import mean_image
+from vae_jax.batch import chunks, mean_image
 
 LARGEST_MATRIX = 4096  # rows of the largest symmetric matrix of which all eigenvalues are computed
 OVERSAMPLED, ITERATIONS = 10, 8  # of the randomised method; see `leading_eigenvalues`
-CHUNK = 4096  # images that are floats at once
 
 
 def linear_vae_baselines(
@@ -49,7 +48,7 @@ def cross_entropy_baselines(image: UInt8[np.ndarray, "n height width channel"]) 
     H is the entropy of a binary pixel. No model's expected loss on these images, drawn or grey, is below the floor.
     """
     value = np.arange(256) / 255
-    counts = np.bincount(image.reshape(-1), minlength=256)
+    counts = np.sum([np.bincount(part.reshape(-1), minlength=256) for part in chunks(image)], axis=0)
     return {
         "collapsed model": float(entropy(mean_image(image)).sum()),
         "floor: the entropy of the pixels": float(counts @ entropy(value) / len(image)),
@@ -63,9 +62,11 @@ def entropy(p: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
 
 def histogram_loss(image: UInt8[np.ndarray, "n height width channel"]) -> float:
     """The entropy of each pixel's histogram of grey levels, summed: what a collapsed model of 256 levels reaches, in nats."""
-    flat = image.reshape(len(image), -1)
-    share = (np.bincount(column, minlength=256) / len(flat) for column in flat.T)
-    return float(sum(scipy.special.entr(one).sum() for one in share))
+    counts = np.zeros((image[0].size, 256), np.int64)
+    for part in chunks(image):
+        for count, column in zip(counts, part.reshape(len(part), -1).T):
+            count += np.bincount(column, minlength=256)
+    return float(sum(scipy.special.entr(count / len(image)).sum() for count in counts))
 
 
 def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> dict[str, float]:
@@ -120,7 +121,7 @@ def covariance_eigenvalues(
             second += chunk.T @ chunk
         return np.maximum(np.linalg.eigvalsh(second / n)[::-1], 0)
     if n <= LARGEST_MATRIX:
-        (rows,) = centred(flat, mean)
+        rows = np.concatenate([*centred(flat, mean)])
         found = np.linalg.eigvalsh((rows @ rows.T).astype(np.float64) / n)[::-1]
         return np.maximum(np.pad(found, (0, pixels - n)), 0)
     found = leading_eigenvalues(flat, mean, min(largest or LARGEST_MATRIX, LARGEST_MATRIX))
@@ -157,8 +158,8 @@ def mean_square_distance(
 
 def centred(flat: UInt8[np.ndarray, "n pixels"], centre: Float[np.ndarray, " pixels"]) -> Iterator[np.ndarray]:
     """Images scaled to [0, 1] less `centre`, a chunk at a time."""
-    for start in range(0, len(flat), CHUNK):
-        yield flat[start : start + CHUNK].astype(np.float32) / 255 - centre
+    for part in chunks(flat):
+        yield part.astype(np.float32) / 255 - centre
 
 
 def linear_rate_distortion(

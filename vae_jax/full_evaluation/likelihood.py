@@ -82,7 +82,7 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
         return log_weights(variables, batch, example_keys(key, None, batch.index))
 
     few = Split(subject.seen.image[:count], subject.seen.label[:count])
-    blocks = map_blocks(measure, few, batch_size=WEIGHED, devices=subject.devices, batches=1)
+    blocks = map_blocks(measure, few, batch_size=WEIGHED, devices=subject.devices)
     rows = read_json_lines(path)
     done = sum(len(row["nll"]) for row in rows)
     label = f"likelihood of {count:,} images, {samples:,} samples each"

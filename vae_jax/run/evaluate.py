@@ -3,9 +3,11 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Key
@@ -18,6 +20,7 @@ from vae_jax.run.seeds import first_seed, map_seeds, mean_metrics, reduce_seeds
 from vae_jax.steps import make_eval_step, unchanged
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
+BLOCK = 2**28  # bytes of images that are sent at once; the result does not depend on it either
 
 
 def map_examples(
@@ -29,11 +32,17 @@ def map_examples(
 ) -> Callable[[Any, Key[Array, "..."]], Any]:
     """`call(variables, key)`: the per-example arrays of `function(variables, batch, key)`, [n, ...], on the host.
 
-    The split is copied to the devices once, by default to one, and divided over them. With several seeds variables and key
-    have a leading seed axis, and the arrays are [seeds, n, ...].
+    The split is sent to the devices, by default to one, in blocks of `BLOCK` bytes of images, and divided over them. With several
+    seeds variables and key have a leading seed axis, and the arrays are [seeds, n, ...].
     """
-    blocks = map_blocks(function, split, seeds, batch_size, devices)
-    return lambda variables, key: next(blocks(variables, key))
+    devices = devices or Devices(1)
+    batches = max(1, BLOCK // (split.image[0].nbytes * batch_size * devices.count))
+    blocks = map_blocks(function, split, seeds, batch_size, devices, batches)
+
+    def call(variables, key):
+        return jax.tree.map(lambda *parts: np.concatenate(parts, axis=int(seeds > 1)), *blocks(variables, key))
+
+    return call
 
 
 def map_blocks(
@@ -42,30 +51,26 @@ def map_blocks(
     seeds: int = 1,
     batch_size: int = BATCH_SIZE,
     devices: Devices | None = None,
-    batches: int = 0,
+    batches: int = 1,
 ) -> Callable[..., Iterator[Any]]:
     """`blocks(variables, key, start=0)` iterates over the arrays of `map_examples` from example number `start` on.
 
-    A block is what one call of the compiled program computes: `batches` batches on each device, or 0 for all. The last
-    batches are padded with examples of weight 0, which are cut off again.
+    A block is what one call of the compiled program computes: at most `batches` batches on each device, whose images are sent for
+    it. The last batches are padded with examples of weight 0, which are cut off again.
     """
     devices = devices or Devices(1)
     size = len(split.label)
     batch_size = min(batch_size, -(-size // devices.count))
-    needed = -(-size // (batch_size * devices.count))
-    batches = min(batches or needed, needed)
+    batches = min(batches, -(-size // (batch_size * devices.count)))
     block = devices.count * batches * batch_size
-    arguments = devices.replicate(tuple(split))
 
-    def run(variables, key, index, weight, image, label, shard):
-        def one_batch(rows):
-            rows, weight = rows
-            batch = make_batch(image[rows], label[rows], weight, rows)
-            return function(variables, batch, key)
+    def run(variables, key, batches, shard):
+        def one_batch(batch):
+            return function(variables, make_batch(*batch), key)
 
         arrays = jax.tree.map(
             lambda values: values.reshape(math.prod(values.shape[:2]), *values.shape[2:]),
-            lax.map(one_batch, (index[shard], weight[shard])),
+            lax.map(one_batch, jax.tree.map(itemgetter(shard), batches)),
         )
         if devices.axis_name is not None:
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
@@ -76,9 +81,9 @@ def map_blocks(
     def blocks(variables, key, start=0):
         for first in range(start, size, block):
             index = np.arange(first, first + block).reshape(devices.count, batches, batch_size)
-            weight = (index < size).astype(np.float32)
-            rows = devices.replicate((np.minimum(index, size - 1), weight))
-            arrays = jax.device_get(compiled(variables, key, *rows, *arguments))
+            weight, index = (index < size).astype(np.float32), np.minimum(index, size - 1)
+            sent = devices.replicate((split.image[index], split.label[index], weight, index))
+            arrays = jax.device_get(compiled(variables, key, sent))
             yield jax.tree.map(partial(cut, most=size - first, seeds=seeds), arrays)
 
     return blocks
@@ -96,13 +101,14 @@ def as_seen(split: Split, how: str, seed: int) -> Split:
 
     @jax.jit
     def pixels(image, index):
-        return binarize_as_evaluated(make_batch(image, index, index, index).image, index, how, seed)
+        seen = binarize_as_evaluated(make_batch(image, index, index, index).image, index, how, seed)
+        return (255 * seen).astype(jnp.uint8)
 
     starts = range(0, len(split.label), BATCH_SIZE)
     parts = [
         pixels(split.image[i : i + BATCH_SIZE], i + np.arange(len(split.label[i : i + BATCH_SIZE]))) for i in starts
     ]
-    return split._replace(image=(255 * np.concatenate(parts)).astype(np.uint8))
+    return split._replace(image=np.concatenate(parts))
 
 
 def make_evaluate(

@@ -64,6 +64,11 @@ class Job(NamedTuple):
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    @property
+    def steps_per_call(self) -> int:
+        """Steps in one call of the compiled program, at most: a call ends with the epoch."""
+        return min(self.run.steps_per_call, self.steps_per_epoch)
+
     def map_seeds(self, function: Callable, seeded: int) -> Callable:
         """`map_seeds` over the job's seeds."""
         return map_seeds(function, seeded, len(self.seeds))

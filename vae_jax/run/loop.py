@@ -15,6 +15,7 @@ from vae_jax.evaluation.verdict import one_sided, verdict
 from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
+from vae_jax.run.feed import make_feed
 from vae_jax.run.hosts import NotPrimary, gather, raise_on_all_hosts
 from vae_jax.run.job import Job
 from vae_jax.run.loggers import Loggers, Run
@@ -51,16 +52,15 @@ class Loop:
         self.job, self.directory, self.checkpoints = job, directory, checkpoints
         self.progress, self.devices = progress, devices
         self.per_epoch = job.steps_per_epoch
-        self.most = min(job.run.steps_per_call, self.per_epoch)  # a call ends with the epoch
         self.images_per_step = job.batch_size * len(job.seeds)
         train_step = make_train_step(
             *(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare, job.groups)
         )
-        run_steps = make_run_steps(train_step, job.batch_size, self.most, devices.count)
+        run_steps = make_run_steps(train_step, job.batch_size, job.steps_per_call, devices.count)
         self.run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
         self.route, self.warned = job.make_route(), False
         self.about = cache(job.about)
-        self.arrays = devices.replicate(job.dataset.splits["train"])
+        self.feed = make_feed(job, devices, progress.note)
         self.evaluations = {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"}
 
     def run(self, stop: Callable[[], bool]) -> TrainState:
@@ -79,18 +79,16 @@ class Loop:
     def train_from(self, state: TrainState, stop: Callable[[], bool]) -> TrainState:
         job, checkpoints = self.job, self.checkpoints
         step = saved = int(np.max(state.step))
-        order = unread = None
+        unread = None
         ended = gather(checkpoints.stopped_early)[0]
         self.progress.doing("compiling")
         traced = job.run.profile and self.devices.is_primary
         with Profile(self.directory.path / "profile" if traced else None, self.progress.note) as profile:
             while step < job.steps and not ended:
                 epoch, first = divmod(step, self.per_epoch)
-                if order is None or first == 0:
-                    order = self.devices.replicate(job.order(epoch + 1))
-                count = min(self.most, self.per_epoch - first)
+                count = min(job.steps_per_call, self.per_epoch - first)
                 profile.before_call()
-                state, history = self.run_steps(state, order, first, count, *self.arrays)
+                state, history = self.run_steps(state, *self.feed(epoch + 1, first, count))
                 if unread:  # one call late, while the device is busy with the next one
                     self.read(*unread)
                 step += count

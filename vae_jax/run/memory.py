@@ -6,39 +6,71 @@ from typing import Any
 import jax
 import psutil
 
+STAY = 0.5  # of a device's memory: images that take more are sent for each call, since activations need the rest
+
+
+class TooLarge(ValueError):
+    """Something that memory cannot hold.
+
+    Attributes:
+        nbytes: what it needs.
+    """
+
+    nbytes = 0
+
+
+def free(device: Any = None) -> tuple[int, str]:
+    """The bytes of a device's memory, or the host's free ones if the device names no limit, and the name of the place.
+
+    Args:
+        device: None means the host.
+    """
+    limit = (device.memory_stats() or {}).get("bytes_limit") if device else None
+    return (limit, device.device_kind) if limit else (psutil.virtual_memory().available, "this machine")
+
 
 def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> None:
-    """Raise ValueError if `nbytes` exceed a device's memory, or the host's free memory if the device names no limit.
+    """Raise TooLarge, a ValueError, if `nbytes` exceed the memory that `free` gives.
 
     Args:
         what: subject of the message, such as "three copies of mnist".
         way_out: what the user can do.
         device: None means the host.
     """
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device else None
-    place = device.device_kind if limit else "this machine"
-    limit = limit or psutil.virtual_memory().available
+    limit, place = free(device)
     if nbytes > limit:
-        raise ValueError(f"{what} need {gib(nbytes)} of memory, but {place} has {gib(limit)} free: {way_out}")
+        error = TooLarge(f"{what} need {gib(nbytes)} of memory, but {place} has {gib(limit)} free: {way_out}")
+        error.nbytes = nbytes
+        raise error
 
 
 def gib(nbytes: int) -> str:
     return f"{math.ceil(nbytes / 2**30 * 10) / 10:.1f} GiB"
 
 
-def check_fits(job: Any, device) -> None:
+def stays_on(device: Any, nbytes: int) -> bool:
+    """Whether training images of so many bytes lie on the device all the time."""
+    return nbytes <= STAY * free(device)[0]
+
+
+def check_fits(job: Any, device: Any) -> None:
     """Raise ValueError if a training surely exceeds the device's memory.
 
-    It holds the images, for each seed four copies of the weights (gradients and Adam's two averages among them), and four
-    bytes for each pixel that the decoder makes of its share of a batch.
+    It holds the training images, or those of two calls; for each seed four copies of the weights (gradients and Adam's two
+    averages among them); and four bytes for each pixel that the decoder makes of its share of a batch.
     """
     shapes = jax.eval_shape(job.init, jax.random.key(0))
+    seeds, pixels = len(job.seeds), math.prod(job.dataset.image_shape)
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    decoded = job.batch_size * job.decodes_per_example * math.prod(job.dataset.image_shape) // jax.device_count()
-    images = sum(split.image.nbytes for split in job.dataset.splits.values())
+    decoded = job.batch_size * job.decodes_per_example * pixels // jax.device_count()
+    images, held = job.dataset.splits["train"].image.nbytes, "the training images"
+    way_out = "take a smaller model or batch, or fewer seeds"
+    if not stays_on(device, images):
+        images, held = 2 * seeds * job.steps_per_call * job.batch_size * pixels, "the images of two calls"
+        way_out += ", smaller images, or a smaller run.steps_per_call"
     check_memory(
-        f"{len(job.seeds)} models of {weights:,} weights and the data set's images",
-        images + 4 * (4 * len(job.seeds) * weights + decoded),
-        device=device,
-        way_out="take fewer or smaller images, a smaller model or batch, or fewer seeds",
+        f"{seeds} models of {weights:,} weights and {held}",
+        images + 4 * (4 * seeds * weights + decoded),
+        way_out,
+        device,
     )

@@ -11,6 +11,9 @@ from vae_jax.run.environment import environment, versions
 from vae_jax.run.report import bullets, markdown_table
 
 
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
 class About(NamedTuple):
     """What a summary says beside the numbers.
 
@@ -48,7 +51,7 @@ def summarize(
         f"versions: {', '.join(map(' '.join, versions().items()))}",
         f"matmul precision: {facts['matmul precision']}",
     ]
-    parts = [f"# {title}", markdown_table([["number", "value", "unit"], *rows(numbers, about.metrics)])]
+    parts = [f"# {title}", markdown_table([["number", "value", "unit (↓ lower is better)"], *rows(numbers, about.metrics)])]
     if about.routing:
         what = "Which term of the loss trains which network, on the images of the first batch; terms without their weights:"
         parts += [what, "\n".join(about.routing)]
@@ -73,11 +76,11 @@ def rows(numbers: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[list
 
 
 def unit(name: str, metrics: Mapping[str, Metric]) -> str:
-    """The unit of a number such as "test/loss", and which direction is better; "" where neither is known."""
+    """The unit of a number such as "test/loss", with an arrow in the direction that is better; "" where neither is known."""
     metric = metrics.get(name.partition("/")[2])
     if metric is None:
         return ""
-    return ", ".join(filter(None, [metric.unit, metric.better and f"{metric.better} is better"]))
+    return f"{metric.unit} {ARROWS.get(metric.better, '')}".strip()
 
 
 def describe(value: Any) -> str:

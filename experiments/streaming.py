@@ -1,0 +1,84 @@
+"""What it costs to send the images of each call, relative to images that lie on the device.
+
+    python -m experiments.streaming [--rounds=7] [--calls=3] [--size=60000]
+
+The post's VAE, random images of 28x28, batches of 128, calls of 20 steps. All are compiled first, then timed in turn, round
+by round, in one process; a ratio is the median of the rounds' ratios.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from configs import vae
+from experiments import launch
+from experiments.report import markdown_table
+from experiments.speed import Peer, machine, measure
+from vae_jax.batch import Split
+from vae_jax.run import session
+from vae_jax.run.devices import Devices
+from vae_jax.run.feed import resident, streamed
+from vae_jax.run.job import Job
+from vae_jax.steps import init_state, make_run_steps, make_train_step
+
+
+def make_job(image: np.ndarray) -> Job:
+    """The training of `configs/vae.py` on these images."""
+    job = session.build(vae.get_config("digits").to_dict() | {"batch_size": 128})
+    train = Split(image, np.zeros(len(image), np.int32))
+    return job._replace(dataset=job.dataset._replace(splits=job.dataset.splits | {"train": train}))
+
+
+def make_run(job: Job, make_feed: Callable, calls: int) -> Callable[[], None]:
+    """A function that trains for some calls as the loop does: metrics are read one call late."""
+    devices = Devices(1)
+    train_step = make_train_step(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare)
+    run_steps = devices.compile(make_run_steps(train_step, job.batch_size, job.steps_per_call), donate=True)
+    feed, unread = make_feed(job, devices), None
+    state = jax.jit(lambda key: init_state(job.init(key), job.optimizer, key, job.ema_decay))(job.root())
+
+    def run():
+        nonlocal state, unread
+        for call in range(calls):
+            state, history = run_steps(state, *feed(1, call * job.steps_per_call, job.steps_per_call))
+            jax.device_get(unread)
+            unread = history
+        jax.block_until_ready(state)
+
+    return run
+
+
+def main() -> None:
+    given = flags.FLAGS
+    image = np.random.default_rng(0).integers(0, 256, (given.size, 28, 28, 1), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(Path(folder) / "image.npy", image)
+        mapped = np.load(Path(folder) / "image.npy", mmap_mode="r")
+        feeds = {
+            "on the device": (image, resident),
+            "streamed from memory": (image, streamed),
+            "streamed from a mapped file": (mapped, streamed),
+        }
+        peers = []
+        for name, (images, make_feed) in feeds.items():
+            job = make_job(images)
+            work = given.calls * job.steps_per_call * job.batch_size
+            peers.append(Peer("training", name, make_run(job, make_feed, given.calls), work))
+        rates = measure(peers, given.rounds)
+    cells = [["images", "images/s", "times the first", "lowest round", "highest round"]]
+    for peer, own in zip(peers, rates):
+        ratios = own / rates[0]
+        numbers = (f"{value:.2f}" for value in (np.median(ratios), ratios.min(), ratios.max()))
+        cells.append([peer.name, f"{np.median(own):,.0f}", *numbers])
+    print(f"{markdown_table(cells)}\n\n{machine()}; {given.rounds} rounds")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("rounds", 7, "Rounds.", lower_bound=1)
+    flags.DEFINE_integer("calls", 3, "Calls in a round; an epoch must hold them.", lower_bound=1)
+    flags.DEFINE_integer("size", 60_000, "Images.", lower_bound=2560)
+    launch.start("streaming", main)

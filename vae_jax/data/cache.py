@@ -1,0 +1,189 @@
+"""Images that the host's memory cannot hold: decoded once into files, and mapped into memory from there."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from vae_jax.batch import Split
+from vae_jax.run.files import describe_os_error
+from vae_jax.run.memory import gib
+
+FORMAT = 1
+LEVELS = ("*", "*/*", "*/*/*")  # `rglob` would not look into folders that are links
+WAY_OUT = "name another folder by XDG_CACHE_HOME, or take fewer or smaller images"
+Read = Callable[[Path | None], tuple[dict[str, Split], list[str]]]
+
+
+class Shelf(MutableMapping):
+    """A dict of byte arrays that lie in a file without a name, which goes with it."""
+
+    def __init__(self, folder: Path):
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._places: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def __del__(self):
+        self._file.close()
+
+    def __setitem__(self, key: int, array: UInt8[np.ndarray, "..."]) -> None:
+        self._places[key] = self._file.seek(0, os.SEEK_END), array.shape
+        self._file.write(np.ascontiguousarray(array))
+
+    def __getitem__(self, key: int) -> UInt8[np.ndarray, "..."]:
+        start, shape = self._places[key]
+        self._file.seek(start)
+        return np.frombuffer(self._file.read(int(np.prod(shape))), np.uint8).reshape(shape)
+
+    def __delitem__(self, key: int) -> None:
+        del self._places[key]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def store(rows: Iterable[np.ndarray], shape: tuple[int, ...], scratch: Path | None) -> UInt8[np.ndarray, "..."]:
+    """Arrays of bytes as the rows of one array: in memory, or in a file without a name in the folder `scratch`.
+
+    The file is written, not mapped, since a full disk kills a process that writes to a map. Raises OSError for a full disk.
+    """
+    if scratch is None:
+        array = np.empty(shape, np.uint8)
+        for place, row in zip(array, rows):
+            place[...] = row
+        return array
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        for row in rows:
+            file.write(np.ascontiguousarray(row, np.uint8))
+        file.flush()
+        return np.memmap(file, np.uint8, "r", shape=shape)
+
+
+def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> np.ndarray:
+    """An array of an .npz, of which the bytes are copied into a file without a name and mapped. Raises ValueError for what is none."""
+    with archive.open(member) as packed, tempfile.TemporaryFile(dir=scratch) as file:
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[np.lib.format.read_magic(packed)]
+        shape, is_fortran, dtype = read_header(packed)
+        if dtype.hasobject:
+            raise ValueError("it holds objects, not numbers")
+        shutil.copyfileobj(packed, file)
+        file.flush()
+        return np.memmap(file, dtype, "r", shape=shape, order="F" if is_fortran else "C")
+
+
+def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> tuple[dict[str, Split], list[str]]:
+    """What `read(scratch)` gives, with images that lie in files: those that an earlier call has left, or new ones.
+
+    They are made again if a file of the source has another size or time, or if their SHA-256 shows that they have changed. A
+    second process waits until the first one has made them. Raises OSError, in one line, if they cannot be written, and ValueError
+    if the disk has less than `nbytes` free, which writing takes.
+    """
+    known = json.dumps([FORMAT, os.path.abspath(source), fields], sort_keys=True)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vae_jax" / "images"
+    name = f"{source.stem[:40]}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    folder = root / name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = listing(source)
+            if why := problem(folder, found):
+                part = root / f"{name}.tmp"
+                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: this one has the lock
+                check_disk(source, root, nbytes)
+                say(f"{source} {why}: its images are decoded into {folder}")
+                write(folder, part, found, read)
+            return open_splits(folder)
+    except OSError as error:
+        if error.strerror is None:  # ours
+            raise
+        raise OSError(
+            f"memory cannot hold the images of {source}, and they cannot be kept in {root} ({describe_os_error(error)}): {WAY_OUT}"
+        ) from error
+
+
+def check_disk(source: Path, root: Path, nbytes: int) -> None:
+    """Raise ValueError unless a folder's disk has so many bytes free."""
+    room = shutil.disk_usage(root).free
+    if nbytes > room:
+        raise ValueError(
+            f"memory cannot hold the images of {source}, and the disk of {root} has {gib(room)} free of the {gib(nbytes)} that "
+            f"decoding takes: {WAY_OUT}"
+        )
+
+
+def say(text: str) -> None:
+    print(f"vae_jax: {text}", file=sys.stderr, flush=True)
+
+
+def listing(source: Path) -> str:
+    """A digest of the names, sizes and times of a file, or of the files in a folder, down to those of a class of a split."""
+    found = [source] if source.is_file() else sorted(path for level in LEVELS for path in source.glob(level))
+    total = hashlib.sha256()
+    for file in filter(Path.is_file, found):
+        stat = file.stat()
+        total.update(os.fsencode(f"{file.relative_to(source)}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
+    return total.hexdigest()
+
+
+def problem(folder: Path, source: str) -> str:
+    """Why a cache cannot be used, "" if it can."""
+    if not folder.exists():
+        return "does not fit into memory"
+    try:
+        about = json.loads((folder / "cache.json").read_text())
+        if about["source"] != source:
+            return "has changed"
+        return "" if about["sha256"] == digests(folder) else "is damaged in the cache"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "is damaged in the cache"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each array."""
+    found = {}
+    for path in sorted(folder.glob("*.npy")):
+        with open(path, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def write(folder: Path, part: Path, source: str, read: Read) -> None:
+    """Read the images and write them into the folder `part`, which replaces `folder` when it is complete."""
+    part.mkdir()
+    try:
+        splits, notes = read(part)
+        for name, split in splits.items():
+            for kind, array in split._asdict().items():
+                np.save(part / f"{name}-{kind}.npy", array)
+        about = {"source": source, "splits": [*splits], "notes": notes, "sha256": digests(part)}
+        (part / "cache.json").write_text(json.dumps(about))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def open_splits(folder: Path) -> tuple[dict[str, Split], list[str]]:
+    """The splits of a cache, with mapped images, and the notes."""
+    about = json.loads((folder / "cache.json").read_text())
+    splits = {}
+    for name in about["splits"]:
+        image = np.load(folder / f"{name}-image.npy", mmap_mode="r", allow_pickle=False)
+        splits[name] = Split(image, np.load(folder / f"{name}-label.npy", allow_pickle=False))
+    return splits, about["notes"]
