@@ -16,13 +16,13 @@ from absl import flags
 
 from configs import vae
 from experiments import launch
-from experiments.report import markdown_table
 from experiments.speed import Peer, machine, measure
 from vae_jax.batch import Split
 from vae_jax.run import session
 from vae_jax.run.devices import Devices
 from vae_jax.run.feed import resident, streamed
 from vae_jax.run.job import Job
+from vae_jax.run.report import markdown_table
 from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 

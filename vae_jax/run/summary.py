@@ -10,7 +10,6 @@ from vae_jax.families import Metric
 from vae_jax.run.environment import environment, versions
 from vae_jax.run.report import bullets, markdown_table
 
-
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
@@ -51,7 +50,10 @@ def summarize(
         f"versions: {', '.join(map(' '.join, versions().items()))}",
         f"matmul precision: {facts['matmul precision']}",
     ]
-    parts = [f"# {title}", markdown_table([["number", "value", "unit (↓ lower is better)"], *rows(numbers, about.metrics)])]
+    parts = [
+        f"# {title}",
+        markdown_table([["number", "value", "unit (↓ lower is better)"], *rows(numbers, about.metrics)]),
+    ]
     if about.routing:
         what = "Which term of the loss trains which network, on the images of the first batch; terms without their weights:"
         parts += [what, "\n".join(about.routing)]
