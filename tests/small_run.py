@@ -1,11 +1,32 @@
-"""A training that takes a second: the start of every test of the loop and of what follows it."""
+"""A training that takes a second: the start of every test of the loop and of what follows it.
+
+Jobs of one config, and runs of one job, share what is compiled, which takes most of the second.
+"""
+
+import json
 
 from configs import vae
-from vae_jax.run import session
+from vae_jax.run import loop, session
 from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.directory import RunDirectory
 from vae_jax.run.loop import train
 from vae_jax.run.progress import Progress
+
+JOBS, PROGRAMS = {}, {}
+MAKE_PROGRAMS = loop.make_programs
+
+
+def make_programs(job, devices):
+    """Those of an earlier call for the same functions, data and sizes, or new ones."""
+    parts = job.objective, job.optimizer, job.init, job.prepare, job.probes, job.dataset
+    sizes = job.seeds, job.batch_size, job.steps_per_call, job.ema_decay, job.groups, devices.count
+    key = *map(id, parts), *sizes
+    if key not in PROGRAMS:
+        PROGRAMS[key] = MAKE_PROGRAMS(job, devices), parts  # which keeps the ids
+    return PROGRAMS[key][0]
+
+
+loop.make_programs = make_programs
 
 
 def small_job(changes=None, drawn=False, **run):
@@ -15,7 +36,8 @@ def small_job(changes=None, drawn=False, **run):
     config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
     config["optimizer"] |= {"ema_decay": 0.9}
     config["run"] |= run
-    job = session.build(config)
+    key = json.dumps(config)
+    job = JOBS[key] = JOBS.get(key) or session.build(config)
     return job if drawn else job._replace(figures=lambda *_: {}), config
 
 

@@ -6,7 +6,7 @@ A step's logs reach the disk before its checkpoint does, so a resumed run equals
 from collections.abc import Callable
 from contextlib import closing
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,8 +44,39 @@ def train(
     return Loop(job, directory, checkpoints, progress, devices or Devices(1)).run(stop)
 
 
+class Programs(NamedTuple):
+    """What is compiled for a job on some devices.
+
+    Attributes:
+        make_state: root key -> the initial state.
+        run_steps: as `steps.make_run_steps` returns it.
+        evaluations: of each split that is not trained on, as `evaluate.make_evaluate` returns it.
+    """
+
+    make_state: Callable
+    run_steps: Callable
+    evaluations: dict[str, Callable]
+
+
+def make_programs(job: Job, devices: Devices) -> Programs:
+    """The programs of a job; each is compiled at its first call."""
+
+    def make_state(root):
+        return init_state(job.init(root), job.optimizer, root, job.ema_decay)
+
+    train_step = make_train_step(
+        *(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare, job.groups)
+    )
+    run_steps = make_run_steps(train_step, job.batch_size, job.steps_per_call, devices.count)
+    return Programs(
+        jax.jit(job.map_seeds(make_state, 1)),
+        devices.compile(job.map_seeds(run_steps, 2), donate=True),
+        {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"},
+    )
+
+
 class Loop:
-    """The compiled programs of one training, and the places it writes to."""
+    """One training: its programs, and the places it writes to."""
 
     def __init__(self, job, directory, checkpoints, progress, devices):
         devices.check_divide(job.batch_size)
@@ -53,15 +84,10 @@ class Loop:
         self.progress, self.devices = progress, devices
         self.per_epoch = job.steps_per_epoch
         self.images_per_step = job.batch_size * len(job.seeds)
-        train_step = make_train_step(
-            *(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare, job.groups)
-        )
-        run_steps = make_run_steps(train_step, job.batch_size, job.steps_per_call, devices.count)
-        self.run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
+        self.programs = make_programs(job, devices)
         self.route, self.warned = job.make_route(), False
         self.about = cache(job.about)
         self.feed = make_feed(job, devices, progress.note)
-        self.evaluations = {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"}
 
     def run(self, stop: Callable[[], bool]) -> TrainState:
         state = self.restore()
@@ -88,7 +114,7 @@ class Loop:
                 epoch, first = divmod(step, self.per_epoch)
                 count = min(job.steps_per_call, self.per_epoch - first)
                 profile.before_call()
-                state, history = self.run_steps(state, *self.feed(epoch + 1, first, count))
+                state, history = self.programs.run_steps(state, *self.feed(epoch + 1, first, count))
                 if unread:  # one call late, while the device is busy with the next one
                     self.read(*unread)
                 step += count
@@ -112,12 +138,7 @@ class Loop:
 
     def restore(self) -> TrainState:
         """The latest checkpoint's state, or the initial one; logs that follow it are dropped."""
-        job, devices = self.job, self.devices
-
-        def make_state(root):
-            return init_state(job.init(root), job.optimizer, root, job.ema_decay)
-
-        make_state = jax.jit(job.map_seeds(make_state, 1))
+        job, devices, make_state = self.job, self.devices, self.programs.make_state
         shapes = jax.eval_shape(make_state, job.root())
         state = devices.broadcast(lambda: self.checkpoints.restore(shapes, self.progress.note), shapes)
         state = devices.replicate(make_state(job.root()) if state is None else state)
@@ -216,7 +237,7 @@ class Loop:
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The metrics of the splits that are not trained on, and what the probes measured on each."""
         tested, arrays = {}, {}
-        for split, evaluate in self.evaluations.items():
+        for split, evaluate in self.programs.evaluations.items():
             numbers, arrays[split] = evaluate(variables, key)
             tested |= {f"{split}/{name}": value for name, value in numbers.items()}
         return tested, arrays
