@@ -3,6 +3,7 @@
 Jobs of one config, and runs of one job, share what is compiled, which takes most of the second.
 """
 
+import copy
 import json
 
 from configs import vae
@@ -37,7 +38,7 @@ def small_job(changes=None, drawn=False, **run):
     config["optimizer"] |= {"ema_decay": 0.9}
     config["run"] |= run
     key = json.dumps(config)
-    job = JOBS[key] = JOBS.get(key) or session.build(config)
+    job = JOBS[key] = JOBS.get(key) or session.build(copy.deepcopy(config))
     return job if drawn else job._replace(figures=lambda *_: {}), config
 
 

@@ -12,7 +12,7 @@ from small_run import run_job
 import vae_jax
 from configs import conditional as config_file
 from vae_jax import commands, generate
-from vae_jax.batch import Batch, Split, example_keys
+from vae_jax.batch import Batch, Dataset, Split, example_keys
 from vae_jax.families import conditional
 from vae_jax.priors import conditional_normal, standard_normal
 from vae_jax.run import session
@@ -194,7 +194,7 @@ def test_bad_fields_are_refused(shape, classes, fields, message):
 def test_an_unlabelled_image_is_refused():
     image, label = np.zeros((4, 4, 4, 1), np.uint8), np.array([0, 1, -1, 2], np.int32)
     splits = {"train": Split(image, label), "test": Split(image[:1], label[:1])}
-    dataset = session.Dataset(splits, num_classes=3, shuffle=True)
+    dataset = Dataset(splits, num_classes=3, shuffle=True)
     with pytest.raises(ValueError, match="1 of 4 train images have no label: give all, or the family vae"):
         conditional.check_data(dataset)
 
