@@ -7,8 +7,7 @@ Images are those of scikit-learn's bundled digits, 28x28; the batch size is 128.
 labels 16 of each batch are labelled.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,8 +17,11 @@ from experiments import launch
 from experiments.speed import Peer, machine, measure
 from vae_jax.run import session
 from vae_jax.run.config import make_config
+from vae_jax.run.devices import Devices
+from vae_jax.run.feed import resident
+from vae_jax.run.job import Job
+from vae_jax.run.loop import make_programs
 from vae_jax.run.report import markdown_table
-from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 BASE = {"data.name": "digits", "epochs": 1, "batch_size": 128, "best": "bound"}
 FEW = {"data.labelled": 100, "data.labelled_per_batch": 16}
@@ -44,18 +46,18 @@ CASES = {  # name -> family, and the fields that differ from its defaults
 }
 
 
-def make_run(config: Mapping[str, Any], steps: int) -> Callable[[], None]:
-    """A function that trains the job of a config for `steps` steps of its first epoch, and waits for them."""
-    job = session.build(config)
-    step = make_train_step(job.objective, job.optimizer, None, job.ema_decay, job.prepare, job.groups)
-    run_steps = jax.jit(make_run_steps(step, job.batch_size, steps), donate_argnums=0)
-    root = jax.random.key(0)
-    state = jax.jit(lambda: init_state(job.init(root), job.optimizer, root, job.ema_decay))()
-    order, image, label = jax.device_put((job.order(1), *job.dataset.splits["train"]))
+def make_run(job: Job, make_feed: Callable = resident, calls: int = 1) -> Callable[[], None]:
+    """A function that trains for some calls of the compiled program as the loop does: metrics are read one call late."""
+    devices = Devices(1)
+    programs = make_programs(job, devices)
+    feed, state, unread = make_feed(job, devices), programs.make_state(job.root()), None
 
     def run() -> None:
-        nonlocal state
-        state, _ = run_steps(state, order, 0, steps, image, label)
+        nonlocal state, unread
+        for call in range(calls):
+            state, history = programs.run_steps(state, *feed(1, call * job.steps_per_call, job.steps_per_call))
+            jax.device_get(unread)
+            unread = history
         jax.block_until_ready(state)
 
     return run
@@ -66,8 +68,8 @@ def main() -> None:
     peers = []
     for name, (family, fields) in CASES.items():
         steps = max(1, given.steps // fields.get("objective.samples", 1))
-        config = make_config(family, BASE | fields, {"": {}}, "").to_dict()
-        peers.append(Peer("step", name, make_run(config, steps), steps))
+        config = make_config(family, BASE | {"run.steps_per_call": steps} | fields, {"": {}}, "")
+        peers.append(Peer("step", name, make_run(session.build(config.to_dict())), steps))
     rates = measure(peers, given.rounds)
     cells = [["a training step with", "times the default's", "lowest round", "highest round"]]
     for peer, own in zip(peers, rates):

@@ -7,23 +7,20 @@ by round, in one process; a ratio is the median of the rounds' ratios.
 """
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 
 from configs import vae
 from experiments import launch
+from experiments.costs import make_run
 from experiments.speed import Peer, machine, measure
 from vae_jax.batch import Split
 from vae_jax.run import session
-from vae_jax.run.devices import Devices
 from vae_jax.run.feed import resident, streamed
 from vae_jax.run.job import Job
 from vae_jax.run.report import markdown_table
-from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 
 def make_job(image: np.ndarray) -> Job:
@@ -31,25 +28,6 @@ def make_job(image: np.ndarray) -> Job:
     job = session.build(vae.get_config("digits").to_dict() | {"batch_size": 128})
     train = Split(image, np.zeros(len(image), np.int32))
     return job._replace(dataset=job.dataset._replace(splits=job.dataset.splits | {"train": train}))
-
-
-def make_run(job: Job, make_feed: Callable, calls: int) -> Callable[[], None]:
-    """A function that trains for some calls as the loop does: metrics are read one call late."""
-    devices = Devices(1)
-    train_step = make_train_step(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare)
-    run_steps = devices.compile(make_run_steps(train_step, job.batch_size, job.steps_per_call), donate=True)
-    feed, unread = make_feed(job, devices), None
-    state = jax.jit(lambda key: init_state(job.init(key), job.optimizer, key, job.ema_decay))(job.root())
-
-    def run():
-        nonlocal state, unread
-        for call in range(calls):
-            state, history = run_steps(state, *feed(1, call * job.steps_per_call, job.steps_per_call))
-            jax.device_get(unread)
-            unread = history
-        jax.block_until_ready(state)
-
-    return run
 
 
 def main() -> None:

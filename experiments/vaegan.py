@@ -31,6 +31,7 @@ from vae_jax.families.vaegan import METHODS
 from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
+from vae_jax.run import session
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path, save_figure, write_atomically
 from vae_jax.run.report import markdown_table
@@ -117,7 +118,8 @@ def speeds(base: str) -> dict[str, float]:
         config = config_file.get_config(base.partition(":")[2] or "default").to_dict()
         config["objective"] |= {name.removeprefix("objective."): value for name, value in fields_of(method).items()}
         config["data"]["name"] = "digits"  # of the same size; the images do not matter
-        peers.append(Peer("training", method, make_run(config, STEPS), STEPS * config["batch_size"]))
+        config["run"]["steps_per_call"] = STEPS
+        peers.append(Peer("training", method, make_run(session.build(config)), STEPS * config["batch_size"]))
     return {peer.name: statistics.median(rates) for peer, rates in zip(peers, measure(peers, ROUNDS))}
 
 

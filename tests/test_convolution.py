@@ -86,6 +86,18 @@ def test_vmap_equals_lax(ours, theirs, axes):
     assert_close(per_seed(ours), per_seed(theirs))
 
 
+@pytest.mark.parametrize("function", [convolution.conv, convolution.conv_transpose])
+def test_vmap_over_images_of_one_kernel_is_one_larger_batch(function):
+    """Ten labels tried for each image are ten times the images, and not ten products; nor is the kernel's gradient."""
+    x, w = operands(4, 6, 3)
+    gradient = jax.grad(lambda x, w: jnp.sum(jax.vmap(lambda x: function(x, w, 2))(x) ** 2), (0, 1))
+    found = [
+        eqn for eqn in jax.make_jaxpr(gradient)(jnp.stack([x] * 10), w).eqns if eqn.primitive.name.startswith("conv")
+    ]
+    assert len(found) == 3 and {len(eqn.invars[0].aval.shape) for eqn in found} == {4}
+    assert all(eqn.invars[0].aval.shape[0] == 10 * len(x) for eqn in found)
+
+
 @pytest.mark.parametrize("channels", [3, convolution.FEW_CHANNELS + 1])
 @pytest.mark.parametrize("function", [convolution.conv, convolution.conv_transpose])
 def test_forms_by_platform(function, channels):

@@ -204,10 +204,11 @@ def _lax_kernel_grad(x, g, geometry):
     return jax.linear_transpose(lambda kernel: _lax_conv(x, kernel, geometry), kernel)(g)[0]
 
 
-def _primitive(name, product, convolution, shape, channels):
+def _primitive(name, product, convolution, shape, channels, has_kernel=True):
     """A primitive lowered to a matrix product or to a lax convolution.
 
-    `shape(a, b, geometry)` is the shape of the result; `channels(a, b)` is the number of channels of the large side.
+    `shape(a, b, geometry)` is the shape of the result; `channels(a, b)` is the number of channels of the large side; `has_kernel`
+    tells whether b is a kernel.
     """
     primitive = Primitive(name)
 
@@ -220,6 +221,10 @@ def _primitive(name, product, convolution, shape, channels):
         return jax.core.ShapedArray(shape(a, b, geometry), dtype)
 
     def batch(operands, axes, geometry):
+        if has_kernel and axes[1] is None:  # one batch of more images
+            images = jnp.moveaxis(operands[0], axes[0], 0)
+            out = primitive.bind(images.reshape(-1, *images.shape[2:]), operands[1], geometry=geometry)
+            return out.reshape(*images.shape[:2], *out.shape[1:]), 0
         # lax would turn several kernels into a grouped convolution, which is slow on GPUs too.
         products, convolutions = (
             jax.vmap(functools.partial(form, geometry=geometry), axes) for form in (product, convolution)
@@ -264,6 +269,7 @@ conv_kernel_grad_p = _primitive(
     _lax_kernel_grad,
     _kernel_shape,
     _image_channels,
+    has_kernel=False,
 )
 
 # defbilinear takes the transposes with respect to the first and the second operand.
