@@ -95,16 +95,19 @@ def operations(model: str, train: bool) -> float:
 
 
 def measure(peers: list[Peer], rounds: int) -> list[np.ndarray]:
-    """Work per second of each peer in each round, after two runs that compile and warm up."""
-    rates = np.zeros((len(peers), rounds))
+    """Work per second of each peer in each round, after two runs that compile and warm up.
+
+    Each round has an order of its own: the run after a large one pays for memory that was given back.
+    """
+    rates, rng = np.zeros((len(peers), rounds)), np.random.default_rng(0)
     for peer in peers:
         peer.run()
         peer.run()
     for number in range(rounds):
-        for i, peer in enumerate(peers):
+        for i in rng.permutation(len(peers)):
             start = time.perf_counter()
-            peer.run()
-            rates[i, number] = peer.work / (time.perf_counter() - start)
+            peers[i].run()
+            rates[i, number] = peers[i].work / (time.perf_counter() - start)
     return [*rates]
 
 
