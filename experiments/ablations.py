@@ -23,7 +23,7 @@ from vae_jax.evaluation.latents import active_units
 from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.evaluate import as_seen
-from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 
 VARIANTS = {  # of configs/vae.py
@@ -98,9 +98,7 @@ def main() -> None:
     save_figure(draw(variants, test, title), workdir / "ablations.png")
     cells = markdown_table(table(variants, test))
     image = "![Samples and reconstructions](ablations.png)"
-    summary = f"# {title}\n\n{cells}\n\n{image}\n"
-    write_atomically(workdir / "summary.md", summary)
-    print(summary)
+    launch.write_summary(workdir, title, cells, image)
 
 
 if __name__ == "__main__":

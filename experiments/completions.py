@@ -119,9 +119,7 @@ def main() -> None:
         f"Grey cross-entropy of {images:,} test images, {given.importance_samples} samples of z each, with standard error. "
         "Pyro's numbers of the conditional VAE are bounds."
     )
-    summary = f"# {title}\n\n{markdown_table(table(rows))}\n\n{note}\n\n![Completions](completions.png)\n"
-    write_atomically(workdir / "summary.md", summary)
-    print(summary)
+    launch.write_summary(workdir, title, markdown_table(table(rows)), note, "![Completions](completions.png)")
 
 
 if __name__ == "__main__":

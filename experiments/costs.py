@@ -10,17 +10,16 @@ labels 16 of each batch are labelled.
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from absl import flags
 
 from experiments import launch
-from experiments.speed import Peer, machine, measure
+from experiments.speed import Peer, machine, measure, median_and_range
 from vae_jax.run import session
 from vae_jax.run.config import make_config
 from vae_jax.run.devices import Devices
 from vae_jax.run.feed import resident
 from vae_jax.run.job import Job
-from vae_jax.run.loop import make_programs
+from vae_jax.run.programs import make_programs
 from vae_jax.run.report import markdown_table
 
 BASE = {"data.name": "digits", "epochs": 1, "batch_size": 128, "best": "bound"}
@@ -73,8 +72,7 @@ def main() -> None:
     rates = measure(peers, given.rounds)
     cells = [["a training step with", "times the default's", "lowest round", "highest round"]]
     for peer, own in zip(peers, rates):
-        ratios = rates[0] / own
-        cells.append([peer.name, *(f"{value:.2f}" for value in (np.median(ratios), ratios.min(), ratios.max()))])
+        cells.append([peer.name, *(f"{value:.2f}" for value in median_and_range(rates[0] / own).values())])
     print(f"{markdown_table(cells)}\n\n{machine()}; {given.rounds} rounds")
 
 

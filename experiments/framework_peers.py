@@ -3,7 +3,6 @@
 Images are float32 in [0, 1], [n, 28, 28, 1]. Each is written as its framework's own documentation would have it.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
@@ -12,17 +11,12 @@ import numpy as np
 import optax
 
 from configs import vae as config_file
-from experiments import speed_peers
+from experiments import launch, speed_peers
 from vae_jax.batch import Batch
 from vae_jax.run import hosts, session
 from vae_jax.steps import jit_train_step, make_eval_step
 
 BATCH, RATE, LATENTS = 128, 1e-3, 20
-
-
-def as_floats(image: np.ndarray) -> np.ndarray:
-    """Bytes as floats in [0, 1]."""
-    return image / np.float32(255)
 
 
 def ours(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
@@ -32,8 +26,7 @@ def ours(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> floa
     config["run"] |= {"compilation_cache": False, "likelihood_samples": 0}
     with tempfile.TemporaryDirectory() as folder:
         session.run(config, folder, 0, hosts.Stop)
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [row["test/loss"] for row in rows if "test/loss" in row][-1]
+        return launch.last_test(Path(folder))["test/loss"]
 
 
 def plain_flax(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:

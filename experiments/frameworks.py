@@ -19,22 +19,25 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 from absl import flags
 
 from experiments import framework_peers, launch
+from experiments.speed import median_and_range
 from experiments.study import compute_once, open_study
 from vae_jax import data
-from vae_jax.run.files import local_path, write_atomically
+from vae_jax.full_evaluation.subject import as_floats
+from vae_jax.run.files import local_path
 from vae_jax.run.report import markdown_table
 
-PEERS = {  # name -> module that it needs, function, environment
-    "vae_jax": ("vae_jax", framework_peers.ours, {}),
-    "plain Flax": ("flax", framework_peers.plain_flax, {}),
-    "plain PyTorch": ("torch", framework_peers.plain_torch, {}),
-    "PyTorch Lightning": ("lightning", framework_peers.lightning, {}),
-    "pythae": ("pythae", framework_peers.pythae, {}),
-    "Keras on JAX": ("keras", framework_peers.keras, {"KERAS_BACKEND": "jax"}),
-    "Keras on PyTorch": ("keras", framework_peers.keras, {"KERAS_BACKEND": "torch"}),
+PEERS = {  # name -> modules that it needs, function, environment
+    "vae_jax": (("vae_jax",), framework_peers.ours, {}),
+    "plain Flax": (("flax",), framework_peers.plain_flax, {}),
+    "plain PyTorch": (("torch",), framework_peers.plain_torch, {}),
+    "PyTorch Lightning": (("lightning",), framework_peers.lightning, {}),
+    "pythae": (("pythae",), framework_peers.pythae, {}),
+    "Keras on JAX": (("keras",), framework_peers.keras, {"KERAS_BACKEND": "jax"}),
+    "Keras on PyTorch": (("keras", "torch"), framework_peers.keras, {"KERAS_BACKEND": "torch"}),
 }
 CHILD = "VAE_JAX_PEER"
 
@@ -42,10 +45,11 @@ CHILD = "VAE_JAX_PEER"
 def train_here(peer: str) -> dict[str, float]:
     """Train one peer in this process: its seconds, the peak memory in MiB, and the last test loss."""
     given = flags.FLAGS
-    module, function, _ = PEERS[peer]
-    importlib.import_module(module)
+    modules, function, _ = PEERS[peer]
+    for module in modules:
+        importlib.import_module(module)
     dataset = data.load(given.data, manual_dir=given.manual_dir)
-    train, test = (framework_peers.as_floats(dataset.splits[name].image) for name in ("train", "test"))
+    train, test = (as_floats(dataset.splits[name].image) for name in ("train", "test"))
     fields = {"name": given.data, "manual_dir": given.manual_dir}
     start = time.perf_counter()
     loss = function(train, test, given.epochs, fields)
@@ -66,11 +70,9 @@ def train_in_fresh_process(peer: str, round_number: int) -> dict[str, float]:
 
 def installed() -> list[str]:
     """The peers that are; says which are left out."""
-    found = [peer for peer, (module, *_) in PEERS.items() if importlib.util.find_spec(module)]
+    found = [peer for peer, (modules, *_) in PEERS.items() if all(map(importlib.util.find_spec, modules))]
     if left_out := [peer for peer in PEERS if peer not in found]:
         print(f"not installed, and left out: {', '.join(left_out)}")
-    if not importlib.util.find_spec("torch"):
-        found = [peer for peer in found if peer != "Keras on PyTorch"]
     return found
 
 
@@ -92,8 +94,8 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 def spread(values: list[float], digits: str) -> str:
     """The median, and the lowest and highest."""
-    low, high = min(values), max(values)
-    return f"{statistics.median(values):{digits}} ({low:{digits}}-{high:{digits}})"
+    median, low, high = median_and_range(np.array(values)).values()
+    return f"{median:{digits}} ({low:{digits}}-{high:{digits}})"
 
 
 def versions() -> str:
@@ -118,9 +120,8 @@ def main() -> None:
         study.close()
     cores = len(os.sched_getaffinity(0))
     note = f"{cores} CPU cores, {versions()}; medians of {given.rounds} rounds, with the lowest and the highest."
-    text = f"# {given.epochs} epochs of {given.data}, batch 128, evaluation included\n\n{cells}\n\n{note}\n"
-    write_atomically(study.path / "summary.md", text)
-    print(text)
+    title = f"{given.epochs} epochs of {given.data}, batch 128, evaluation included"
+    launch.write_summary(study.path, title, cells, note)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,7 @@ def main() -> None:
     note = (
         f"{given.importance_samples} samples of z for each of {count} test images. Intervals are 95 %, over the seeds."
     )
-    summary = f"# {title}\n\n{markdown_table(table(found))}\n\n{note}\n"
-    write_atomically(workdir / "summary.md", summary)
-    print(summary)
+    launch.write_summary(workdir, title, markdown_table(table(found)), note)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from vae_jax.run.directory import read_config
+from vae_jax.run.files import write_atomically
 from vae_jax.run.log import read_rows
 
 PROGRAM = ("python", "-m", "vae_jax")
@@ -90,6 +91,13 @@ def _handlers(handlers: dict) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def write_summary(folder: Path, title: str, *parts: str) -> None:
+    """Write a title and parts in Markdown to summary.md, and print them."""
+    text = "\n\n".join([f"# {title}", *parts]) + "\n"
+    write_atomically(folder / "summary.md", text)
+    print(text)
 
 
 def last_test(run: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from experiments import ablations, launch
 from vae_jax import data
 from vae_jax.evaluation.baselines import convert
 from vae_jax.likelihoods import DENSITY
-from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 
 LEARNED = {"model.learn_scale": True, "model.scale": 0.1}
@@ -83,11 +83,9 @@ def main() -> None:
     title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
     models = ablations.load(workdir, {name: name for name in FIELDS if name in given.likelihoods})
     save_figure(ablations.draw(models, test, title), workdir / "likelihoods.png")
-    parts = [f"## {kind}\n\n{markdown_table(cells)}\n" for kind, cells in tables(models).items()]
+    parts = [f"## {kind}\n\n{markdown_table(cells)}" for kind, cells in tables(models).items()]
     image = "![Samples and reconstructions](likelihoods.png)"
-    summary = "\n".join([f"# {title}\n", *parts, image, ""])
-    write_atomically(workdir / "summary.md", summary)
-    print(summary)
+    launch.write_summary(workdir, title, *parts, image)
 
 
 if __name__ == "__main__":

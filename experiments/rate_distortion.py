@@ -18,7 +18,7 @@ from experiments import launch
 from vae_jax import commands, data
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_rate_distortion
 from vae_jax.run.directory import read_config
-from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 
 COLUMNS = {  # of the table: metric -> heading
@@ -98,9 +98,7 @@ def main() -> None:
     save_figure(draw(found, covariance_eigenvalues(training.image), latent_dim, title), workdir / "rate_distortion.png")
     cells = markdown_table(table(found))
     note = f"-log p(x) of {given.count} images from {given.samples} samples each."
-    summary = f"# {title}\n\n{cells}\n\n{note}\n\n![Rate and distortion](rate_distortion.png)\n"
-    write_atomically(workdir / "summary.md", summary)
-    print(summary)
+    launch.write_summary(workdir, title, cells, note, "![Rate and distortion](rate_distortion.png)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from absl import flags
 from configs import vae
 from experiments import launch
 from experiments.costs import make_run
-from experiments.speed import Peer, machine, measure
+from experiments.speed import Peer, machine, measure, median_and_range
 from vae_jax.batch import Split
 from vae_jax.run import session
 from vae_jax.run.feed import resident, streamed
@@ -49,8 +49,7 @@ def main() -> None:
         rates = measure(peers, given.rounds)
     cells = [["images", "images/s", "times the first", "lowest round", "highest round"]]
     for peer, own in zip(peers, rates):
-        ratios = own / rates[0]
-        numbers = (f"{value:.2f}" for value in (np.median(ratios), ratios.min(), ratios.max()))
+        numbers = (f"{value:.2f}" for value in median_and_range(own / rates[0]).values())
         cells.append([peer.name, f"{np.median(own):,.0f}", *numbers])
     print(f"{markdown_table(cells)}\n\n{machine()}; {given.rounds} rounds")
 

@@ -33,7 +33,7 @@ from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
 from vae_jax.run import session
 from vae_jax.run.directory import FORMAT
-from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 from vae_jax.run.session import fingerprint
 
@@ -190,9 +190,8 @@ def main() -> None:
     models = {method: comparison.load(method, 0) for method in TITLES}
     save_figure(draw(models, dataset, title), study.path / "vaegan.png")
     note = f"{count} images each. Errors are half squared ones, of reconstructions of the mean code."
-    text = f"# {title}\n\n{markdown_table(table(study.rows))}\n\n{note}\n\n![Samples and reconstructions](vaegan.png)\n"
-    write_atomically(study.path / "summary.md", text)
-    print(text)
+    picture = "![Samples and reconstructions](vaegan.png)"
+    launch.write_summary(study.path, title, markdown_table(table(study.rows)), note, picture)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, or with images that are mapped into it (`np.memmap`). `splits` has "train", "test" and, where images are held out or given, "validation"."""
+    """A data set in memory, or with images that are mapped into it (`np.memmap`).
+
+    `splits` has "train", "test" and, where images are held out or given, "validation".
+    """
 
     splits: dict[str, Split]
     num_classes: int  # 0 = unlabelled

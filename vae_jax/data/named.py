@@ -198,16 +198,14 @@ def _read_tfds(builder, part, scratch):
         raise ValueError(
             f"{builder.name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
         )
-    label = np.full(count, -1, np.int32)
+    label, is_01 = np.full(count, -1, np.int32), builder.name == "binarized_mnist"
 
     def rows():
         for i, example in enumerate(source):
             if label_key is not None:
                 label[i] = example[label_key]
             pixels = example[image_key]
-            yield (
-                np.where(pixels > 0, 255, 0) if builder.name == "binarized_mnist" else pixels
-            )  # its pixels are 0 and 1
+            yield np.where(pixels > 0, 255, 0) if is_01 else pixels
 
     return Split(store(rows(), (count, *shape), scratch), label)
 

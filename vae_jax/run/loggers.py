@@ -19,7 +19,14 @@ ID = "log_id"  # the file in the run directory by which a resumed run is the sam
 
 
 class Run(NamedTuple):
-    """What a logger is told of a run: its directory here, where that is kept if on gs://, its config, and where it starts."""
+    """The run that is logged.
+
+    Attributes:
+        path: the local run directory.
+        remote: the directory on gs:// that it is uploaded to, if any.
+        config: the run's config.
+        step: the step from which training starts or continues.
+    """
 
     path: Path
     remote: epath.Path | None

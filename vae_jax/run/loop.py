@@ -6,7 +6,7 @@ A step's logs reach the disk before its checkpoint does, so a resumed run equals
 from collections.abc import Callable
 from contextlib import closing
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +20,10 @@ from vae_jax.run.hosts import NotPrimary, gather, raise_on_all_hosts
 from vae_jax.run.job import Job
 from vae_jax.run.loggers import Loggers, Run
 from vae_jax.run.profile import Profile
+from vae_jax.run.programs import make_programs
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed
-from vae_jax.steps import Total, TrainState, init_state, make_run_steps, make_train_step
+from vae_jax.steps import Total, TrainState
 
 
 def train(
@@ -42,37 +43,6 @@ def train(
     Raises FloatingPointError, naming step and metric, when a metric is not finite.
     """
     return Loop(job, directory, checkpoints, progress, devices or Devices(1)).run(stop)
-
-
-class Programs(NamedTuple):
-    """What is compiled for a job on some devices.
-
-    Attributes:
-        make_state: root key -> the initial state.
-        run_steps: as `steps.make_run_steps` returns it.
-        evaluations: of each split that is not trained on, as `evaluate.make_evaluate` returns it.
-    """
-
-    make_state: Callable
-    run_steps: Callable
-    evaluations: dict[str, Callable]
-
-
-def make_programs(job: Job, devices: Devices) -> Programs:
-    """The programs of a job; each is compiled at its first call."""
-
-    def make_state(root):
-        return init_state(job.init(root), job.optimizer, root, job.ema_decay)
-
-    train_step = make_train_step(
-        *(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare, job.groups)
-    )
-    run_steps = make_run_steps(train_step, job.batch_size, job.steps_per_call, devices.count)
-    return Programs(
-        jax.jit(job.map_seeds(make_state, 1)),
-        devices.compile(job.map_seeds(run_steps, 2), donate=True),
-        {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"},
-    )
 
 
 class Loop:
