@@ -290,7 +290,7 @@ def define_flags() -> None:
         "precision",
         "both",
         [*PRECISIONS, "both"],
-        "The layers' precision. CPUs without bfloat16 instructions take long for it.",
+        "The layers' precision.",
     )
     flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
     flags.DEFINE_integer("steps", 20, "Steps per run.", lower_bound=1)

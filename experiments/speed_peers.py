@@ -19,6 +19,7 @@ from vae_jax.families import Model, classifier, vae
 from vae_jax.likelihoods import unit_gaussian
 from vae_jax.objectives import Objective
 from vae_jax.priors import standard_normal
+from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import map_examples
 from vae_jax.steps import TrainState, init_state, jit_train_step, make_eval_step, make_run_steps, make_train_step
 
@@ -129,7 +130,7 @@ def train_in_loop(implementation: Implementation, work: Work) -> Callable[[], No
     state = implementation.state(optimizer)
     train_step = make_train_step(implementation.objective, optimizer)
     run_steps = make_run_steps(train_step, work.batch_size, work.steps)
-    run_steps = jax.jit(run_steps, donate_argnums=0)
+    run_steps = Devices(1).compile(run_steps, donate=True)
     order = np.arange(len(work.image), dtype=np.int32)
     order, image, label = jax.device_put((order, work.image, work.label))
 

@@ -1,5 +1,6 @@
 """Devices: the numbers do not depend on how a batch is divided, and the comparison would notice if they did."""
 
+import functools
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from small_run import run_job, small_job
 
 from configs import classifier, vae, vaegan
 from vae_jax.run import session
-from vae_jax.run.devices import Devices
+from vae_jax.run.devices import Devices, compiler_options
 from vae_jax.run.evaluate import map_examples
 from vae_jax.steps import init_state, make_eval_step, make_run_steps, make_train_step
 
@@ -189,3 +190,16 @@ def test_a_batch_that_devices_do_not_divide_is_refused(batch_size, nearest):
 def test_devices_that_are_not_there_are_refused(limit):
     with pytest.raises(ValueError, match=f"--devices is {limit}, but there are 8"):
         Devices(limit)
+
+
+def test_compiler_options_are_for_cpus_and_change_no_number(monkeypatch):
+    def loss(x):
+        return jnp.tanh(x @ x).sum()
+
+    x = jax.random.normal(jax.random.key(0), (64, 64))
+    expected = jax.value_and_grad(loss)(x)
+    for gradients in (False, True):
+        compiled = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options(gradients))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), compiled(x), expected)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options(gradients=True) == {}

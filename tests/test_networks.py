@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from vae_jax import families, generate
-from vae_jax.nn.layers import relu, window_extreme
+from vae_jax.nn.layers import relu, rounded, window_extreme
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +280,24 @@ def test_pooling_halves_as_flax_layers_do():
 
 def logits(model, variables, image):
     return model.apply(variables, image)[0]
+
+
+def test_a_cpu_rounds_to_bfloat16_and_keeps_float32():
+    x = jnp.concatenate([jax.random.normal(jax.random.key(0), (1000,)), jnp.array([0, 1e-38, 3e38, jnp.inf])])
+    found, slope = jax.value_and_grad(lambda x: rounded(x, jnp.bfloat16).sum())(x[:1000])
+    np.testing.assert_array_equal(rounded(x, jnp.bfloat16), x.astype(jnp.bfloat16).astype(jnp.float32))
+    assert rounded(x, jnp.bfloat16).dtype == found.dtype == jnp.float32
+    np.testing.assert_array_equal(slope, 1)
+
+
+def test_bfloat16_on_a_cpu_computes_what_it_does_on_accelerators(monkeypatch):
+    """There the layers store bfloat16, too, so each of the six rounds its output."""
+    vae = families.vae.make((28, 28, 1), precision="bfloat16")
+    image = jax.random.uniform(jax.random.key(0), (4, 28, 28, 1))
+    variables = vae.init(jax.random.key(1))
+    on_cpu = generate.reconstruct(vae, variables, image)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(generate.reconstruct(vae, variables, image), on_cpu, atol=0.002)
 
 
 @pytest.mark.slow

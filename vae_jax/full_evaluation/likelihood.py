@@ -25,6 +25,7 @@ from vae_jax.evaluation.statistics import standard_error
 from vae_jax.full_evaluation.subject import Subject
 from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.pretrained import WEIGHED
+from vae_jax.run.devices import compiler_options
 from vae_jax.run.evaluate import map_blocks
 from vae_jax.run.files import json_line, read_json_lines
 
@@ -115,7 +116,8 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
 
     z, image = draw(vae.variables, batch, named_key(subject.root, "simulate"))
     batch = batch._replace(image=image)
-    log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE))
+    options = compiler_options(gradients=False)
+    log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE), compiler_options=options)
     at_truth = jax.jit(make_log_weight_at(vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
     parts = []

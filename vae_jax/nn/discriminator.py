@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vae_jax.nn.layers import Conv, kernel_init
+from vae_jax.nn.layers import Conv, dense
 
 SLOPE = 0.2  # of the leaky ReLU below 0 (Radford et al. 2016)
 
@@ -29,8 +29,8 @@ class Discriminator(nn.Module):
         for i, features in enumerate(self.features, start=1):
             x = jax.nn.leaky_relu(Conv(features, 2, dtype=self.dtype, name=f"conv{i}")(x), SLOPE)
             activations.append(x.astype(jnp.float32))
-        dense = nn.Dense(1, dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)[:, 0], activations
+        logit = dense(1, self.dtype, "fc")(x.reshape(x.shape[0], -1))
+        return logit.astype(jnp.float32)[:, 0], activations
 
 
 def check_discriminator(image_shape: tuple[int, int, int], features: tuple[int, ...], layer: int) -> None:

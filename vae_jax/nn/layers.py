@@ -14,6 +14,26 @@ from vae_jax.nn import convolution
 kernel_init = nn.initializers.glorot_uniform()
 
 
+def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
+    """x as a layer that computes in `dtype` reads it.
+
+    CPUs keep bfloat16 numbers as float32, in which they compute faster. A product of rounded operands that is summed in float32 is
+    what accelerators compute, too.
+    """
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
+
+
+def _all_rounded(*arrays, dtype):
+    return [rounded(array, dtype) for array in arrays]
+
+
+def dense(features: int, dtype: Any, name: str) -> nn.Dense:
+    """A dense layer that computes in `dtype`; for compact modules."""
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, promote_dtype=_all_rounded, name=name)
+
+
 @jax.custom_jvp
 def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """max(x, 0), with derivative 0 at 0 like `jax.nn.relu`."""
@@ -46,7 +66,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = convolution.conv_transpose if self.transpose else convolution.conv
-        y = apply(x.astype(self.dtype), kernel.astype(self.dtype), self.stride)
+        y = apply(rounded(x, self.dtype), rounded(kernel, self.dtype), self.stride)
         return add_bias(y, bias)
 
 
@@ -64,7 +84,7 @@ class ProjectAndReshape(nn.Module):
     def __call__(self, z: Float[Array, "batch c_in"]) -> Float[Array, "batch h w c_out"]:
         kernel = self.param("kernel", kernel_init, (*self.size, z.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        z, kernel = z.astype(self.dtype), kernel[::-1, ::-1].astype(self.dtype)
+        z, kernel = rounded(z, self.dtype), rounded(kernel[::-1, ::-1], self.dtype)
         return add_bias(jnp.einsum("bz,hwzc->bhwc", z, kernel), bias)
 
 
@@ -82,11 +102,11 @@ class ConvForPool(nn.Module):
     def __call__(self, x: Float[Array, "batch h w c_in"]) -> Float[Array, "batch h_out w_out 4 c_out"]:
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        kernel = kernel.astype(self.dtype)
+        kernel = rounded(kernel, self.dtype)
         places = [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)]
         wide = jnp.stack(places, axis=3).reshape(4, 4, x.shape[-1], -1)
         height, width = (size // 2 for size in x.shape[1:3])
-        y = convolution.conv(x.astype(self.dtype), wide, stride=2)[:, :height, :width]
+        y = convolution.conv(rounded(x, self.dtype), wide, stride=2)[:, :height, :width]
         return add_bias(y.reshape(*y.shape[:3], 4, -1), bias)
 
 

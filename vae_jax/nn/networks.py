@@ -15,7 +15,7 @@ from vae_jax.nn.layers import (
     Conv,
     ConvForPool,
     ProjectAndReshape,
-    kernel_init,
+    dense,
     relu,
     window_extreme,
 )
@@ -44,8 +44,8 @@ class Encoder(nn.Module):
             else:
                 conv = Conv(features, 2, dtype=self.dtype, name=f"conv{i + 1}")
                 x = relu(conv(x))
-        dense = nn.Dense(self.outputs, dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+        x = dense(self.outputs, self.dtype, "fc")(x.reshape(x.shape[0], -1))
+        return x.astype(jnp.float32)
 
 
 class Decoder(nn.Module):
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
 def tanh_layers(x: Float[Array, "batch width"], widths: tuple[int, ...], dtype: Any) -> Array:
     """Dense layers of these widths with tanh; called by a compact module, whose layers they become."""
     for i, width in enumerate(widths, start=1):
-        x = jnp.tanh(nn.Dense(width, dtype=dtype, kernel_init=kernel_init, name=f"fc{i}")(x))
+        x = jnp.tanh(dense(width, dtype, f"fc{i}")(x))
     return x
 
 
@@ -86,8 +86,7 @@ class DenseEncoder(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width channel"]) -> Float[Array, "batch outputs"]:
         x = tanh_layers(image.reshape(image.shape[0], -1), self.hidden, self.dtype)
-        dense = nn.Dense(self.outputs, dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        return dense(x).astype(jnp.float32)
+        return dense(self.outputs, self.dtype, "fc")(x).astype(jnp.float32)
 
 
 class DenseDecoder(nn.Module):
@@ -100,8 +99,8 @@ class DenseDecoder(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "batch latent"]) -> Float[Array, "batch height width channel"]:
         x = tanh_layers(z, self.hidden[::-1], self.dtype)
-        dense = nn.Dense(math.prod(self.output_shape), dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        return dense(x).astype(jnp.float32).reshape(-1, *self.output_shape)
+        x = dense(math.prod(self.output_shape), self.dtype, "fc")(x)
+        return x.astype(jnp.float32).reshape(-1, *self.output_shape)
 
 
 class Autoencoder(nn.Module):
@@ -229,8 +228,8 @@ class Classifier(nn.Module):
                 x = Conv(features, 1, dtype=self.dtype, name=f"conv{i}")(x)
             x = relu(BatchNormMaxPool(name=f"norm{i}")(x, train, axis_name))
         self.sow("intermediates", "pooled", x.mean(axis=(1, 2)).astype(jnp.float32))
-        dense = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kernel_init, name="fc")
-        return dense(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+        x = dense(self.num_classes, self.dtype, "fc")(x.reshape(x.shape[0], -1))
+        return x.astype(jnp.float32)
 
 
 def check_sizes(**fields: tuple[int, ...]) -> None:
