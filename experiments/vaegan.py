@@ -27,7 +27,6 @@ from vae_jax import data, weights
 from vae_jax.batch import Dataset, first_of_each_label
 from vae_jax.evaluation.samples import manifold, sharpness
 from vae_jax.evaluation.statistics import mean_and_interval
-from vae_jax.families.vaegan import METHODS
 from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
@@ -37,7 +36,9 @@ from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 from vae_jax.run.session import fingerprint
 
-TITLES = {"vae": "VAE", "vaegan": "VAE/GAN", "gan": "GAN"}
+TITLES = {"vae": "VAE", "sharp_vae": "VAE, beta 0.25", "vaegan": "VAE/GAN", "gan": "GAN"}
+# What each method changes in the config of the VAE/GAN, whose discriminator judges the others. The sharp VAE has its beta.
+METHODS = {"vaegan": {}, **config_file.CONTROLS, "sharp_vae": {"objective.method": "vae"}}
 COLUMNS = {  # of the table: number -> heading
     "frechet_distance": "Frechet classifier distance",
     "precision": "precision",
@@ -100,11 +101,6 @@ class Comparison:
         return sharpness(image) / sharpness(self._test)
 
 
-def fields_of(method: str) -> dict[str, Any]:
-    """What a method changes in the config of the VAE/GAN."""
-    return config_file.CONTROLS.get(method, {})
-
-
 def half_squared(target: np.ndarray, found: np.ndarray) -> float:
     """1/2 |target - found|^2, the mean over images."""
     error = (target.astype(np.float64) - found).reshape(len(target), -1)
@@ -114,9 +110,9 @@ def half_squared(target: np.ndarray, found: np.ndarray) -> float:
 def speeds(base: str) -> dict[str, float]:
     """Training images a second of each method on this machine, medians over interleaved rounds in one process."""
     peers = []
-    for method in METHODS:
+    for method, fields in METHODS.items():
         config = config_file.get_config(base.partition(":")[2] or "default").to_dict()
-        config["objective"] |= {name.removeprefix("objective."): value for name, value in fields_of(method).items()}
+        config["objective"] |= {name.removeprefix("objective."): value for name, value in fields.items()}
         config["data"]["name"] = "digits"  # of the same size; the images do not matter
         config["run"]["steps_per_call"] = STEPS
         peers.append(Peer("training", method, make_run(session.build(config)), STEPS * config["batch_size"]))
@@ -180,8 +176,8 @@ def main() -> None:
     compute_once(study, "floor", comparison.floor)
     compute_once(study, "speed", functools.partial(speeds, base))
     for seed in range(given.seeds):
-        for method in METHODS:  # the VAE/GAN first, whose discriminator judges the others
-            fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | fields_of(method)
+        for method, changed in METHODS.items():
+            fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | changed
             command = launch.make_command(base, study.path / f"{method}-seed{seed}", fields, given.manual_dir)
             launch.run(command)
             compute_once(study, "model", comparison.measure, method=method, seed=seed)
