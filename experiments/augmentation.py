@@ -21,7 +21,7 @@ from absl import flags
 
 import vae_jax
 from experiments import arms, augmentation_report, launch
-from experiments.arms import ARMS, SCALES, SHARES, SWEEP, Arm, Pool
+from experiments.arms import ARMS, SCALES, SHARES, SWEEP, Arm
 from experiments.study import compute_once, open_study
 from experiments.trainer import Trainer
 from vae_jax import data, generate
@@ -53,25 +53,65 @@ def redraw_images(vae: Pretrained, image: np.ndarray) -> np.ndarray:
     return vary_images(vae, image, lambda *q: reparameterize(*q)[0])
 
 
+class Learner:
+    """Classifiers that train on half B and on what their arms add to it; `learn` computes one result.
+
+    Args:
+        parts: {name: images} of the pool that the arms train on, besides half B.
+        table: {name: arm}; arm c labels the images of those that are pseudo-labelled.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Dataset, seeds: int, parts: dict[str, Split], table: dict[str, Arm]):
+        self._half_a, half_b = arms.halves(dataset.splits["train"])
+        self._test = dataset.splits["test"]
+        self._trainer, self._table = trainer, table
+        self._size = len(half_b.label)
+        self.real, self._sources = orders(half_b, seeds, 2), orders(self._half_a, seeds, 3)
+        self._pool = arms.make_pool({"real": half_b} | parts)
+        self._predict_test = trainer.make_predict(self._test)
+        self.train = functools.cache(self._train)
+
+    def learn(self, percentage: float, arm: str) -> dict:
+        """Test accuracy of an arm, by seed."""
+        found = self._predict_test(self.train(percentage, arm))
+        correct = (found["prediction"] == self._test.label).astype(np.float32)
+        return {"accuracy": [float(own.mean()) for own in correct]}
+
+    def _train(self, percentage: float, name: str) -> dict:
+        """The variables of an arm's classifiers."""
+        arm, count = self._table[name], arms.count_of(percentage, self._size)
+        label, sources = self._pool.label, [order[:count] for order in self._sources]
+        if arm.pseudo_labelled:
+            label, sources = self._pseudo_label(arm.extra, self.train(percentage, "c"))
+        rows = [arms.training_rows(arm, self._pool, order[:count], own) for order, own in zip(self.real, sources)]
+        return self._trainer(self._pool.image, label, rows, arm.augmented)
+
+    def _pseudo_label(self, part: str, classifiers: dict) -> tuple:
+        """Each seed's labels of the pool with those of `part` predicted, and the positions of the confident ones."""
+        where = slice(self._pool.start[part], self._pool.start[part] + len(self._half_a.label))
+        split = Split(self._pool.image[where], self._pool.label[where])
+        found = self._trainer.make_predict(split)(classifiers)
+        confident = found["confidence"] >= arms.CONFIDENCE_THRESHOLD
+        label = arms.replace_labels(self._pool.label, where, found["prediction"])
+        return label, [np.flatnonzero(own) for own in confident]
+
+
+def orders(half: Split, seeds: int, use: int) -> list[np.ndarray]:
+    """The order in which each seed takes the images of a half."""
+    return [arms.stratified_order(half.label, (seed, use)) for seed in range(seeds)]
+
+
 class Experiment:
-    """The data, trained models and orders of a study; `sweep`, `choose` and `learn` each compute one result."""
+    """The data and the trained models of the study; `sweep` and `choose` each compute one result."""
 
     def __init__(self, path: Path, settings: dict, dataset: Dataset):
         self._half_a, self._half_b = arms.halves(dataset.splits["train"])
         self._test = dataset.splits["test"]
         self.size = len(self._half_b.label)
         self._judge, self._vae, self._sharp_vae = (vae_jax.load(str(path / name)) for name in arms.MODELS)
-        self._seeds = range(settings["seeds"])
-        self._real = self._orders(self._half_b, 2)
-        self._sources = self._orders(self._half_a, 3)
         self._trainer = Trainer(dataset, settings)
         self._predict_half_b = self._trainer.make_predict(self._half_b)
-        self._predict_test = self._trainer.make_predict(self._test)
-        self._pool = functools.cache(self._make_pool)
-        self._trained = functools.cache(self._train)
-
-    def _orders(self, half: Split, use: int) -> list[np.ndarray]:
-        return [arms.stratified_order(half.label, (seed, use)) for seed in self._seeds]
+        self._make_learner = functools.partial(Learner, self._trainer, dataset, settings["seeds"])
 
     def sweep(self, share: float, scale: float) -> dict:
         """The share of generated images that the judge labels differently from their sources."""
@@ -79,22 +119,24 @@ class Experiment:
         label, _ = self._judge.predict(image)
         return {"relabelled": float(np.mean(label != self._half_a.label[:SWEPT]))}
 
-    def choose(self, count: int, share: float, scale: float) -> dict:
-        """Arm f's accuracy at this noise, trained on `count` images of half B and tested on the others, by seed."""
-        generated = self._generate(self._half_b, share, scale)
-        pool = arms.make_pool({"real": self._half_b, "generated from B": generated})
-        rows = self._rows(ARMS["f"], pool, count)
-        variables = self._trainer(pool.image, pool.label, rows, augmented=False)
-        prediction = self._predict_half_b(variables)["prediction"]
+    def choose(self, percentage: float, share: float, scale: float) -> dict:
+        """Arm f's accuracy at this noise, trained on a percentage of half B and tested on the rest, by seed."""
+        learner = self._make_learner({"generated from B": self._generate(self._half_b, share, scale)}, ARMS)
+        prediction = self._predict_half_b(learner.train(percentage, "f"))["prediction"]
         correct = (prediction == self._half_b.label).astype(np.float32)
-        unseen = [order[count:] for order in self._real]
-        return {"accuracy": [float(c[own].mean()) for c, own in zip(correct, unseen)]}
+        count = arms.count_of(percentage, self.size)
+        return {"accuracy": [float(c[order[count:]].mean()) for c, order in zip(correct, learner.real)]}
 
-    def learn(self, noise: tuple, percentage: float, arm: str) -> dict:
-        """Test accuracy of an arm, by seed."""
-        found = self._predict_test(self._trained(noise, percentage, arm))
-        correct = (found["prediction"] == self._test.label).astype(np.float32)
-        return {"accuracy": [float(own.mean()) for own in correct]}
+    def learner(self, noise: tuple) -> Learner:
+        """The classifiers of all arms, whose generated images have this noise."""
+        drawn = redraw_images(self._sharp_vae, self._half_a.image)
+        parts = {
+            "generated from A": self._generate(self._half_a, *noise),
+            "originals of A": self._half_a,
+            "generated from B": self._generate(self._half_b, *noise),
+            "drawn from A": self._half_a._replace(image=drawn),
+        }
+        return self._make_learner(parts, ARMS)
 
     def variations(self, share: float) -> np.ndarray:
         """A test image of each class and its variations over the sweep, [classes, columns, height, width, channel]."""
@@ -105,48 +147,19 @@ class Experiment:
     def _generate(self, half: Split, share: float, scale: float) -> Split:
         return half._replace(image=perturb_images(self._vae, half.image, share, scale))
 
-    def _make_pool(self, noise: tuple) -> Pool:
-        drawn = redraw_images(self._sharp_vae, self._half_a.image)
-        return arms.make_pool(
-            {
-                "real": self._half_b,
-                "generated from A": self._generate(self._half_a, *noise),
-                "originals of A": self._half_a,
-                "generated from B": self._generate(self._half_b, *noise),
-                "drawn from A": self._half_a._replace(image=drawn),
-            }
-        )
-
-    def _rows(self, arm: Arm, pool: Pool, count: int, sources: list | None = None) -> list[np.ndarray]:
-        """Each seed's rows with `count` real images; `sources` are by default as many."""
-        sources = sources or [order[:count] for order in self._sources]
-        return [arms.training_rows(arm, pool, order[:count], own) for order, own in zip(self._real, sources)]
-
-    def _train(self, noise: tuple, percentage: float, name: str) -> dict:
-        """The variables of an arm's classifiers."""
-        arm, pool = ARMS[name], self._pool(noise)
-        label, sources = pool.label, None
-        if arm.pseudo_labelled:
-            classifiers = self._trained(noise, percentage, "c")
-            label, sources = self._pseudo_label(pool, arm.extra, classifiers)
-        rows = self._rows(arm, pool, arms.count_of(percentage, self.size), sources)
-        return self._trainer(pool.image, label, rows, arm.augmented)
-
-    def _pseudo_label(self, pool: Pool, part: str, classifiers: dict) -> tuple:
-        """Each seed's labels of the pool with those of `part` predicted, and the positions of the confident ones."""
-        where = slice(pool.start[part], pool.start[part] + len(self._half_a.label))
-        split = Split(pool.image[where], pool.label[where])
-        found = self._trainer.make_predict(split)(classifiers)
-        confident = found["confidence"] >= arms.CONFIDENCE_THRESHOLD
-        label = arms.replace_labels(pool.label, where, found["prediction"])
-        return label, [np.flatnonzero(own) for own in confident]
-
 
 def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) -> None:
     """Train what is missing: the judge on all training images, the two VAEs on half A."""
     judge, vae, sharp = (path / name for name in arms.MODELS)
     fields = {"data.name": settings["data"]}
     launch.run(launch.make_command(settings["classifier"], judge, fields, manual_dir))
+    half_a = {"data.name": str(write_half_a(path, dataset))}
+    for workdir, fields in [(vae, {}), (sharp, arms.SHARP_VAE)]:
+        launch.run(launch.make_command(settings["vae"], workdir, half_a | fields))
+
+
+def write_half_a(path: Path, dataset: Dataset) -> Path:
+    """A file with half A and the test images as a data set, unless it exists."""
     images = path / "half_a.npz"
     if not images.exists():
         half_a, test = arms.halves(dataset.splits["train"])[0], dataset.splits["test"]
@@ -154,9 +167,7 @@ def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) 
             np.savez_compressed(
                 file, image=half_a.image, label=half_a.label, test_image=test.image, test_label=test.label
             )
-    for workdir, fields in [(vae, {}), (sharp, arms.SHARP_VAE)]:
-        fields = {"data.name": str(images)} | fields
-        launch.run(launch.make_command(settings["vae"], workdir, fields))
+    return images
 
 
 def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_dir: str) -> None:
@@ -166,13 +177,17 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
     compute = functools.partial(compute_once, study)
     for share, scale in itertools.product(SHARES, SWEEP):
         compute("sweep", experiment.sweep, share=share, scale=scale)
-    count = arms.count_of(arms.choice_percentage(settings), experiment.size)
-    if count < experiment.size:
-        choose = functools.partial(experiment.choose, count)
+    percentage = arms.choice_percentage(settings)
+    if arms.count_of(percentage, experiment.size) < experiment.size:
+        choose = functools.partial(experiment.choose, percentage)
         for share, scale in itertools.product(SHARES, SCALES):
             compute("choice", choose, share=share, scale=scale)
     noise = augmentation_report.chosen_noise(study.rows)
-    learn = functools.partial(experiment.learn, noise)
+    learner = functools.cache(experiment.learner)
+
+    def learn(percentage, arm):
+        return learner(noise).learn(percentage, arm)
+
     for percentage, name in itertools.product(settings["percentages"], ARMS):
         compute("arm", learn, percentage=percentage, arm=name)
     variations = experiment.variations(share=noise[0])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments import arms
-from experiments.arms import ARMS, PAIRS, SHARES, SWEEP
+from experiments.arms import ARMS, PAIRS, SHARES, SWEEP, Arm
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.figures import mosaic, show_image
 from vae_jax.run.files import read_json_lines, save_figure, write_atomically
@@ -80,16 +80,7 @@ def findings(rows: list[dict], settings: dict) -> list[str]:
 
 def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
     """{title: cells} of the study's tables; the first row is the heading."""
-    accuracy, columns = by_arm(rows), settings["percentages"]
-    heading = [f"{percentage:g} %" for percentage in columns]
-    by_name = [["arm", "the classifier trains on", *heading]]
-    for name, arm in ARMS.items():
-        cells = [mean_accuracy(accuracy, p, name) for p in columns]
-        by_name.append([name, arm.label, *(f"{mean:.2f} ± {half:.2f}" for mean, half in cells)])
-    pairs = [["pair", "compares", *heading]]
-    for pair, what in PAIRS.items():
-        cells = [difference(accuracy, p, pair) for p in columns]
-        pairs.append([pair, what, *(f"{mean:+.2f} ± {half:.2f}" for mean, half in cells)])
+    by_name, pairs = accuracy_tables(rows, settings["percentages"], ARMS, PAIRS)
     noise = [["share of latents", *(f"noise {scale:g}" for scale in SWEEP)]]
     for share in SHARES:
         noise.append([f"{share:g}", *(f"{lost:.1f} %" for lost in relabelled(rows, share))])
@@ -98,6 +89,22 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
         "Paired differences, in points": pairs,
         "Generated images that the judge labels differently from their sources": noise,
     }
+
+
+def accuracy_tables(
+    rows: list[dict], percentages: list[float], table: dict[str, Arm], pairs: dict[str, str]
+) -> tuple[list[list[str]], list[list[str]]]:
+    """The cells of the arms' accuracies and of the pairs' differences, by percentage of half B."""
+    accuracy, heading = by_arm(rows), [f"{percentage:g} %" for percentage in percentages]
+    by_name = [["arm", "the classifier trains on", *heading]]
+    for name, arm in table.items():
+        cells = [mean_accuracy(accuracy, p, name) for p in percentages]
+        by_name.append([name, arm.label, *(f"{mean:.2f} ± {half:.2f}" for mean, half in cells)])
+    differences = [["pair", "compares", *heading]]
+    for pair, what in pairs.items():
+        cells = [difference(accuracy, p, pair) for p in percentages]
+        differences.append([pair, what, *(f"{mean:+.2f} ± {half:.2f}" for mean, half in cells)])
+    return by_name, differences
 
 
 def conditions(rows: list[dict], settings: dict) -> str:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import arms
+from experiments import arms, vaegan_augmentation
 from experiments import augmentation_report as report
 from experiments.arms import ARMS
 from experiments.augmentation import compute_once, open_study
@@ -144,6 +144,26 @@ def test_findings_follow_the_intervals():
         "(f-b): better at 20 % (+1.00 ± 0.25); no significant difference at 100 % (+0.00 ± 2.48)."
     )
     assert "(f-c): worse at 20 %" in report.findings(rows_with([(-1.0, -1.1, -0.9)] * 2), SETTINGS)[1]
+
+
+def test_the_arms_with_a_vaegan_differ_by_their_images_alone():
+    pool = arms.Pool(
+        None, None, {"real": 0, "drawn from A": 100, "drawn by a VAE/GAN from A": 200, "originals of A": 300}
+    )
+    compared, sources = vaegan_augmentation.COMPARED, np.array([7, 8])
+    rows = {name: arms.training_rows(arm, pool, np.array([3]), sources).tolist() for name, arm in compared.items()}
+    assert rows == {"c": [3], "h": [3, 3, 107, 108], "j": [3, 3, 207, 208], "i": [3, 3, 307, 308]}
+    found = [
+        {"stage": "arm", "percentage": 1.0, "arm": name, "accuracy": [0.8 + points / 100, 0.9 + points / 100]}
+        for name, points in {"c": 0, "h": 1, "j": 3, "i": 2}.items()
+    ]
+    _, pairs = report.accuracy_tables(found, [1.0], compared, vaegan_augmentation.PAIRS)
+    assert {row[0]: row[2] for row in pairs[1:]} == {
+        "h-c": "+1.00 ± 0.00",
+        "j-c": "+3.00 ± 0.00",
+        "j-h": "+2.00 ± 0.00",
+        "j-i": "+1.00 ± 0.00",
+    }
 
 
 def test_the_figure_names_its_arms():
