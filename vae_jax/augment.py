@@ -1,4 +1,4 @@
-"""Random shifts and rotations, each image by its own key (Simard et al. 2003)."""
+"""Random shifts and rotations, with one key per image (Simard et al. 2003)."""
 
 import functools
 
@@ -14,7 +14,7 @@ from vae_jax.batch import named_key
 def rotate(
     image: Float[Array, "batch height width channel"], degrees: Float[Array, " batch"]
 ) -> Float[Array, "batch height width channel"]:
-    """Rotate each image counterclockwise about its centre, bilinearly; pixels from outside are 0."""
+    """Rotate each image counterclockwise about its centre, with bilinear interpolation; pixels from outside are 0."""
     _, height, width, _ = image.shape
     row, column = jnp.mgrid[:height, :width]
     down, right = row - (height - 1) / 2, column - (width - 1) / 2
@@ -35,7 +35,7 @@ def translate(
     offset: Int[Array, "batch 2"],
     furthest: int,
 ) -> Float[Array, "batch height width channel"]:
-    """Move each image by its (down, right) pixels, at most `furthest`; pixels from outside are 0."""
+    """Shift each image by its `offset` (down, right), at most `furthest` pixels; pixels from outside are 0."""
     margin = (furthest, furthest)
     padded = jnp.pad(image, ((0, 0), margin, margin, (0, 0)))
 
@@ -52,9 +52,9 @@ def augment(
     shift: int,
     rotation: float,
 ) -> Float[Array, "batch height width channel"]:
-    """Rotate each image by up to `rotation` degrees, then move it by up to `shift` pixels, both uniform.
+    """Rotate each image by up to `rotation` degrees, then shift it by up to `shift` pixels.
 
-    The amounts come from each example's streams "rotation" and "shift".
+    The amounts are uniform and come from each example's key streams "rotation" and "shift".
     """
     if rotation:
         draw = functools.partial(jax.random.uniform, minval=-rotation, maxval=rotation)

@@ -1,4 +1,4 @@
-"""Examples: a data set in memory or mapped into it, the batch of one step, and the random keys of each example."""
+"""Data sets, batches, and the random keys of each example."""
 
 import zlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-CHUNK = 4096  # images that are worked on at once
+CHUNK = 4096  # images processed at once
 
 
 class Split(NamedTuple):
@@ -21,21 +21,21 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory, or with images that are mapped into it (`np.memmap`).
+    """A data set; its images are in memory or memory-mapped (`np.memmap`).
 
-    `splits` has "train", "test" and, where images are held out or given, "validation".
+    `splits` has "train", "test" and, if there are validation images, "validation".
     """
 
     splits: dict[str, Split]
     num_classes: int  # 0 = unlabelled
     shuffle: bool
     binarize: str = "none"
-    labelled_per_batch: int = 0  # 0 = as the order gives them
-    notes: tuple[str, ...] = ()  # what was done to the images when they were loaded
+    labelled_per_batch: int = 0  # 0 = no fixed number
+    notes: tuple[str, ...] = ()  # how the images were changed on loading
 
     @property
     def is_binary(self) -> bool:
-        """Whether a model sees only the pixels 0 and 1."""
+        """Whether the model sees only the pixel values 0 and 1."""
         return self.binarize != "none" or not has_grey(self.splits["train"].image)
 
     @property
@@ -44,19 +44,19 @@ class Dataset(NamedTuple):
 
 
 def mean_image(image: UInt8[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
-    """The mean of images, in [0, 1], as float64."""
+    """The mean image, scaled to [0, 1], as float64."""
     return image.mean(axis=0, dtype=np.float64) / 255
 
 
 def chunks(image: UInt8[np.ndarray, "n ..."]) -> Iterator[UInt8[np.ndarray, "m ..."]]:
-    """The images in parts of at most `CHUNK` images and 16 MiB: memory may not hold what is computed from all of them."""
+    """Yield the images in chunks of at most `CHUNK` images and 16 MiB, to bound the memory of computations on all of them."""
     count = min(CHUNK, max(1, 2**24 // max(1, image[0].nbytes)))
     for start in range(0, len(image), count):
         yield image[start : start + count]
 
 
 def has_grey(image: UInt8[np.ndarray, "n height width channel"]) -> bool:
-    """Whether a pixel is neither 0 nor 255."""
+    """Whether any pixel is neither 0 nor 255."""
     return any(((part > 0) & (part < 255)).any() for part in chunks(image))
 
 
@@ -73,14 +73,14 @@ class Batch(NamedTuple):
 
 
 def make_batch(image: UInt8[Array, "batch height width channel"], label, weight, index) -> Batch:
-    """A batch of float images in [0, 1] from stored bytes in 0..255."""
+    """Make a batch of float images in [0, 1] from stored bytes in 0..255."""
     return Batch(image.astype(jnp.float32) / 255, label, weight, index)
 
 
 def binarize(batch: Batch, keys: Key[Array, " batch"], how: str) -> Batch:
-    """The batch with binary pixels: "dynamic" draws each one from Bernoulli(x), "threshold" rounds it; "none" changes nothing.
+    """Make the pixels binary: "dynamic" draws each pixel from Bernoulli(x), "threshold" rounds it, "none" does nothing.
 
-    The draws come from each example's stream "binarize", afresh in each training step and always the same in evaluation.
+    The draws use each example's key stream "binarize". They are new in each training step and always the same in evaluation.
     Source of "dynamic": Salakhutdinov & Murray 2008; Burda et al. 2016, section 5.
     """
     if how == "none":
@@ -95,7 +95,7 @@ def binarize(batch: Batch, keys: Key[Array, " batch"], how: str) -> Batch:
 def binarize_as_evaluated(
     image: Float[Array, "batch height width channel"], index: Int[Array, " batch"], how: str, seed: int
 ) -> Float[Array, "batch height width channel"]:
-    """The pixels that evaluation gives to the model of a seed for the images at these positions of a split."""
+    """Binarize images as evaluation does with this seed; `index` holds their positions in the split."""
     batch = Batch(image, label=index, weight=index, index=index)
     return binarize(batch, example_keys(jax.random.key(seed), None, index), how).image
 
@@ -103,7 +103,7 @@ def binarize_as_evaluated(
 def weighted_mean(
     values: Float[Array, "batch ..."], weight: Float[Array, " batch"], axis_name: str | None = None
 ) -> Float[Array, "..."]:
-    """The weighted mean over the examples of a batch, of all devices if `axis_name` is given."""
+    """The weighted mean over the examples of a batch, across all devices if `axis_name` is given."""
     spread = weight.reshape(-1, *(1,) * (values.ndim - 1))
     sums = jnp.sum(spread * values, axis=0), jnp.sum(weight)
     total, count = sums if axis_name is None else lax.psum(sums, axis_name)
@@ -111,14 +111,14 @@ def weighted_mean(
 
 
 def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
-    """Positions of the first example of each label, at most ten; of the first ten examples if all are unlabelled."""
+    """Positions of the first example of each label, at most ten, or of the first ten examples if all are unlabelled."""
     if label.max() < 0:
         return np.arange(min(10, len(label)))
     return np.unique(label, return_index=True)[1][:10]
 
 
 def named_key(key: Key[Array, "*batch"], name: str) -> Key[Array, "*batch"]:
-    """The key of a named stream, one for each given key: streams of different names are independent."""
+    """Derive the key of a named stream from each given key. Streams with different names are independent."""
     fold_in = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, (0, None))
     return fold_in(key, zlib.crc32(name.encode()))
 
@@ -126,9 +126,9 @@ def named_key(key: Key[Array, "*batch"], name: str) -> Key[Array, "*batch"]:
 def example_keys(
     root: Key[Array, ""], step: Int[Array, ""] | int | None, index: Int[Array, " batch"]
 ) -> Key[Array, " batch"]:
-    """One key per example, a pure function of (root key, step, index): dividing a batch does not change its noise.
+    """One key per example, a pure function of (root key, step, index), so splitting a batch does not change its noise.
 
-    The step is None in evaluation, whose noise is always the same.
+    Pass step None in evaluation, where the noise is always the same.
     """
     if step is None:
         key = named_key(root, "evaluation")

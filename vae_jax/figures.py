@@ -1,4 +1,4 @@
-"""Arrays -> Matplotlib figures; nothing here shows or saves one, and importing it does not import Matplotlib."""
+"""Make Matplotlib figures from arrays. Nothing here shows or saves a figure, and importing it does not import Matplotlib."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,25 +10,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN, TEST, BASELINE = "#8fb3d9", "#1b4f8a", "#a04000"
-ENLARGED = 3  # pixels a side of each pixel in a film
-LEGEND = 0.25  # of the height that the values take, left free above them
-LARGEST_COUNTED = 25  # classes; for more, counts would be too small to read
+ENLARGED = 3  # factor by which a film enlarges each pixel
+LEGEND = 0.25  # free space above the curves, as a share of their height
+LARGEST_COUNTED = 25  # classes; with more, the counts would be too small to read
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of a size in inches."""
+    """An empty figure, with its size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def set_title(figure: "Figure", title: str) -> None:
-    """Title a figure; the text may hold the name of someone's data, which is no formula, so $ is a plain character."""
+    """Set the title of a figure. It may contain the name of a user's data, so $ is escaped and never starts a formula."""
     figure.suptitle(title.replace("$", r"\$"), wrap=True)
 
 
 def whole_numbers(**options):
-    """Axis ticks at integers."""
+    """A locator of axis ticks at integers."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True, **options)
@@ -41,12 +41,12 @@ def training_curve(
     panels: Mapping[str, str],
     loss_scale: str = "linear",
 ) -> "Figure":
-    """The loss of training and test over the epochs, beside other metrics such as its parts (the post's Figure 3).
+    """Training and test loss over the epochs, next to other metrics such as the loss terms (the post's Figure 3).
 
     Args:
         history: rows as in metrics.jsonl: `epoch`, and `train/loss`, `test/loss`, ... where known.
-        baselines: losses drawn as dashed lines under their names.
-        panels: the metrics, "loss" first, and the title of each one's panel.
+        baselines: {name: loss}, drawn as labelled dashed lines.
+        panels: {metric: title of its panel}, "loss" first.
         loss_scale: "linear" or "log".
     """
     figure = new_figure(12.0, 4.5)
@@ -59,7 +59,7 @@ def training_curve(
         _draw_curves(ax, train, test)
         ax.set_title(panels[name])
         if ax.get_yscale() != "log":
-            # The first steps tower above everything else: show what comes after them.
+            # The losses of the first steps are much larger than the rest: scale the axis to the later steps.
             shown = [*test[:, 1], *train[len(train) // 20 :, 1]]
             _limit(ax, shown + [*baselines.values()] if name == "loss" else shown, LEGEND if name == "loss" else 0.06)
     _draw_baselines(axes["loss"], baselines)
@@ -70,7 +70,7 @@ def training_curve(
 
 
 def _curve(history, metric) -> np.ndarray:
-    """Epochs and values of the rows that have the metric, [rows, 2]."""
+    """Epochs and values of the rows with this metric, [rows, 2]."""
     rows = [[row["epoch"], row[metric]] for row in history if metric in row]
     return np.array(rows).reshape(-1, 2)
 
@@ -113,7 +113,7 @@ def reconstructions(
     label: Int[np.ndarray, " n"],
     title: str,
 ) -> "Figure":
-    """Each image above its reconstruction (the post's Figure 4), ten side by side."""
+    """Each image above its reconstruction (the post's Figure 4), ten in a row."""
     columns = min(10, len(image))
     rows = -(-len(image) // columns)
     figure = new_figure(1.1 * columns + 0.9, 2.4 * rows + 0.5)
@@ -141,7 +141,7 @@ def image_rows(
     title: str,
     marks: Float[np.ndarray, " row"] | None = None,
 ) -> "Figure":
-    """Images in labelled rows and columns; `marks` are column numbers, one a row, at which a triangle stands below it."""
+    """Images in labelled rows and columns. `marks` gives a column number per row, marked by a triangle below the image."""
     rows, columns, height, width, channels = image.shape
     figure = new_figure(0.75 * columns + 2.2, 0.75 * rows + 1)
     ax = figure.subplots()
@@ -163,7 +163,7 @@ def mosaic(
     margin: int = 0,
     fill: float = 0.0,
 ) -> Float[np.ndarray, "rows_height columns_width channel"]:
-    """Images in rows, as one image; `fill` is the margin around each, and what the last row lacks."""
+    """Tile images into one image. `fill` is the pixel value of the margins and of missing tiles in the last row."""
     rows = -(-len(image) // columns)
     around = (margin, margin)
     pad = ((0, rows * columns - len(image)), around, around, (0, 0))
@@ -176,7 +176,7 @@ def mosaic(
 def pairs(
     image: Float[np.ndarray, "n height width channel"], again: Float[np.ndarray, "n height width channel"]
 ) -> Float[np.ndarray, "mosaic_height mosaic_width channel"]:
-    """One picture of images that are each followed by their reconstruction, two pairs a row."""
+    """One mosaic of images, each followed by its reconstruction, with two pairs per row."""
     both = np.stack([image, again], axis=1)
     return mosaic(both.reshape(-1, *image.shape[1:]), 4)
 
@@ -184,7 +184,7 @@ def pairs(
 def film(
     image: Float[np.ndarray, "row frame height width channel"],
 ) -> list[UInt8[np.ndarray, "frame_height frame_width channel"]]:
-    """Frames that show the rows side by side in a square, from the first frame to the last and back."""
+    """Frames of a film that shows all rows at once, tiled in a square, from the first frame to the last and back."""
     columns = int(np.ceil(np.sqrt(len(image))))
     there_and_back = [*range(image.shape[1]), *range(image.shape[1] - 2, 0, -1)]
     frames = [np.round(255 * mosaic(image[:, i], columns, margin=1, fill=0.5)) for i in there_and_back]
@@ -192,7 +192,7 @@ def film(
 
 
 def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> "Figure":
-    """Images side by side in a square (the post's Figure 5)."""
+    """Images tiled in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)
     figure = new_figure(7.0, 7 * rows / columns + 0.5)
@@ -202,7 +202,7 @@ def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -
 
 
 def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figure":
-    """The counts of each label (rows) and prediction (columns). Only the errors are coloured, and so seen beside the many hits."""
+    """The confusion matrix, labels in rows and predictions in columns. Only errors are coloured, so the hits do not hide them."""
     classes = len(counts)
     errors = counts - np.diag(counts.diagonal())
     figure = new_figure(8.2, 7.4)
@@ -234,7 +234,7 @@ def mistakes(
     confidence: Float[np.ndarray, " n"],
     title: str,
 ) -> "Figure":
-    """Misclassified images in the given order, each under its label, prediction and the prediction's probability."""
+    """Misclassified images in the given order, each titled with its label, prediction and the prediction's probability."""
     columns = 6
     rows = max(-(-len(image) // columns), 1)
     figure = new_figure(1.75 * columns, 2.15 * rows + 0.6)
@@ -263,7 +263,7 @@ def codes(plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: t
 
 
 def draw_plane(ax, plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: tuple[str, str]) -> None:
-    """Points coloured by label, with a legend where there are at most ten labels; one colour without labels."""
+    """Points coloured by label, with a legend for at most ten labels; one colour if there are no labels."""
     if label.max() < 0:
         ax.scatter(plane[:, 0], plane[:, 1], color=TEST, s=3)
     else:
@@ -274,7 +274,7 @@ def draw_plane(ax, plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"]
 
 
 def show_image(ax, image: Float[np.ndarray, "height width channel"]) -> None:
-    """Draw one image in [0, 1] and nothing around it."""
+    """Draw one image in [0, 1] without ticks or frame."""
     ax.imshow(
         image.squeeze(-1) if image.shape[-1] == 1 else image,
         cmap="gray",

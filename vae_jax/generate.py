@@ -1,4 +1,4 @@
-"""Images made by a trained model, as pure functions of its variables."""
+"""Generate images with a trained model; pure functions of its variables."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def reconstruct(
 def sample(
     model: Model, variables: dict, key: Key[Array, ""], count: int
 ) -> Float[Array, "count height width channel"]:
-    """decode(z) of `count` draws z ~ p(z)."""
+    """decode(z) for `count` draws z ~ p(z)."""
     return decode(model, variables, model.prior.sample(variables, key, count))
 
 
@@ -35,9 +35,10 @@ def perturb(
     share: float,
     scale: float,
 ) -> Float[Array, "batch latent"]:
-    """z + scale * e with e ~ N(0, 1) in `share` of the latents, rounded to a whole number and drawn for each row; else z.
+    """Add scale * e with e ~ N(0, 1) to a random subset of the latents of each row.
 
-    Source: the post, section "Experiment and Evaluation", which says neither how many latents nor how much noise.
+    The subset has round(share * latents) latents and is drawn for each row. Source: the post, section "Experiment and
+    Evaluation", which specifies neither the number of latents nor the amount of noise.
     """
     count = round(share * z.shape[1])
 
@@ -52,11 +53,11 @@ def perturb(
 def interpolate(
     start: Float[Array, " latent"], end: Float[Array, " latent"], count: int
 ) -> Float[Array, "count latent"]:
-    """`count` points from `start` to `end`, both included, on a line."""
+    """`count` points on the line from `start` to `end`, both included."""
     return jnp.linspace(start, end, count)
 
 
 def traverse(z: Float[Array, " latent"], values: Float[Array, " count"]) -> Float[Array, "latent count latent"]:
-    """`z` with each latent in turn at each of the values (Higgins et al. 2017, Figure 4)."""
+    """Copies of `z` with one latent at a time set to each of the values (Higgins et al. 2017, Figure 4)."""
     moved = jnp.eye(len(z), dtype=bool)[:, None, :]
     return jnp.where(moved, values[None, :, None], z[None, None, :])

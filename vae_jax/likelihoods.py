@@ -1,7 +1,7 @@
 """p(x | decoder output) as values. An image's negative log-likelihood is the sum of `energy + constant` over its pixels.
 
-A likelihood measures one of three things, and numbers of different kinds cannot be compared: a mass on {0, 1} for
-binary pixels, a density on [0, 1], or a mass on the 256 grey levels 0..255, which are the pixels times 255.
+A likelihood is a mass on {0, 1} for binary pixels, a density on [0, 1], or a mass on the 256 grey levels 0..255 (the pixels
+times 255). Numbers of different kinds are not comparable.
 """
 
 import math
@@ -19,18 +19,18 @@ from vae_jax.batch import weighted_mean
 BINARY, DENSITY, LEVELS = "mass on {0, 1}", "density on [0, 1]", "mass on 0..255"
 ABSENT: Any = None
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-LARGEST_LOGIT = math.log((1 - 1e-4) / 1e-4)  # of the continuous Bernoulli: lambda lies in [1e-4, 1 - 1e-4]
-DECAY = 0.99  # of the moving average of the optimal variance, a step
+LARGEST_LOGIT = math.log((1 - 1e-4) / 1e-4)  # limit of the continuous Bernoulli: lambda lies in [1e-4, 1 - 1e-4]
+DECAY = 0.99  # per step, of the moving average of the optimal variance
 SMALLEST_VARIANCE = 1e-6
 
 
 def nothing(key) -> dict:
-    """The parameters of a likelihood that has none."""
+    """Initialise a likelihood without parameters."""
     return {}
 
 
 def sigmoid_mean(variables, raw: Float[Array, "*samples h w c"]) -> Float[Array, "*samples h w c"]:
-    """The mean, or the location, sigmoid(raw)."""
+    """The mean or location, sigmoid(raw)."""
     return jax.nn.sigmoid(raw)
 
 
@@ -38,18 +38,18 @@ class Likelihood(NamedTuple):
     """Pure functions that take the model's `variables` first and read only their parts named `likelihood`.
 
     Attributes:
-        support: what the number measures: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
-        channels: raw channels that the decoder gives for each image channel.
-        init: key -> the parameters, {} where there are none.
-        energy: (variables, raw, image) -> -log p(image | raw) of each pixel less `constant`, in nats. `raw` may have
-            leading sample axes.
-        constant: nats per pixel. Reports add it; a loss never does, since in float32 it would cost digits.
+        support: the kind of number: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
+        channels: raw decoder channels per image channel.
+        init: key -> the parameters, {} if there are none.
+        energy: (variables, raw, image) -> -log p(image | raw) - `constant` of each pixel, in nats. `raw` may have leading
+            sample axes.
+        constant: nats per pixel. Reports add it; a loss never does, because that would cost float32 precision.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).
-        init_state: () -> the state beside the parameters, ABSENT where there is none.
-        update: (variables, raw, image, weight, axis_name) -> (variables, state): in training, the variables with which
-            this batch's energy is computed, and the new state; ABSENT where there is no state.
-        scale: variables -> the scale that was learned, a standard deviation for Gaussians; ABSENT where none is learned.
+        init_state: () -> the initial model state, ABSENT if there is none.
+        update: (variables, raw, image, weight, axis_name) -> (variables, state): called in training; returns the variables
+            for this batch's energy, and the new state; ABSENT if there is no state.
+        scale: variables -> the learned scale, a standard deviation for Gaussians; ABSENT if none is learned.
     """
 
     support: str
@@ -65,12 +65,12 @@ class Likelihood(NamedTuple):
 
 
 def align(image: Float[Array, "batch h w c"], raw: Float[Array, "*samples batch h w c"]) -> Array:
-    """The image with the leading sample axes of `raw`, of size 1."""
+    """Add leading axes of size 1 to the image, one for each sample axis of `raw`."""
     return image.reshape((1,) * (raw.ndim - image.ndim) + image.shape)
 
 
 def residual(raw: Float[Array, "*samples batch h w c"], image: Float[Array, "batch h w c"]) -> Array:
-    """The image less its reconstruction sigmoid(raw)."""
+    """The image minus its reconstruction sigmoid(raw)."""
     return align(image, raw) - jax.nn.sigmoid(raw)
 
 
@@ -89,10 +89,10 @@ def unit_gaussian() -> Likelihood:
 
 
 def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
-    """N(x; sigmoid(raw), s^2): energy (x - mean)^2 / (2 s^2), with one s, given or learned, for all pixels.
+    """N(x; sigmoid(raw), s^2): energy (x - mean)^2 / (2 s^2), with one fixed or learned s for all pixels.
 
-    A fixed s is a weight of 1 / s^2 on the squared error, or of s^2 on the KL. A learned one adds ln s to the energy.
-    Source of the learned one: Rybkin et al. 2021, section 3.1.
+    A fixed s is equivalent to a weight of 1 / s^2 on the squared error, or of s^2 on the KL. A learned s adds ln s to the
+    energy. Source of the learned s: Rybkin et al. 2021, section 3.1.
     """
     kind = scaled(scale, learn_scale)
 
@@ -108,7 +108,7 @@ def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
 
 
 def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
-    """Laplace(x; sigmoid(raw), b): energy |x - location| / b, constant ln 2, with one b, given or learned."""
+    """Laplace(x; sigmoid(raw), b): energy |x - location| / b, constant ln(2 b); a learned b has its ln b in the energy."""
     kind = scaled(scale, learn_scale)
 
     def energy(variables, raw, image):
@@ -123,12 +123,12 @@ def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
 
 
 def optimal_gaussian() -> Likelihood:
-    """N(x; sigmoid(raw), s^2) with the s^2 that is best for the batch: the mean squared error of its pixels.
+    """N(x; sigmoid(raw), s^2) with the optimal s^2 for the batch, the mean squared error of its pixels.
 
         energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w), over all devices and samples
 
-    By the envelope theorem s needs no gradient. Evaluation uses the debiased moving average that training has kept, so that
-    an image's number does not depend on the others. Source: Rybkin et al. 2021 (sigma-VAE), equation 6.
+    By the envelope theorem s needs no gradient. Evaluation uses the debiased moving average from training, so the result for
+    an image does not depend on the other images. Source: Rybkin et al. 2021 (sigma-VAE), equation 6.
     """
 
     def variance(variables):
@@ -169,7 +169,7 @@ def optimal_gaussian() -> Likelihood:
 def bernoulli() -> Likelihood:
     """Bernoulli(x; sigmoid(raw)): energy softplus(raw) - x raw (Kingma & Welling 2013, appendix C.1).
 
-    For pixels between 0 and 1 this is the cross-entropy, the mean over binary images drawn from them, and no likelihood.
+    For pixels between 0 and 1 this is not a likelihood but the cross-entropy, the mean over binary images drawn from them.
     """
 
     def energy(variables, raw, image):
@@ -182,12 +182,12 @@ def bernoulli() -> Likelihood:
 
 
 def continuous_bernoulli() -> Likelihood:
-    """p(x) = C(l) l^x (1 - l)^(1 - x) on [0, 1] with l = sigmoid(a), a = raw within +-ln 9999.
+    """p(x) = C(l) l^x (1 - l)^(1 - x) on [0, 1] with l = sigmoid(a), a = raw clipped to +-ln 9999.
 
         energy = log((e^a - 1) / a) - x a,    mean = 1 / (1 - e^-a) - 1 / a
 
-    Without a limit on a, images of pixels 0 and 1 would have unbounded densities; as in the authors' code, l lies in
-    [1e-4, 1 - 1e-4]. Source: Loaiza-Ganem & Cunningham 2019.
+    Without a limit on a, the density of images with only the pixels 0 and 1 would be unbounded. As in the authors' code, l
+    lies in [1e-4, 1 - 1e-4]. Source: Loaiza-Ganem & Cunningham 2019.
     """
 
     logit = partial(jnp.clip, min=-LARGEST_LOGIT, max=LARGEST_LOGIT)
@@ -203,7 +203,7 @@ def continuous_bernoulli() -> Likelihood:
         return jnp.where(small, 0.5 + a / 12, -1 / jnp.expm1(-safe) - 1 / safe)
 
     def sample(variables, key, raw):
-        """By the inverse of the distribution function, for -|a|, where nothing overflows."""
+        """Sample by the inverse CDF at -|a|, where nothing overflows."""
         a = logit(raw)
         u = jax.random.uniform(key, raw.shape, raw.dtype)
         small = jnp.abs(a) < 1e-4
@@ -215,19 +215,19 @@ def continuous_bernoulli() -> Likelihood:
 
 
 def log_mean_exp(t: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log((1 - e^-t) / t), the log of the mean of e^-s over s in [0, t], for t >= 0."""
+    """log((1 - e^-t) / t) for t >= 0, the log of the mean of e^-s over s in [0, t]."""
     small = t < 1e-2
     safe = jnp.where(small, 1.0, t)
     return jnp.where(small, -t / 2 + t**2 / 24, jnp.log(-jnp.expm1(-safe) / safe))
 
 
 def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
-    """The mass that Logistic(255 sigmoid(raw), 255 s) puts on each grey level; 0 and 255 take the tails.
+    """The mass of Logistic(m, 255 s) with m = 255 sigmoid(raw) on each grey level; 0 and 255 include the tails.
 
         energy = -log(F((c + 1/2 - m) / 255 s) - F((c - 1/2 - m) / 255 s)),    c = 255 x,    F = sigmoid
 
-    in a form without cancellation. `mean` is the mean of the clipped logistic, within half a grey level of the exact one.
-    Source: Kingma et al. 2016 (IAF), section 5.1, and Salimans et al. 2017 for the tails.
+    The code uses a form without cancellation. `mean` is the mean of the clipped logistic, within half a grey level of the
+    exact mean. Source: Kingma et al. 2016 (IAF), section 5.1, and Salimans et al. 2017 for the tails.
     """
     kind = scaled(scale, learn_scale)
 
@@ -236,7 +236,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
         level = jnp.round(255 * align(image, raw))
         location = 255 * jax.nn.sigmoid(raw)
         above, below = (level + 0.5 - location) / s, (level - 0.5 - location) / s
-        # F(b) - F(a) = F(b) F(-a) (1 - e^(a - b)); the lowest level has F(-a) = 1 and no last factor, the highest F(b) = 1.
+        # F(b) - F(a) = F(b) F(-a) (1 - e^(a - b)). The lowest level is F(b) alone, the highest F(-a) alone.
         lowest, highest = level <= 0, level >= 255
         low = jnp.where(highest, 0.0, jax.nn.log_sigmoid(above))
         high = jnp.where(lowest, 0.0, jax.nn.log_sigmoid(-below))
@@ -256,7 +256,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
 
 
 class Scale(NamedTuple):
-    """One scale for all pixels: `at(variables)` is (s, what ln s adds to the energy), and `constant` what it adds to the constant."""
+    """One scale s for all pixels. ln s is in the energy, as `at(variables)[1]`, if s is learned, and otherwise in `constant`."""
 
     init: Callable[[Any], dict]
     at: Callable[[Any], tuple[Any, Any]]
@@ -265,7 +265,7 @@ class Scale(NamedTuple):
 
 
 def scaled(scale: float, learned: bool) -> Scale:
-    """A given scale, or one that is learned from it on. Raises ValueError unless it is above 0."""
+    """A fixed scale, or a learned one with this initial value. Raises ValueError unless it is above 0."""
     if not 0 < scale < math.inf:
         raise ValueError(f"model.scale is {scale}, but must be above 0")
     if not learned:
@@ -285,7 +285,7 @@ def distortion(
     raw: Float[Array, "*samples batch h w raw"],
     image: Float[Array, "batch h w c"],
 ) -> Float[Array, "*samples batch"]:
-    """-log p(x | z) of each image less the likelihood's constant, in nats: the energy summed over pixels."""
+    """-log p(x | z) of each image without the likelihood's constant, in nats: the energy summed over pixels."""
     return jnp.sum(likelihood.energy(variables, raw, image), axis=(-3, -2, -1))
 
 

@@ -14,23 +14,23 @@ ABSENT: Any = None
 
 
 class Model(NamedTuple):
-    """Pure functions of `variables`; ABSENT, which is None, where a family has no such thing.
+    """Pure functions of `variables`. Members that a family does not have are ABSENT (None).
 
     Attributes:
-        init: (key, pixel_mean=None) -> variables; the mean training image may set the output's bias.
+        init: (key, pixel_mean=None) -> variables; `pixel_mean`, the mean training image, may set the output's bias.
         latent_dim: size of z.
-        encode: (variables, image) -> (mean, logvar) of q(z | x), [batch, latent] each.
-        decode_raw: (variables, z) -> what the likelihood takes; z may have leading sample axes.
+        encode: (variables, image) -> (mean, logvar) of q(z | x), each [batch, latent].
+        decode_raw: (variables, z) -> the raw input of the likelihood; z may have leading sample axes.
         likelihood: p(x | decoder output).
         prior: p(z).
         probabilities: (variables, image) -> p(label | image), [batch, classes].
         num_classes: number of classes.
         condition_on: what p(x | c) is conditioned on: "label", "image" (a part of it), or "" for p(x).
         condition: (image, label) -> the conditions c of a batch, [batch, ...].
-        given: c -> the model of p(x | c), whose functions hold for a batch of these conditions.
-        features: (variables, image) -> what generated and real images are compared by, [batch, feature].
+        given: c -> the model of p(x | c); its functions take a batch with these conditions.
+        features: (variables, image) -> features for comparing generated and real images, [batch, feature].
         layers: variables -> {network: its layers as data, as `nn.description.Layer`}, for other runtimes.
-        apply: the family's own one-pass function, for its objective alone.
+        apply: the family's private one-pass function, used only by its objective.
     """
 
     init: Callable[..., Variables]
@@ -49,5 +49,5 @@ class Model(NamedTuple):
     apply: Any = ABSENT
 
     def of(self, batch: Batch) -> "Model":
-        """The model given the conditions of a batch; the model itself if it has none."""
+        """The model given the conditions of a batch, or the model itself if it is unconditional."""
         return self if self.given is None else self.given(self.condition(batch.image, batch.label))

@@ -4,9 +4,9 @@ An objective is a pure function
 
     objective(variables, batch, keys, train, step, axis_name=None) -> (metrics, model_state)
 
-`metrics` is a dict of `[batch]` arrays, and `metrics["loss"]` is minimised. A metric that counts some examples more than
-others is a pair `(value, weight)` of such arrays, whose values are finite even where the weight is 0. `step` is None in
-evaluation: schedules then stand at their end. Steps and evaluation reduce the metrics; an objective never does.
+`metrics` is a dict of `[batch]` arrays, and `metrics["loss"]` is minimised. A metric with its own weight per example is a
+pair `(value, weight)` of such arrays. Its values must be finite even where the weight is 0. In evaluation `step` is None,
+and schedules have their final value. Steps and evaluation reduce the metrics; an objective never does.
 """
 
 import math
@@ -43,10 +43,10 @@ def reparameterize(
     samples: int = 1,
     first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "samples batch latent"]:
-    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1), `samples` draws from each example's stream "noise".
+    """z = mean + exp(logvar / 2) * e with e ~ N(0, 1): `samples` draws from each example's key stream "noise".
 
-    They are the draws `first`, `first + 1`, ... Draw k depends on the key and on k alone, so more samples never change the
-    first ones. Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
+    The draws are numbered `first`, `first + 1`, ... Draw k depends only on the key and on k, so more samples never change the
+    earlier ones. Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
     """
 
     def draw(k, key):
@@ -74,7 +74,7 @@ def log_normal(
     mean: Float[Array, "batch latent"],
     logvar: Float[Array, "batch latent"],
 ) -> Float[Array, "*samples batch"]:
-    """log N(z; mean, exp(logvar)), the sum over latents, in nats."""
+    """log N(z; mean, exp(logvar)), summed over latents, in nats."""
     mean, logvar = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in (mean, logvar))
     square = (z - mean) ** 2 * jnp.exp(-logvar)
     return -0.5 * jnp.sum(square + logvar + math.log(2 * math.pi), axis=-1)
@@ -90,7 +90,7 @@ def log_weights(
     image: Float[Array, "batch height width channel"],
     beta: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "samples batch"]:
-    """log w = log p(x | z) + beta (log p(z) - log q(z | x)) with raw = decode_raw(z), less the likelihood's constant.
+    """log w = log p(x | z) + beta (log p(z) - log q(z | x)) with raw = decode_raw(z), without the likelihood's constant.
 
     Source: Burda et al. 2016, equation 8.
     """
@@ -101,8 +101,7 @@ def log_weights(
 def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Array, " batch"]:
     """-log(1/K sum_k w_k) with log w_k = log p(x, z_k) - log q(z_k | x), an upper bound on -log p(x).
 
-    It is at most the bound of fewer samples, in expectation, and with K = 1 the negative ELBO. Source: Burda et al. 2016,
-    equation 8.
+    In expectation it does not increase with K, and K = 1 gives the negative ELBO. Source: Burda et al. 2016, equation 8.
     """
     return -(jax.nn.logsumexp(log_w, axis=0) - math.log(len(log_w)))
 
@@ -110,10 +109,10 @@ def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Arr
 def doubly_reparameterized(
     at_fixed_z: Float[Array, "samples batch"], along_z: Float[Array, "samples batch"]
 ) -> Float[Array, " batch"]:
-    """The importance-weighted bound, with the doubly reparameterised gradient (DReG).
+    """The importance-weighted bound with the doubly reparameterised gradient (DReG).
 
-    Both arguments are log w_k. In `at_fixed_z` the z are constants, so its gradient is that of the parameters theta of p;
-    in `along_z` everything but the z is, so its gradient reaches the parameters phi of q through z alone:
+    Both arguments are log w_k. In `at_fixed_z` the z are constants, so the gradient reaches only the parameters theta of p.
+    In `along_z` everything except z is constant, so the gradient reaches the parameters phi of q only through z:
 
         theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k u_k^2 d log w_k / d z_k  d z_k / d phi,    u = softmax(log w)
 
@@ -132,8 +131,8 @@ def free_bits_kl(
 ) -> Float[Array, " batch"]:
     """The KL with free bits: each latent costs at least `least` on average, sum_j max(least, mean_i KL_ij).
 
-    An example pays sum_j (KL_ij if mean_i KL_ij > least else least). The mean over the batch, of all devices, and its gradient
-    equal those of the sum above. Source: Kingma et al. 2016, section 3.2 and appendix C.8.
+    An example pays sum_j (KL_ij if mean_i KL_ij > least else least). The mean over the batch, across all devices, has the
+    value and the gradient of the sum above. Source: Kingma et al. 2016, section 3.2 and appendix C.8.
     """
     paid = jax.lax.stop_gradient(weighted_mean(kl, weight, axis_name)) > least
     return jnp.sum(jnp.where(paid, kl, least), axis=-1)
@@ -142,9 +141,9 @@ def free_bits_kl(
 def marginalize_label(
     by_label: Float[Array, "classes batch"], log_q: Float[Array, "batch classes"]
 ) -> Float[Array, " batch"]:
-    """U(x) = sum_y q(y | x) (L(x, y) + log q(y | x)), a bound on -log p(x) if L(x, y) is one on -log p(x, y).
+    """U(x) = sum_y q(y | x) (L(x, y) + log q(y | x)), a bound on -log p(x) if L(x, y) bounds -log p(x, y).
 
-    The label is summed out, which differs from one L at a soft label. Source: Kingma et al. 2014, equation 7.
+    Summing out the label differs from evaluating L once at a soft label. Source: Kingma et al. 2014, equation 7.
     """
     return jnp.sum(jnp.exp(log_q) * (by_label.T + log_q), axis=-1)
 
@@ -152,25 +151,25 @@ def marginalize_label(
 def discriminator_loss(
     on_data: Float[Array, " batch"], on_fakes: Float[Array, "kinds batch"]
 ) -> Float[Array, " batch"]:
-    """-1/2 log D(x) - 1/2 mean_k log(1 - D(fake_k)) from the logits of D, ln 2 where D is 1/2 everywhere.
+    """-1/2 log D(x) - 1/2 mean_k log(1 - D(fake_k)) from the logits of D; ln 2 if D is 1/2 everywhere.
 
-    Several kinds of fakes share one half, so that an honest D still gives 1/2 to each side. Source: Goodfellow et al. 2014,
-    equation 1; Larsen et al. 2016, equation 3.
+    All kinds of fakes together have weight 1/2, so the optimal D is still 1/2 when fakes and data are indistinguishable.
+    Source: Goodfellow et al. 2014, equation 1; Larsen et al. 2016, equation 3.
     """
     return 0.5 * (jax.nn.softplus(-on_data) + jax.nn.softplus(on_fakes).mean(axis=0))
 
 
 def generator_loss(on_fakes: Float[Array, "kinds batch"], saturating: bool) -> Float[Array, " batch"]:
-    """mean_k -log D(fake_k) from the logits of D, or saturating mean_k log(1 - D(fake_k)).
+    """mean_k -log D(fake_k) from the logits of D, or if `saturating` mean_k log(1 - D(fake_k)).
 
-    The second is the generator's part of `discriminator_loss` with the other sign, twice. Source: Goodfellow et al. 2014, section 3.
+    The saturating form is -2 times the fake term of `discriminator_loss`. Source: Goodfellow et al. 2014, section 3.
     """
     by_kind = -jax.nn.softplus(on_fakes) if saturating else jax.nn.softplus(-on_fakes)
     return by_kind.mean(axis=0)
 
 
 def warm_up(weight: float, step: Int[Array, ""] | int | None, warmup_steps: int) -> float | Float[Array, ""]:
-    """A weight that rises linearly, weight (t + 1) / warmup_steps at step t; the weight itself in evaluation.
+    """A linear warm-up, weight (t + 1) / warmup_steps at step t and at most `weight`; `weight` itself in evaluation.
 
     Source: Sonderby et al. 2016, section 2.3.
     """
@@ -184,9 +183,9 @@ def cross_entropy(
     label: Int[Array, " batch"],
     label_smoothing: float = 0.0,
 ) -> Float[Array, " batch"]:
-    """-sum_k t_k log p_k with t = (1 - s) onehot(label) + s / classes and p = softmax(logits).
+    """-sum_k t_k log p_k with t = (1 - s) onehot(label) + s / classes, s = `label_smoothing` and p = softmax(logits).
 
-    Source: s is the label smoothing of Szegedy et al. 2016, section 7.
+    Source of the label smoothing: Szegedy et al. 2016, section 7.
     """
     classes = logits.shape[-1]
     target = jax.nn.one_hot(label, classes)

@@ -28,28 +28,28 @@ def make_adam(
     factors: tuple[float, ...] = (),
     rate_multipliers: tuple[float, ...] = (),
 ) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015); where there are groups of parameters, one for each.
+    """Adam (Kingma & Ba 2015), with a separate optimizer for each group of parameters if there are groups.
 
     Args:
-        steps: length of the training.
-        batch_size: of all devices together.
-        groups: entries at the top level of the parameters.
-        learning_rate: the highest rate.
-        base_batch_size: the batch size that the rate was chosen for; the rate is scaled for another one. 0 never scales.
-        scaling: "sqrt", by the root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who also
-            scale beta1, beta2 and eps, which stay here), or "linear" (Goyal et al. 2017, for SGD).
-        schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); or "onecycle",
-            which rises from a 25th of the rate and falls to almost nothing, along half cosines (Smith & Topin 2018); or
-            "piecewise", whose rate is multiplied by each of `factors` from the boundary at the same place on.
+        steps: number of training steps.
+        batch_size: total over all devices.
+        groups: top-level entries of the parameters.
+        learning_rate: peak learning rate.
+        base_batch_size: batch size for which the rate was chosen; the rate is scaled for other batch sizes. 0: no scaling.
+        scaling: "sqrt", by the square root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who
+            also scale beta1, beta2 and eps, which are not scaled here), or "linear" (Goyal et al. 2017, for SGD).
+        schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); "onecycle", which
+            rises from 1/25 of the rate and then falls to almost zero, along half cosines (Smith & Topin 2018); or
+            "piecewise", which multiplies the rate by each of `factors` at the corresponding boundary.
         warmup: share of the steps, in [0, 1), during which the rate rises: linearly from zero, except for "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.
-        eps: added to the root of that average.
+        eps: added to the square root of that average.
         weight_decay: each step also shrinks every parameter by this times the rate (AdamW, Loshchilov & Hutter 2019).
-        clip_norm: the gradients of a step, or of a group, are shrunk to this global norm where theirs is larger; 0 never shrinks them.
-        boundaries: of "piecewise": increasing shares of the steps, in (0, 1).
-        factors: of "piecewise": one for each boundary.
-        rate_multipliers: what multiplies the rate of each network that a family names in GROUPS, in that order; none: 1.
+        clip_norm: global norm to which larger gradients of a step, or of a group, are scaled down; 0: no clipping.
+        boundaries: for "piecewise": increasing shares, in (0, 1), of the steps after the warm-up.
+        factors: for "piecewise": one for each boundary.
+        rate_multipliers: multiplier of the rate for each network in the family's GROUPS, in that order; empty: all 1.
 
     Raises ValueError for a value out of range.
     """
@@ -74,7 +74,7 @@ def make_adam(
 def adam_with(
     rate: Callable, beta1: float, beta2: float, eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """Adam at a rate, with weight decay and clipping where they are not 0."""
+    """Adam with a learning-rate schedule, and with weight decay and clipping unless they are 0."""
     adam = optax.adam(rate, beta1, beta2, eps)
     if weight_decay:
         adam = optax.adamw(rate, beta1, beta2, eps, weight_decay=weight_decay)
@@ -84,9 +84,9 @@ def adam_with(
 def by_group(
     make_one: Callable[[float], optax.GradientTransformation], groups: Sequence[str], rate_multipliers: Sequence[float]
 ) -> optax.GradientTransformation:
-    """`make_one(multiplier)` for each group, an entry at the top level of the parameters; one for all where there are no groups.
+    """`make_one(multiplier)` for each group, a top-level entry of the parameters; a single `make_one(1.0)` without groups.
 
-    Raises ValueError for multipliers that are not one positive number for each group.
+    Raises ValueError unless the multipliers are one positive number for each group.
     """
     multipliers = rate_multipliers or (1.0,) * len(groups)
     rule = (
@@ -108,7 +108,7 @@ def make_schedule(
     boundaries: Sequence[float],
     factors: Sequence[float],
 ) -> Callable:
-    """The learning rate of each step; the arguments are those of `make_adam`. Raises ValueError for one out of range."""
+    """The learning rate as a function of the step; arguments as in `make_adam`. Raises ValueError for a value out of range."""
     matched = len(factors) == len(boundaries) and min(factors, default=1) > 0
     check(
         ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0"),
@@ -122,24 +122,24 @@ def make_schedule(
 
 
 def check(*fields: tuple[str, Any, bool, str]) -> None:
-    """Raise ValueError for the first (name, value, whether its rule holds, rule) whose rule does not hold."""
+    """Raise ValueError for the first violated rule; each field is (name, value, whether its rule holds, rule)."""
     for name, value, holds, rule in fields:
         if not holds:
             raise ValueError(f"optimizer.{name} is {value!r}, but must be {rule}")
 
 
 def is_increasing(values: Sequence[float]) -> bool:
-    """Whether each value is above the one before."""
+    """Whether the values strictly increase."""
     return all(before < after for before, after in itertools.pairwise(values))
 
 
 def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> Callable:
-    """`rate` times the product of the factors {share of the steps: factor} whose shares are behind."""
+    """`rate` times the factors of all boundaries passed so far; `cuts` is {boundary as a share of the steps: factor}."""
     return optax.piecewise_constant_schedule(rate, {round(share * steps): factor for share, factor in cuts.items()})
 
 
 def warmed_up(schedule: Callable) -> Callable:
-    """`schedule(rate, steps, cuts)` after a linear rise from zero during the first `warmup` share of the steps."""
+    """Precede `schedule(rate, steps, cuts)` by a linear rise from zero over the first `warmup` share of the steps."""
 
     def make_schedule(rate, steps, warmup, cuts):
         rising = math.floor(warmup * steps)
@@ -152,11 +152,11 @@ def warmed_up(schedule: Callable) -> Callable:
 
 
 def ema(*, ema_decay: float = 0.0) -> float:
-    """The part of the optimizer section that `make_train_step` takes.
+    """The field of the optimizer section that `make_train_step` takes.
 
     Args:
-        ema_decay: decay, in [0, 1), of the moving average of the weights that is evaluated and saved for inference; 0
-            uses the weights themselves.
+        ema_decay: decay, in [0, 1), of the moving average of the weights used for evaluation and inference; 0 uses the
+            weights themselves.
 
     Raises ValueError for a value out of range.
     """

@@ -15,11 +15,11 @@ class Prior(NamedTuple):
     """Pure functions that take the model's `variables` first and read only `params/prior`.
 
     Attributes:
-        init: key -> the parameters, {} where there are none.
-        log_prob: (variables, z) -> log p(z), the sum over latents, in nats. `z` may have leading sample axes.
+        init: key -> the parameters, {} if there are none.
+        log_prob: (variables, z) -> log p(z), summed over latents, in nats. `z` may have leading sample axes.
         sample: (variables, key, count) -> `count` draws z ~ p(z), [count, latent].
-        kl: (variables, mean, logvar) -> KL(N(mean, exp(logvar)) || p) of each latent, in nats, [batch, latent]; ABSENT,
-            which is None, where it has no closed form.
+        kl: (variables, mean, logvar) -> KL(N(mean, exp(logvar)) || p) of each latent, in nats, [batch, latent]; ABSENT
+            (None) if there is no closed form.
     """
 
     init: Callable[[Any], dict]
@@ -51,9 +51,9 @@ def standard_normal(latent_dim: int) -> Prior:
 
 
 def conditional_normal(parts: Callable[[Any], tuple]) -> Prior:
-    """p(z | c) = N(m, diag(v)) for a batch of conditions, with m and ln v, [batch, latent], as `parts(variables)` gives them.
+    """p(z | c) = N(m, diag(v)) for a batch of conditions; `parts(variables)` returns m and ln v, both [batch, latent].
 
-    KL_j = 1/2 (ln v - logvar + (exp(logvar) + (mean - m)^2) / v - 1) of each latent. Source: Sohn et al. 2015, section 4.1.
+    KL_j = 1/2 (ln v - logvar + (exp(logvar) + (mean - m)^2) / v - 1) for each latent. Source: Sohn et al. 2015, section 4.1.
     """
 
     def log_prob(variables, z: Float[Array, "*samples batch latent"]) -> Float[Array, "*samples batch"]:
@@ -88,7 +88,7 @@ def mixture_log_prob(
 def mixture(latent_dim: int, components: int = 100) -> Prior:
     """sum_c w_c N(m_c, diag(v_c)) with learned weights, means and variances.
 
-    Its KL has no closed form: objectives estimate it with the z that they draw.
+    Its KL has no closed form; objectives estimate it from the drawn z.
     """
     check_components(components)
 
@@ -109,8 +109,8 @@ def mixture(latent_dim: int, components: int = 100) -> Prior:
 def vamp(latent_dim: int, encode: Callable, image_shape: tuple[int, int, int], components: int = 100) -> Prior:
     """The VampPrior: 1/C sum_c q(z | u_c), the mean of the posteriors of C learned pseudo-images in [0, 1].
 
-    Its gradient reaches the encoder. Source: Tomczak & Welling 2018, section 3; pseudo-images start as in their code, at
-    N(0.05, 0.01^2).
+    Its gradient reaches the encoder. The pseudo-images are initialised from N(0.05, 0.01^2), as in the authors' code.
+    Source: Tomczak & Welling 2018, section 3.
     """
     check_components(components)
 
@@ -125,7 +125,7 @@ def vamp(latent_dim: int, encode: Callable, image_shape: tuple[int, int, int], c
 
 
 def mixture_of(init: Callable[[Any], dict], parts: Callable[[Any], tuple]) -> Prior:
-    """The mixture of Gaussians whose log weights, means and log-variances `parts(variables)` gives."""
+    """A mixture of Gaussians; `parts(variables)` returns its log weights, means and log-variances."""
     return Prior(
         init=init,
         log_prob=lambda variables, z: mixture_log_prob(z, *parts(variables)),
@@ -140,14 +140,14 @@ def mixture_sample(
     mean: Float[Array, "components latent"],
     logvar: Float[Array, "components latent"],
 ) -> Float[Array, "count latent"]:
-    """`count` draws from the mixture."""
+    """Draw `count` samples from the mixture."""
     which, noise = jax.random.split(key)
     chosen = jax.random.categorical(which, log_weight, shape=(count,))
     return mean[chosen] + jnp.exp(logvar[chosen] / 2) * jax.random.normal(noise, (count, mean.shape[1]))
 
 
 def check_components(components: int) -> None:
-    """Raise ValueError for less than one component."""
+    """Raise ValueError if `components` is below 1."""
     if components < 1:
         raise ValueError(f"model.components is {components}, but must be at least 1")
 

@@ -1,4 +1,4 @@
-"""One step of training and of evaluation: pure functions, neither jitted nor mapped, for any objective."""
+"""One step of training and of evaluation for any objective: pure functions, neither jitted nor mapped."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,28 +16,28 @@ from vae_jax.objectives import Objective
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a training step reads and writes; data only. With several seeds each leaf has a leading seed axis."""
+    """Everything that a training step reads and writes; data only. With several seeds each leaf has a leading seed axis."""
 
     step: Any  # int32
     params: Any
     model_state: Any  # BatchNorm's running statistics; {} for the VAE
     opt_state: Any
     key: Any  # the root of all noise; never changes
-    ema: Any = None  # moving average of the variables, where `ema_decay` is above 0
+    ema: Any = None  # moving average of the variables, if `ema_decay` is above 0
 
     @property
     def variables(self) -> dict:
-        """What the optimizer trains, and the state beside it."""
+        """The trained parameters and the model state, as Flax variables."""
         return {"params": self.params, **self.model_state}
 
     @property
     def eval_variables(self) -> dict:
-        """What is evaluated, and saved for inference: the moving average where there is one."""
+        """The variables for evaluation and inference: the moving average if there is one."""
         return self.variables if self.ema is None else self.ema
 
 
 class Total(NamedTuple):
-    """A metric's weighted sum over examples, and the sum of the weights."""
+    """The weighted sum of a metric over examples, and the sum of the weights."""
 
     total: Any  # float32
     weight: Any  # float32
@@ -62,7 +62,7 @@ def init_state(
     key: Key[Array, ""],
     ema_decay: float = 0.0,
 ) -> TrainState:
-    """The state before the first step, from a model's `init` variables; `ema_decay` as in `make_train_step`."""
+    """The state before the first step. `variables` come from a model's `init`; `ema_decay` is as in `make_train_step`."""
     model_state = {name: value for name, value in variables.items() if name != "params"}
     params = variables["params"]
     return TrainState(
@@ -76,7 +76,7 @@ def init_state(
 
 
 def unchanged(batch: Batch, keys: Key[Array, " batch"]) -> Batch:
-    """The batch as it is stored."""
+    """Return the batch unchanged."""
     return batch
 
 
@@ -90,16 +90,16 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
-    Metrics are the `Total`s of the objective's metrics over the batch, and of `grad_norm`: `metrics["loss"].mean` is the
-    mean loss. Under `pmap`, `vmap` or `shard_map(check_vma=False)` give `axis_name`: gradients and totals are then summed
-    over that axis before the gradients are divided by the summed weight.
+    The metrics are `Total`s over the batch, one for each metric of the objective and one for `grad_norm`. For example,
+    `metrics["loss"].mean` is the mean loss. Give `axis_name` under `pmap`, `vmap` or `shard_map(check_vma=False)`: gradients
+    and totals are then summed over that axis before the gradients are divided by the summed weight.
 
     With `ema_decay` above 0, `state.ema` is the exponential moving average of the variables (Polyak & Juditsky 1992),
 
         ema <- d ema + (1 - d) variables,    d = min(ema_decay, (1 + t) / (10 + t)) at the t-th step,
 
-    so that it forgets its initial value. `prepare(batch, keys)` gives the batch that the objective sees, such as one with binary
-    pixels. For `groups`, entries at the top level of the parameters, there is also each one's `grad_norm/GROUP`.
+    so that it forgets its initial value. `prepare(batch, keys)` returns the batch for the objective, for example with binary
+    pixels. `groups` are top-level entries of the parameters; each adds a metric `grad_norm/GROUP`.
     """
 
     def train_step(state, batch):
@@ -140,22 +140,23 @@ def make_train_step(
 def jit_train_step(
     objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Total]]]:
-    """`make_train_step`, jitted for one device. The given state is donated: use only the returned one."""
+    """`make_train_step`, jitted for one device. The input state is donated: use only the returned one."""
     return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
 
 
 def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int = 1) -> Callable:
     """`run_steps(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
 
-    It runs the steps `first` to `first + count - 1` of the epoch whose examples are in `order`; `count`, which is at most
-    `most`, may differ between calls of one compiled program. `history` holds each step's metrics, [most]. Of each batch
-    it takes share number `shard` of `shards` equal ones; `train_step` must sum over them.
+    It runs the steps `first` to `first + count - 1` of an epoch. `order` holds the positions of the epoch's examples in the
+    data set. `count` is at most `most` and may differ between calls of one compiled program. `history` holds the metrics of
+    each step, [most]. Each batch is split into `shards` equal shards, and this call takes number `shard`; `train_step` must
+    sum over the shards.
 
-    Where `image` and `label` are not the whole data set, `order` is `(order, place)`: the examples' positions in the data set, to
-    which their noise belongs, and their places in `image`.
+    If `image` and `label` are only a part of the data set, `order` is a pair `(order, place)`: the examples' positions in the
+    data set, which determine their noise, and their positions in `image`.
     """
     share = batch_size // shards
-    train_step = jax.jit(train_step)  # so that it is traced once
+    train_step = jax.jit(train_step)  # traced only once
 
     def run_steps(state, order, first, count, image, label, shard=0):
         order, place = order if isinstance(order, tuple) else (order, None)
@@ -182,7 +183,7 @@ def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int
 def make_eval_step(
     objective: Objective,
 ) -> Callable[[dict, Batch, Key[Array, ""]], dict]:
-    """`eval_step(variables, batch, key) -> metrics`, one value per example; the same key gives the same numbers."""
+    """`eval_step(variables, batch, key) -> metrics`, one value per example, deterministic for a given key."""
 
     def eval_step(variables, batch, key):
         keys = example_keys(key, None, batch.index)

@@ -1,1 +1,1 @@
-"""Numbers about a trained model, each checked against a case where the answer is known."""
+"""Measurements of a trained model, each tested on a case with a known answer."""

@@ -1,4 +1,4 @@
-"""The aggregate posterior, the mean of q(z | x) over images, fitted after training and used as a prior."""
+"""A fit to the aggregate posterior, the mean of q(z | x) over images, made after training and used as a prior."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from vae_jax.priors import Prior
 def fit_gmm(z: Float[np.ndarray, "n latent"], components: int = 10, seed: int = 0) -> Prior:
     """A mixture of Gaussians with full covariances, fitted by scikit-learn to draws of q(z | x) over the training images.
 
-    Source: Ghosh et al. 2020, section 4, who draw from it instead of p(z). The bound may be computed under it as well.
+    Source: Ghosh et al. 2020, section 4, who sample from it instead of p(z). It also works as the prior of the bound.
     """
     from sklearn.mixture import GaussianMixture
 
@@ -46,7 +46,7 @@ def fit_gmm(z: Float[np.ndarray, "n latent"], components: int = 10, seed: int = 
 
 
 def draw_posterior(model: Model) -> Callable:
-    """`draw(variables, batch, keys)`: one z ~ q(z | x) for each image, [batch, latent]."""
+    """`draw(variables, batch, keys)`: one z ~ q(z | x) per image, [batch, latent]."""
 
     def draw(variables, batch: Batch, keys: Key[Array, " batch"]) -> Float[Array, "batch latent"]:
         return reparameterize(*model.encode(variables, batch.image), keys)[0]
@@ -55,9 +55,9 @@ def draw_posterior(model: Model) -> Callable:
 
 
 def bound_under(model: Model, priors: dict[str, Prior]) -> Callable:
-    """`bounds(variables, batch, keys)`: each image's negative ELBO under each prior, with the same z, less the constant.
+    """`bounds(variables, batch, keys)`: each image's negative ELBO under each prior, without the likelihood's constant.
 
-    -log p(x | z) - log p(z) + log q(z | x), in nats; all differ by log p(z) alone.
+    -log p(x | z) - log p(z) + log q(z | x), in nats. All priors use the same z, so the bounds differ only in log p(z).
     """
 
     def bounds(variables, batch: Batch, keys: Key[Array, " batch"]) -> dict[str, Float[Array, " batch"]]:

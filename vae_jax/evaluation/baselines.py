@@ -1,4 +1,4 @@
-"""What simple models reach, in closed form."""
+"""Closed-form losses of simple models."""
 
 import math
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from jaxtyping import Float, UInt8
 
 from vae_jax.batch import chunks, mean_image
 
-LARGEST_MATRIX = 4096  # rows of the largest symmetric matrix of which all eigenvalues are computed
-OVERSAMPLED, ITERATIONS = 10, 8  # of the randomised method; see `leading_eigenvalues`
+LARGEST_MATRIX = 4096  # rows of the largest symmetric matrix for a full eigendecomposition
+OVERSAMPLED, ITERATIONS = 10, 8  # parameters of `leading_eigenvalues`
 
 
 def linear_vae_baselines(
@@ -18,19 +18,19 @@ def linear_vae_baselines(
 ) -> dict[str, float]:
     """The losses of a collapsed model and of the best linear VAE on these training images.
 
-    The decoder is a Gaussian of standard deviation `scale`; None is the one that is best for each of the two models. Losses
-    leave out ln(2 pi) / 2 a pixel, and for a given scale also ln(scale).
+    The decoder is a Gaussian with standard deviation `scale`, or with the optimal one for each model if `scale` is None.
+    Losses omit ln(2 pi) / 2 per pixel, and for a given scale also ln(scale).
     """
     eigenvalues = covariance_eigenvalues(image, latent_dim)
     if scale is None:
         losses = (ppca_loss(eigenvalues, dim) for dim in (0, latent_dim))
-    else:  # the squared error weighs 1 / scale^2: the loss is that of a KL with weight beta scale^2, divided by scale^2
+    else:  # the squared error has weight 1 / scale^2, so this is the loss with KL weight beta scale^2, divided by scale^2
         losses = (linear_vae_loss(eigenvalues, dim, beta * scale**2) / scale**2 for dim in (0, latent_dim))
     return dict(zip(("collapsed model", "best linear VAE"), losses))
 
 
 def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> float:
-    """The lowest loss of a linear VAE that also learns its decoder's variance, in nats, less ln(2 pi) / 2 a pixel.
+    """The lowest loss of a linear VAE that also learns its decoder's variance, in nats, without ln(2 pi) / 2 per pixel.
 
         1/2 (sum_{j <= latent_dim} ln l_j + (D - latent_dim) ln s^2 + D),    s^2 = the mean of the D - latent_dim others
 
@@ -43,9 +43,9 @@ def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> flo
 
 
 def cross_entropy_baselines(image: UInt8[np.ndarray, "n height width channel"]) -> dict[str, float]:
-    """Of a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x sum_pixels H(x).
+    """For a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x sum_pixels H(x).
 
-    H is the entropy of a binary pixel. No model's expected loss on these images, drawn or grey, is below the floor.
+    H is the entropy of a binary pixel. The expected loss of any model on these images, binarized or grey, is at least the floor.
     """
     value = np.arange(256) / 255
     counts = np.sum([np.bincount(part.reshape(-1), minlength=256) for part in chunks(image)], axis=0)
@@ -61,7 +61,7 @@ def entropy(p: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
 
 
 def histogram_loss(image: UInt8[np.ndarray, "n height width channel"]) -> float:
-    """The entropy of each pixel's histogram of grey levels, summed: what a collapsed model of 256 levels reaches, in nats."""
+    """The loss of a collapsed model with 256 levels: the entropy of each pixel's histogram, summed over pixels, in nats."""
     counts = np.zeros((image[0].size, 256), np.int64)
     for part in chunks(image):
         for count, column in zip(counts, part.reshape(len(part), -1).T):
@@ -70,20 +70,20 @@ def histogram_loss(image: UInt8[np.ndarray, "n height width channel"]) -> float:
 
 
 def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> dict[str, float]:
-    """One negative log-likelihood, or bound, of an image in every convention.
+    """Convert the negative log-likelihood of an image, or a bound on it, to every convention.
 
-        loss                  nats less the likelihood's constant: what training minimises
-        nats                  loss + pixels * constant
-        bits a dimension      nats / (pixels ln 2)
-        bits a dequantised dimension   8 more: of a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
+        loss                           nats without the likelihood's constant: what training minimises
+        nats                           loss + pixels * constant
+        bits a dimension               nats / (pixels ln 2)
+        bits a dequantised dimension   8 more: for a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
 
-    A mass on 0..255 has its bits a dimension. A density on [0, 1] has only the dequantised ones, and only if the images were
-    dequantised. Source: Theis et al. 2016, section 3.1.
+    Bits per dimension are defined for a mass on 0..255. For a density on [0, 1] only the dequantised bits are defined, and
+    only if the images were dequantised. Source: Theis et al. 2016, section 3.1.
 
     Args:
         value: the number in the convention `source`.
-        pixels: of an image, counting channels.
-        constant: nats a pixel, as in `Likelihood`.
+        pixels: number of pixels of an image times channels.
+        constant: nats per pixel, as in `Likelihood`.
     """
     bit = pixels * math.log(2)
     to_nats = {
@@ -108,9 +108,9 @@ def covariance_eigenvalues(
 ) -> Float[np.ndarray, " pixels"]:
     """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance.
 
-    They are those of the pixels' covariance, or for larger images those of the Gram matrix of the images and zeros. Of more than
-    4,096 images of more than 4,096 pixels only the `largest` are computed; the others share the rest of the variance evenly,
-    which is all that `linear_vae_loss` and `ppca_loss` ask of them.
+    Up to 4,096 pixels they come from the pixels' covariance. For larger images they come from the Gram matrix of the images,
+    padded with zeros. With more than 4,096 images as well, only the `largest` are computed. The others then share the rest of
+    the variance evenly; `linear_vae_loss` and `ppca_loss` need only their sum.
     """
     flat = image.reshape(len(image), -1)
     mean = mean_image(flat).astype(np.float32)
@@ -134,7 +134,7 @@ def leading_eigenvalues(
 ) -> Float[np.ndarray, " count"]:
     """The largest eigenvalues of the covariance, by randomised subspace iteration (Halko et al. 2011, algorithm 4.4).
 
-    scikit-learn's `randomized_svd` would hold all images as floats; this takes them in chunks.
+    scikit-learn's `randomized_svd` would hold all images in memory as floats; this function processes them in chunks.
     """
     basis = np.random.default_rng(0).standard_normal((flat.shape[1], count + OVERSAMPLED)).astype(np.float32)
     for _ in range(ITERATIONS):
@@ -151,13 +151,13 @@ def leading_eigenvalues(
 def mean_square_distance(
     image: UInt8[np.ndarray, "n height width channel"], centre: Float[np.ndarray, "*pixels"]
 ) -> float:
-    """The mean over images of sum_pixels (x - centre)^2, for images scaled to [0, 1]: from their mean it is the total variance."""
+    """The mean over images, scaled to [0, 1], of sum_pixels (x - centre)^2. At their mean it is the total variance."""
     flat = image.reshape(len(image), -1)
     return float(sum(np.sum(chunk**2, dtype=np.float64) for chunk in centred(flat, centre.reshape(-1))) / len(flat))
 
 
 def centred(flat: UInt8[np.ndarray, "n pixels"], centre: Float[np.ndarray, " pixels"]) -> Iterator[np.ndarray]:
-    """Images scaled to [0, 1] less `centre`, a chunk at a time."""
+    """Yield images scaled to [0, 1] minus `centre`, one chunk at a time."""
     for part in chunks(flat):
         yield part.astype(np.float32) / 255 - centre
 
@@ -165,12 +165,12 @@ def centred(flat: UInt8[np.ndarray, "n pixels"], centre: Float[np.ndarray, " pix
 def linear_rate_distortion(
     eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, beta: float
 ) -> tuple[float, float]:
-    """KL and half the squared error of the best linear VAE with unit decoder variance and weight beta of the KL, in nats.
+    """KL and half the squared error of the best linear VAE with unit decoder variance and KL weight beta, in nats.
 
         rate = 1/2 sum_{l > beta} ln(l / beta),    distortion = 1/2 (beta #{l > beta} + sum of the other eigenvalues)
 
-    over the latent_dim largest eigenvalues l: reverse water-filling. No linear VAE lies below the curve of these points. Source:
-    Cover & Thomas 2006, section 10.3.3, on the solution of probabilistic PCA (Tipping & Bishop 1999).
+    over the latent_dim largest eigenvalues l (reverse water-filling). No linear VAE lies below the curve of these points.
+    Source: Cover & Thomas 2006, section 10.3.3, applied to the solution of probabilistic PCA (Tipping & Bishop 1999).
     """
     used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]
     rate = 0.5 * np.sum(np.log(used / beta))
@@ -182,8 +182,8 @@ def linear_vae_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int, 
 
         sum over the latent_dim largest eigenvalues l > beta of beta/2 (1 + ln(l / beta)), plus half of all the others
 
-    With latent_dim = 0 it is half the total variance: the loss of a collapsed model. Source: the
-    maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999) with its variance held at 1.
+    With latent_dim = 0 it is half the total variance, the loss of a collapsed model. Source: the
+    maximum-likelihood solution of probabilistic PCA (Tipping & Bishop 1999) with its variance fixed at 1.
     """
     used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]
     paid = beta / 2 * np.sum(1 + np.log(used / beta)) if beta else 0.0

@@ -1,4 +1,4 @@
-"""How often a classifier is right, and how well it knows."""
+"""Accuracy and calibration of a classifier."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -29,6 +29,6 @@ def confusion_matrix(
 def class_accuracy(
     confusion: Int[np.ndarray, "label prediction"],
 ) -> Float[np.ndarray, " label"]:
-    """The accuracy on each class's examples; NaN for a class without examples."""
+    """The accuracy on the examples of each class; NaN for a class without examples."""
     total = confusion.sum(axis=1)
     return np.divide(confusion.diagonal(), total, out=np.full(len(total), np.nan), where=total > 0)

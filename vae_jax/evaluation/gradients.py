@@ -11,11 +11,11 @@ from jaxtyping import Array, Key
 from vae_jax.batch import Batch
 from vae_jax.objectives import Objective
 
-SMALLEST = 1e-30  # a weight by which one may divide
+SMALLEST = 1e-30  # lower limit of the total weight, to avoid division by 0
 
 
 def networks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """{network: its parameters}: the top level of the parameters, with an "autoencoder" there taken apart."""
+    """{network: its parameters}: the top-level entries of the parameters, with an "autoencoder" split into its parts."""
     rest = {name: part for name, part in params.items() if name != "autoencoder"}
     return {**params.get("autoencoder", {}), **rest}
 
@@ -25,8 +25,8 @@ def gradient_routing(
 ) -> dict[str, dict[str, Any]]:
     """{term: {network: |d mean(term) / d network|}}, over the examples of a batch, with the gradients of a training step.
 
-    Terms are those metrics of the objective that `terms` names and that it returns; the last one is the loss. An exact 0 says that
-    the term does not train the network. Networks are those of `networks`.
+    The terms are the metrics in `terms` that the objective returns, and the loss last. An exact 0 means that the term does not
+    train the network. The networks are those of the function `networks`.
     """
     state = {name: value for name, value in variables.items() if name != "params"}
     found: list[str] = []
@@ -41,12 +41,12 @@ def gradient_routing(
     def norms(direction):
         return {network: optax.tree.norm(part) for network, part in networks(pull(direction)[0]).items()}
 
-    rows = jax.lax.map(norms, jnp.eye(len(found)))  # one backward pass after the other: compiled once
+    rows = jax.lax.map(norms, jnp.eye(len(found)))  # sequential backward passes, compiled once
     return {name: {network: norm[i] for network, norm in rows.items()} for i, name in enumerate(found)}
 
 
 def mean(value: Any, weight: Array) -> Array:
-    """The weighted mean of a metric, `value` or `(value, own weight)`; 0 where it counts no example."""
+    """The weighted mean of a metric, `value` or `(value, own weight)`; 0 if the total weight is 0."""
     if isinstance(value, tuple):
         value, own = value
         weight = weight * own
@@ -54,7 +54,7 @@ def mean(value: Any, weight: Array) -> Array:
 
 
 def routing_table(routing: Mapping[str, Mapping[str, Any]], terms: Sequence[str]) -> list[str]:
-    """The lines of a Markdown table of `gradient_routing`, in the order of `terms`, the encoder first."""
+    """The lines of a Markdown table of `gradient_routing`: rows in the order of `terms`, the encoder's column first."""
     columns = sorted(routing["loss"], key=lambda network: (network != "encoder", network))
     lines = [f"| norm of the gradient | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
     for term in (*terms, "loss"):

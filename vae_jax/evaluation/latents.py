@@ -1,7 +1,7 @@
-"""What the latents of a model carry.
+"""The information in a model's latents.
 
-q(z) is the aggregate posterior, the mean of q(z | x_n) over the N images of a split. With it the KL divergence from the
-prior has two parts (Hoffman & Johnson 2016), and for a prior of independent latents three (Chen et al. 2018):
+q(z) is the aggregate posterior, the mean of q(z | x_n) over the N images of a split. The KL divergence from the prior
+decomposes into two parts (Hoffman & Johnson 2016), or into three for a prior with independent latents (Chen et al. 2018):
 
     mean KL(q(z | x) || p(z)) = I(n; z) + KL(q(z) || p(z)) = I(n; z) + total correlation + sum_j KL(q(z_j) || p(z_j))
 """
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from vae_jax.evaluation.statistics import standard_error
 
 LOG_2PI = math.log(2 * math.pi)
-CHUNK = 256  # codes whose densities under all posteriors are in memory at once
+CHUNK = 256  # codes evaluated under all posteriors at once, to bound the memory
 FEWEST_MAPPED = 5
 ACTIVE = 0.01  # variance of the posterior mean
 
@@ -35,7 +35,7 @@ def active_units(mean: Float[np.ndarray, "n latent"], threshold: float = ACTIVE)
 def log_aggregate_posterior(
     z: Float[Array, "chunk latent"], mean: Float[Array, "n latent"], logvar: Float[Array, "n latent"]
 ) -> tuple[Float[Array, " chunk"], Float[Array, "chunk latent"]]:
-    """log q(z) and, of each latent, log q(z_j), with q the mean of N(mean_n, exp(logvar_n)) over n."""
+    """log q(z), and log q(z_j) for each latent, with q the mean of N(mean_n, exp(logvar_n)) over n."""
 
     def add(joint, latent):
         z, mean, logvar = latent
@@ -57,13 +57,13 @@ def decompose_kl(
 
         I(n; z) = mean_n [log q(z_n | x_n) - log q(z_n)],    z_n ~ q(z | x_n)
 
-    It is at most ln N, term by term, so it says nothing about information beyond that: `mutual_information/most` is ln N. The
-    mixture is over all N images; one over a batch would be capped at the log of the batch.
+    Each term is at most ln N, so the estimate cannot show more information than `mutual_information/most`, which is ln N. The
+    mixture q(z) is over all N images; over a batch, the limit would be the log of the batch size.
 
     Args:
         z: one draw from each q(z | x_n).
         kl: KL(q(z | x_n) || p(z)) of each image, in nats, or an estimate of it.
-        kl_by_latent: of each latent, where the prior has independent ones.
+        kl_by_latent: the KL of each latent, if the latents of the prior are independent.
     """
     parts = [log_aggregate_posterior(z[i : i + CHUNK], mean, logvar) for i in range(0, len(z), CHUNK)]
     log_q, log_q_by_latent = (np.concatenate(part).astype(np.float64) for part in zip(*parts))
@@ -88,9 +88,9 @@ def probe_labels(
     test: tuple[Float[np.ndarray, "m latent"], Int[np.ndarray, " m"]],
     neighbours: int = 15,
 ) -> dict[str, float]:
-    """How well codes tell the labels: accuracy of multinomial logistic regression, and of 15 nearest neighbours.
+    """How well codes predict the labels: accuracy of multinomial logistic regression and of `neighbours` nearest neighbours.
 
-    Both are fitted to the codes of the training images, scaled to unit variance for the regression, and count the test codes.
+    Both are fitted to the training codes, scaled to unit variance for the regression, and scored on the test codes.
     """
     from sklearn.neighbors import KNeighborsClassifier
 
@@ -115,9 +115,9 @@ def linear_probe(
 
 
 def tsne_plane(mean: Float[np.ndarray, "n latent"]) -> Float[np.ndarray, "n 2"]:
-    """A map in which near codes stay near; far ones say nothing. Raises ValueError for fewer than five codes.
+    """A t-SNE map, in which near codes stay near; far distances have no meaning. Raises ValueError for fewer than five codes.
 
-    Source: van der Maaten & Hinton 2008, as scikit-learn has it, from the principal axes and with seed 0.
+    Source: van der Maaten & Hinton 2008. scikit-learn's version, initialised with PCA (randomly for one latent), with seed 0.
     """
     from sklearn.manifold import TSNE
 
@@ -129,20 +129,20 @@ def tsne_plane(mean: Float[np.ndarray, "n latent"]) -> Float[np.ndarray, "n 2"]:
 
 
 class Axes(NamedTuple):
-    """The first two principal axes of some vectors."""
+    """The first two principal axes of a set of vectors."""
 
     centre: Float[np.ndarray, " latent"]
     direction: Float[np.ndarray, "2 latent"]
-    deviation: Float[np.ndarray, " 2"]  # standard deviation along each
-    share: Float[np.ndarray, " 2"]  # of the variance
+    deviation: Float[np.ndarray, " 2"]  # standard deviation along each axis
+    share: Float[np.ndarray, " 2"]  # share of the variance along each axis
 
     def project(self, values: Float[np.ndarray, "n latent"]) -> Float[np.ndarray, "n 2"]:
-        """Coordinates in the plane."""
+        """Coordinates in the plane of the axes."""
         return (values - self.centre[None]) @ self.direction.T
 
 
 def principal_axes(values: Float[np.ndarray, "n latent"]) -> Axes:
-    """The plane that holds most of the variance of at least two numbers a vector."""
+    """The first two principal axes of vectors with at least two entries."""
     centre = values.mean(axis=0, dtype=np.float64)
     _, singular, directions = np.linalg.svd(values - centre[None], full_matrices=False)
     variance = singular**2 / len(values)

@@ -1,7 +1,7 @@
-"""log p(x), estimated by importance sampling from q(z | x), and how far the estimate can be trusted.
+"""Estimates of log p(x) by importance sampling from q(z | x), and diagnostics of their reliability.
 
-The estimate is the bound of K samples (Burda et al. 2016), log(1/K sum_k w_k) with w_k = p(x, z_k) / q(z_k | x). Its mean
-lies below log p(x) for every K. On images drawn from the model an upper bound is known too.
+The estimate is the bound with K samples (Burda et al. 2016), log(1/K sum_k w_k) with w_k = p(x, z_k) / q(z_k | x). Its mean
+is below log p(x) for every K. For images drawn from the model there is also an upper bound.
 """
 
 import math
@@ -18,15 +18,15 @@ from vae_jax.model import Model, Variables
 from vae_jax.objectives import log_weights, reparameterize
 
 TRUSTED = 0.7  # the largest Pareto k-hat of a reliable estimate (Vehtari et al. 2024)
-SAMPLES_AT_ONCE = 32  # of each image, that are decoded together
-LEAST_TAIL = 5  # weights that a Pareto fit needs
+SAMPLES_AT_ONCE = 32  # samples of each image that are decoded together
+LEAST_TAIL = 5  # fewest weights for a Pareto fit
 
 
 def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
     """`measure(variables, batch, keys)`: log w_k of `samples` draws for each image, [batch, samples].
 
-    They leave out the likelihood's constant. At most `chunk` draws of each image are decoded at once, which bounds the
-    memory. Draw k depends on the example's key and on k alone, so the results do not depend on `chunk`.
+    They omit the likelihood's constant. At most `chunk` draws per image are decoded at once, to bound the memory. Draw k
+    depends only on the example's key and on k, so the results do not depend on `chunk`.
     """
     chunk = min(chunk, samples)
 
@@ -48,14 +48,14 @@ def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
 def simulate(
     model: Model, variables: Variables, key: Key[Array, ""], count: int
 ) -> tuple[Float[Array, "count latent"], Float[Array, "count height width channel"]]:
-    """`count` draws z ~ p(z), x ~ p(x | z): each z is a draw from the exact posterior of its x."""
+    """`count` draws z ~ p(z), x ~ p(x | z). Each z is then a draw from the exact posterior of its x."""
     of_z, of_x = jax.random.split(key)
     z = model.prior.sample(variables, of_z, count)
     return z, model.likelihood.sample(variables, of_x, model.decode_raw(variables, z))
 
 
 def make_log_weight_at(model: Model) -> Callable:
-    """`measure(variables, batch, z)`: log w at one given z for each image, [batch]."""
+    """`measure(variables, batch, z)`: log w at one given z per image, [batch]."""
 
     def measure(variables, batch, z) -> Float[Array, " batch"]:
         net = model.of(batch)
@@ -74,12 +74,12 @@ def log_mean_exp(log_w: Float[np.ndarray, "*n samples"]) -> Float[np.ndarray, "*
 
 
 def effective_sample_size(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
-    """(sum_k w_k)^2 / sum_k w_k^2, from 1 to K (Kong 1992)."""
+    """(sum_k w_k)^2 / sum_k w_k^2, between 1 and K (Kong 1992)."""
     return np.exp(2 * log_mean_exp(log_w) - log_mean_exp(2 * log_w)) * log_w.shape[1]
 
 
 def bound_of(log_w: Float[np.ndarray, "n samples"], count: int) -> Float[np.ndarray, " n"]:
-    """Each image's importance-weighted bound on -log p(x) with `count` of the samples, the mean over all blocks of so many."""
+    """Each image's importance-weighted bound on -log p(x) with `count` samples, averaged over disjoint blocks of samples."""
     blocks = log_w.shape[1] // count
     return -log_mean_exp(log_w[:, : blocks * count].reshape(len(log_w), blocks, count)).mean(axis=1)
 
@@ -87,21 +87,21 @@ def bound_of(log_w: Float[np.ndarray, "n samples"], count: int) -> Float[np.ndar
 def sandwich(
     log_w: Float[np.ndarray, "n samples"], log_w_true: Float[np.ndarray, " n"]
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """A lower and an upper bound on log p(x), in expectation, for images that were drawn from the model.
+    """A lower and an upper bound on log p(x), in expectation, for images drawn from the model.
 
-        lower = log(1/K sum_k w_k),    upper = the same with the z that x was drawn with in place of the first
+        lower = log(1/K sum_k w_k),    upper = the same with z_1 replaced by the z that generated x
 
-    That z is a draw from the posterior, which makes the mean of `upper` exceed log p(x) by a KL divergence. Source: the
-    bidirectional idea of Grosse et al. 2015, with importance sampling in place of annealing.
+    That z is a draw from the posterior, so the mean of `upper` exceeds log p(x) by a KL divergence. Source: the bidirectional
+    idea of Grosse et al. 2015, with importance sampling instead of annealing.
     """
     return log_mean_exp(log_w), log_mean_exp(np.concatenate([log_w_true[:, None], log_w[:, 1:]], axis=1))
 
 
 def pareto_k(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
-    """Pareto k-hat of each image's largest weights: the mean of the weights is unreliable where it is above 0.7.
+    """Pareto k-hat of each image's largest weights. Above 0.7 the mean of the weights is unreliable.
 
-    A generalised Pareto distribution is fitted to the min(K / 5, 3 sqrt(K)) largest weights, in excess of the next one. NaN
-    where these are less than five. Source: Vehtari et al. 2024 (PSIS).
+    It is the shape of a generalised Pareto distribution fitted to the excesses of the min(K / 5, 3 sqrt(K)) largest weights
+    over the next one. NaN if these are fewer than five. Source: Vehtari et al. 2024 (PSIS).
     """
     samples = log_w.shape[1]
     tail = math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
@@ -113,7 +113,7 @@ def pareto_k(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
 
 
 def fit_pareto(excess: Float[np.ndarray, " tail"]) -> float:
-    """The shape k of a generalised Pareto distribution fitted to ascending values above 0; -inf if all are 0.
+    """The shape k of a generalised Pareto distribution fitted to ascending values; -inf if their first quartile is 0.
 
     Source: Zhang & Stephens 2009, with the weak prior of Vehtari et al. 2024, which shrinks k towards 1/2.
     """
@@ -131,7 +131,7 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> float:
 
 
 def summarize(log_w: Float[np.ndarray, "n samples"]) -> dict[str, Float[np.ndarray, " n"]]:
-    """What is kept of each image's weights: -log p(x) less the constant, effective sample size, k-hat, the bounds of fewer samples."""
+    """Per image: -log p(x) without the constant, effective sample size, Pareto k-hat, and the bounds with fewer samples."""
     samples = log_w.shape[1]
     fewer = [10**power for power in range(9) if 10**power < samples]
     return {

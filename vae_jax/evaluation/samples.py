@@ -1,7 +1,8 @@
-"""How near generated images are to real ones, in a classifier's features, and whether they are copies.
+"""How close generated images are to real ones in a classifier's features, and whether they are copies.
 
-`real` comes first in every function; the order matters, since precision is recall with real and fake exchanged. The numbers
-depend on how many images there are, so they only compare at equal numbers, and beside a floor: real images against others.
+`real` is the first argument of every function that takes both. The order matters: precision is recall with real and fake
+exchanged. The values depend on the number of images, so compare them only at equal numbers, and with a floor, the same
+measure between two sets of real images.
 """
 
 from collections.abc import Iterator
@@ -12,18 +13,18 @@ import scipy.stats
 from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
 
-ROWS = 1000  # of a distance matrix that are in memory at once
-IMAGES_A_DIMENSION = 10  # fewer do not give a covariance
+ROWS = 1000  # rows of a distance matrix in memory at once
+IMAGES_A_DIMENSION = 10  # fewest images per dimension for a covariance
 PRECISION_K, COVERAGE_K = 3, 5  # nearest neighbours, as published
 
 
 def frechet_distance(real: Float[np.ndarray, "n feature"], fake: Float[np.ndarray, "m feature"]) -> float:
     """The squared Frechet distance between Gaussians fitted to both: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    The trace of the root is that of the symmetric (S1^(1/2) S2 S1^(1/2))^(1/2), in float64. Source: Heusel et al. 2017,
+    The trace of the root is computed from the symmetric (S1^(1/2) S2 S1^(1/2))^(1/2), in float64. Source: Heusel et al. 2017,
     equation 6, there with Inception features.
 
-    Raises ValueError for fewer than ten images a dimension.
+    Raises ValueError for fewer than ten images per dimension.
     """
     for name, features in (("real", real), ("generated", fake)):
         least = IMAGES_A_DIMENSION * features.shape[1]
@@ -41,14 +42,14 @@ def frechet_distance(real: Float[np.ndarray, "n feature"], fake: Float[np.ndarra
 
 
 class Manifold(NamedTuple):
-    """Points, and the distance from each to its k-th nearest other one."""
+    """Points, and the distance from each point to its k-th nearest neighbour."""
 
     points: Float[np.ndarray, "n feature"]
     radius: dict[int, Float[np.ndarray, " n"]]  # by k
 
 
 def manifold(points: Float[np.ndarray, "n feature"]) -> Manifold:
-    """Balls around points. Raises ValueError for too few of them."""
+    """Compute the `Manifold` of the points. Raises ValueError if there are too few."""
     if len(points) <= COVERAGE_K:
         raise ValueError(f"{len(points)} images are less than the {COVERAGE_K + 1} that {COVERAGE_K} neighbours need")
     points = points.astype(np.float64)
@@ -58,22 +59,23 @@ def manifold(points: Float[np.ndarray, "n feature"]) -> Manifold:
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, Float[np.ndarray, "rows m"]]]:
-    """The rows of the matrix of Euclidean distances, some at a time."""
+    """Yield the matrix of Euclidean distances in blocks of rows."""
     for start in range(0, len(a), ROWS):
         rows = slice(start, start + ROWS)
         yield rows, cdist(a[rows], b)
 
 
 def precision_recall_density_coverage(real: Manifold, fake: Manifold) -> dict[str, float]:
-    """Four shares that say where generated images lie among real ones, and whether they reach all of them.
+    """How close generated images are to real ones, and how many real ones they cover. Balls reach to the k-th neighbour.
 
-        precision   fakes inside a ball of a real image (k = 3, closed balls)
-        recall      real images inside a ball of a fake (k = 3, closed balls)
-        density     balls of real images around a fake, on average, divided by k (k = 5, open balls)
-        coverage    real images whose ball holds a fake (k = 5, open balls)
+        precision   share of fakes inside a ball around a real image (k = 3, closed balls)
+        recall      share of real images inside a ball around a fake (k = 3, closed balls)
+        density     mean number of balls of real images around a fake, divided by k (k = 5, open balls)
+        coverage    share of real images with a fake in their ball (k = 5, open balls)
 
-    Of two samples of one distribution density is 1 and coverage 1 - prod_{i<=5} (n - i) / (n + m - i), in expectation. Sources:
-    Kynkaanniemi et al. 2019, there with 50,000 images; Naeem et al. 2020, there with 10,000.
+    For two samples of the same distribution, the expected density is 1 and the expected coverage is
+    1 - prod_{i<=5} (n - i) / (n + m - i). Sources: Kynkaanniemi et al. 2019, there with 50,000 images; Naeem et al. 2020,
+    there with 10,000.
     """
     precise, near = np.zeros(len(fake.points), bool), np.zeros(len(fake.points))
     recalled, covered = np.zeros(len(real.points), bool), np.zeros(len(real.points), bool)
@@ -94,7 +96,7 @@ def precision_recall_density_coverage(real: Manifold, fake: Manifold) -> dict[st
 def nearest(
     points: Float[np.ndarray, "n feature"], training: Float[np.ndarray, "train feature"]
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """The distance from each point to the nearest training image, and which one that is."""
+    """The distance from each point to the nearest training image, and the index of that image."""
     from sklearn.neighbors import NearestNeighbors
 
     training, points = training.astype(np.float64), points.astype(np.float64)
@@ -105,9 +107,9 @@ def nearest(
 
 
 def sharpness(image: Float[np.ndarray, "n height width channel"]) -> float:
-    """The mean over images of the variance of their Laplacian, the four neighbours less four times the pixel, inside the border.
+    """The mean over images of the variance of the Laplacian, the four neighbours minus four times the pixel, off the border.
 
-    A blur lowers it; it compares with that of real images, and noise raises it too. Source: Pech-Pacheco et al. 2000; of
+    Blur lowers it and noise raises it; compare it with the value for real images. Source: Pech-Pacheco et al. 2000; for
     generated images Tolstikhin et al. 2018, section 4.
     """
     grey = image.astype(np.float64).mean(axis=-1)
@@ -117,13 +119,14 @@ def sharpness(image: Float[np.ndarray, "n height width channel"]) -> float:
 
 
 def memorisation(fake: Float[np.ndarray, " n"], test: Float[np.ndarray, " m"]) -> dict[str, float]:
-    """Whether generated images lie nearer to the training images than test images do, from both's nearest distances.
+    """Whether generated images lie closer to the training images than test images do, from their nearest distances.
 
-        nearest_training_distance      the median over fakes, and over test images
-        rank_test                      P(a fake is nearer than a test image), 1/2 if both are alike; its z-score
-        closer_than_1_percent          share of fakes nearer than the 1 % quantile of test images
+        nearest_training_distance      median over fakes, and over test images
+        rank_test                      P(a fake is closer than a test image), 1/2 for equal distributions; its z-score
+        closer_than_1_percent          share of fakes closer than the 1 % quantile of the test images
 
-    Copies of training images give 1 for both shares. Source: the data-copying test of Meehan et al. 2020, in one cell.
+    For copies of training images, `rank_test` and `closer_than_1_percent` are 1. Source: the data-copying test of Meehan et
+    al. 2020, with a single cell.
     """
     found = scipy.stats.mannwhitneyu(test, fake, method="asymptotic")
     n, m = len(fake), len(test)

@@ -1,16 +1,16 @@
-"""A run in words: sentences that follow from its numbers by fixed rules."""
+"""A verdict on a run: sentences derived from its numbers by fixed rules."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WON = 0.99  # share of the probability that a discriminator gives to the right side when it has won
-ASLEEP = 0.01  # nats of KL: a latent below carries nothing
-GAP = 0.05  # by which the test bound may exceed the training bound, relative to it
-COPIES = 0.2  # share of generated images nearer to a training image than 1 % of the test images are
+WON = 0.99  # the discriminator has won if it gives more than this probability to the right answer
+ASLEEP = 0.01  # nats of KL; a latent with less carries no information
+GAP = 0.05  # largest acceptable excess of the test bound over the training bound, relative to the latter
+COPIES = 0.2  # largest acceptable share of generated images closer to training data than the closest 1 % of test images
 
 
 def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> dict[str, str]:
-    """{what: sentence} on a split's numbers, those that are there: state, what is explained, latents, fit, copies, what to change.
+    """{what: sentence} from the available numbers of a split: state, explained variance, latents, fit, copies, what to change.
 
     The state is one of "the discriminator wins", "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
     """
@@ -38,13 +38,13 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
 
 
 def trains_an_encoder(numbers: Mapping[str, Any], split: str) -> bool:
-    """Whether there are latents that mean something: a classifier and a regression have none, and a plain GAN does not train them."""
+    """Whether an encoder is trained: a classifier and a regression have no latents, a plain GAN does not train its encoder."""
     has_latents = f"{split}/kl" in numbers and numbers.get(f"{split}/kl_by_latent") != []
     return has_latents and (f"{split}/adversarial" not in numbers or f"{split}/feature_reconstruction" in numbers)
 
 
 def one_sided(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
-    """That a discriminator tells data from samples nearly always, so that the decoder learns little from it; and what to change."""
+    """That the discriminator wins, so that the decoder learns little from it, and what to change; None if it does not."""
     data, samples = (numbers.get(f"{split}/discriminator_on_{what}") for what in ("data", "samples"))
     if data is None or samples is None or data <= WON or 1 - samples <= WON:
         return None
@@ -55,7 +55,7 @@ def one_sided(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
 
 
 def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> tuple[str, str]:
-    """The state of a run with the numbers that decide it, and what to change."""
+    """The state of a run with the numbers behind it, and what to change."""
     kl, bound = numbers.get(f"{split}/kl"), numbers.get(f"{split}/bound")
     by_latent = numbers.get(f"{split}/kl_by_latent")
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
@@ -96,7 +96,7 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
 
 
 def overfitting(numbers: Mapping[str, Any], split: str) -> str:
-    """How far a split's bound exceeds that of training, where it is far."""
+    """How far the bound on a split exceeds the training bound; "" if within `GAP`."""
     trained, tested = numbers.get("train/bound"), numbers.get(f"{split}/bound")
     if trained is None or tested is None or split == "train" or tested - trained <= GAP * abs(trained):
         return ""
@@ -104,7 +104,7 @@ def overfitting(numbers: Mapping[str, Any], split: str) -> str:
 
 
 def describe_explained(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> str:
-    """How much of the variance the reconstructions explain, and how the bound compares with the baselines; "" if unknown."""
+    """The explained variance of the reconstructions, and the bound compared with the baselines; "" if unknown."""
     share, bound = numbers.get(f"{split}/explained variance"), numbers.get(f"{split}/bound")
     if share is None or bound is None:
         return ""
@@ -114,7 +114,7 @@ def describe_explained(numbers: Mapping[str, Any], split: str, baselines: Mappin
 
 
 def describe_latents(kl_by_latent: Sequence[float]) -> str:
-    """Which latents carry what."""
+    """The KL that the latents carry, the latents with the most, and the unused ones."""
     order = sorted(range(len(kl_by_latent)), key=lambda latent: -kl_by_latent[latent])
     used = [latent for latent in order if kl_by_latent[latent] >= ASLEEP]
     asleep = [latent for latent in order if kl_by_latent[latent] < ASLEEP]

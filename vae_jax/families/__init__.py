@@ -1,4 +1,4 @@
-"""The models: one file a family. Each is a module with the members of `Family`; `FAMILIES` names those that a config can choose.
+"""The model families, one module each, with the members of `Family`. A config chooses among `FAMILIES`.
 
 A new family is one file here and one line in `FAMILIES`.
 """
@@ -15,7 +15,7 @@ from vae_jax.objectives import Objective
 
 
 class Metric(NamedTuple):
-    """What a metric says. `better` is "lower" or "higher"; "" where neither is."""
+    """The meaning of a metric. `better` is "lower", "higher", or "" if neither is better."""
 
     meaning: str
     unit: str
@@ -23,10 +23,10 @@ class Metric(NamedTuple):
 
 
 class Probes(NamedTuple):
-    """Measurements beside the objective, in the same compiled program.
+    """Measurements in the same compiled program as the objective.
 
     Attributes:
-        measure: (variables, batch, keys) -> {name: [batch, ...] array}; the keys are those that the objective has.
+        measure: (variables, batch, keys) -> {name: [batch, ...] array}; the keys are those of the objective.
         reduce: ({name: [n, ...] NumPy array}, split) -> {metric: number, or nested list of numbers}.
     """
 
@@ -36,7 +36,7 @@ class Probes(NamedTuple):
 
 @runtime_checkable
 class Figures(Protocol):
-    """Figures by name, each drawn when its function is called."""
+    """Returns {name: function}; calling a function draws that figure."""
 
     def __call__(
         self, variables: Variables, arrays: dict[str, np.ndarray], history: list[dict], baselines: Mapping[str, float]
@@ -45,7 +45,7 @@ class Figures(Protocol):
 
 @runtime_checkable
 class Family(Protocol):
-    """What each module of this package holds.
+    """The members of each family's module.
 
     Keyword-only arguments of `make` and `make_objective` are the fields of the config's sections `model` and
     `objective`; both raise ValueError, naming the field, for a value out of range. Other arguments are filled in by
@@ -53,21 +53,20 @@ class Family(Protocol):
 
     Attributes:
         NAME: for titles.
-        METRICS: {metric: Metric}, in the order in which they are drawn; "loss" is among them.
-        make_final_probes: measured once, on the test split at the end of a training; None if there are none. A function of the
-            model, the number of samples that the run asks for, and how the data are made binary.
+        METRICS: {metric: Metric}, in the order in which they are drawn; includes "loss".
+        make_final_probes: (model, number of samples from the run options, data.binarize) -> probes measured once, on the test
+            split at the end of training, or None.
         check_data: raises ValueError for data that the family cannot learn from.
-        decodes_per_example: images that the objective decodes for each example, a function of its fields; it divides the
-            batches of evaluation and enters the memory check.
-        baselines: closed forms of the training images, {what: loss}, a function of the model, the training images and
-            the fields of model and objective.
-        ledger: {what: value} lines for people beside the numbers of a split: what they measure, and other conventions; a
-            function of the model, the numbers, the split, the pixels of an image, whether they are binary, the variance of the split's images
-            about the mean training image, and the fields of model.
-        make_figures: the family's `Figures`, whose `arrays` are what `Probes.measure` gave for the test split.
+        decodes_per_example: (fields of objective) -> the number of images that the objective decodes per example; evaluation
+            divides its batch size by it, and the memory check multiplies by it.
+        baselines: (model, training images, fields of model and objective) -> {name: loss}, closed-form baselines.
+        ledger: (model, numbers, split, pixels of an image, whether they are binary, variance of the split's images about the
+            mean training image, fields of model) -> {what: value}: what the numbers measure, and their values in other
+            conventions.
+        make_figures: returns the family's `Figures`; their `arrays` are the results of `Probes.measure` on the test split.
 
-    A family of several networks also has TERMS, the metrics whose gradients the summary shows network by network. Where each of its
-    networks has its own optimizer, GROUPS names them, as the top level of `params` does.
+    A family with several networks also has TERMS, the metrics whose gradients the summary shows for each network. If each
+    network has its own optimizer, GROUPS lists the networks, which are the top-level entries of `params`.
     """
 
     NAME: str

@@ -1,4 +1,4 @@
-"""The post's convolutional classifier (its Table 4): the labels' negative log-likelihood, on augmented images.
+"""The post's convolutional classifier (its Table 4), trained with the cross-entropy on augmented images.
 
 loss = -sum_k t_k log p_k,    t = (1 - s) onehot(label) + s / classes,    p = softmax(logits)
 """
@@ -28,8 +28,8 @@ METRICS = {
     "confusion": Metric("images by label and prediction", "images"),
 }
 PANELS = {name: METRICS[name].meaning for name in ("loss", "accuracy")}
-MOST_CLASSES = 25  # in the logs; with more classes the confusion of classes would drown them
-MISTAKES = 24  # misclassified images that are shown
+MOST_CLASSES = 25  # with more classes, the confusion matrix is too large for the logs
+MISTAKES = 24  # number of misclassified images in the figure
 
 
 def make(
@@ -43,7 +43,7 @@ def make(
 
     Args:
         features: channels after each convolution.
-        precision: "float32" or "bfloat16", in which the layers compute; parameters, statistics and loss are float32.
+        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are float32.
 
     Raises ValueError if there are fewer than 2 classes, a size is below 1, or pooling leaves nothing of the image.
     """
@@ -84,8 +84,8 @@ def make_objective(
 
     Args:
         label_smoothing: share of a label that is spread evenly over the classes.
-        shift: pixels by which training images are moved at most, in each direction.
-        rotation: degrees by which they are rotated at most, either way.
+        shift: largest shift of training images, in pixels in each direction.
+        rotation: largest rotation of training images, in degrees in either direction.
 
     Raises ValueError for a field out of range.
     """
@@ -112,7 +112,7 @@ def make_objective(
 
 
 def make_probes(model: Model) -> Probes:
-    """Each image's prediction and its confidence; over a split the calibration error and the confusion of classes."""
+    """The prediction and confidence of each image; for a split the calibration error and the confusion matrix."""
 
     def measure(variables, batch, keys):
         probabilities = model.probabilities(variables, batch.image)
@@ -131,7 +131,7 @@ def make_probes(model: Model) -> Probes:
         if model.num_classes <= MOST_CLASSES:
             confusion = confusion_matrix(split.label, prediction, model.num_classes)
             numbers["confusion"] = confusion.tolist()
-            if confusion.sum(axis=1).all():  # else a class has no accuracy
+            if confusion.sum(axis=1).all():  # otherwise the accuracy of an absent class is undefined
                 numbers["class_accuracy"] = class_accuracy(confusion).tolist()
         return numbers
 
@@ -139,11 +139,11 @@ def make_probes(model: Model) -> Probes:
 
 
 def make_final_probes(model: Model, samples: int, binarize: str) -> None:
-    """There is nothing that each epoch's probes do not measure."""
+    """None: the probes of each epoch measure everything."""
 
 
 def check_data(dataset) -> None:
-    """Raise ValueError for an image without a label, or a class without training images."""
+    """Raise ValueError if an image has no label, or a class has no training images."""
     for name, split in dataset.splits.items():
         unlabelled = np.sum(split.label < 0)
         if unlabelled:
@@ -163,12 +163,12 @@ def decodes_per_example() -> int:
 
 
 def baselines(model: Model, image: np.ndarray) -> dict:
-    """There is none in closed form."""
+    """Empty: there is no closed form."""
     return {}
 
 
 def ledger(model: Model, numbers: dict, split: str, pixels: int, is_binary: bool) -> dict:
-    """Its numbers have one convention."""
+    """Empty: the classifier's numbers have only one convention."""
     return {}
 
 

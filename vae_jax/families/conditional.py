@@ -1,9 +1,9 @@
-"""The conditional VAE: p(x | c), where c is the label or a visible part of the image (Sohn et al. 2015; Doersch 2016, section 3).
+"""The conditional VAE p(x | c); c is the label or a visible part of the image (Sohn et al. 2015; Doersch 2016, section 3).
 
     loss = E_q(z | x, c)[-log p(x | z, c)] + beta KL(q(z | x, c) || p(z | c))
 
-Given a condition it is a VAE, `model.given(c)`: objective, probes and evaluation are those of families/vae.py. With a part of
-the image as the condition, p is that of the hidden pixels alone.
+Given a condition the model is a VAE, `model.given(c)`, so it uses the objective, probes and evaluation of families/vae.py. If
+the condition is a part of the image, p covers the hidden pixels only.
 """
 
 import functools
@@ -36,8 +36,8 @@ NAME = "Conditional VAE"
 PARTS = ("quadrant1", "quadrant2", "quadrant3", "column")
 CONDITIONS = ("label", *PARTS)
 PRIORS = ("standard_normal", "learned")
-BAYES_SAMPLES = 100  # of each class, from which the classes' probabilities are computed
-DECODED = 8  # of these, decoded at once, which bounds the memory
+BAYES_SAMPLES = 100  # importance samples per class for the class probabilities
+DECODED = 8  # samples decoded at once, to bound the memory
 STYLES = 8  # rows of the figure of samples
 
 
@@ -58,17 +58,17 @@ def make(
     prior: str = "standard_normal",
     precision: str = "float32",
 ) -> Model:
-    """The conditional VAE, by default with the post's networks; other fields are those of the family vae.
+    """The conditional VAE, by default with the post's networks; other fields are as in the family vae.
 
     Args:
         condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"), all
             but the upper right quadrant ("quadrant3"), or the centre "column" (Sohn et al. 2015; Doersch 2016).
-        condition_hidden: widths of dense layers that embed the condition; none: the condition itself.
-        latent_dim: size of z; 0 makes a plain regression of the hidden pixels on the visible ones, whose loss is -log p(x | c).
-        prior: p(z | c): "standard_normal" whatever the condition, or "learned", a Gaussian that depends on it.
+        condition_hidden: widths of dense layers that embed the condition; empty: the condition itself.
+        latent_dim: size of z; 0 gives a plain regression of the hidden pixels on the visible ones, with the loss -log p(x | c).
+        prior: p(z | c): "standard_normal" for every condition, or "learned", a Gaussian that depends on the condition.
 
-    Raises ValueError as the family vae does, and for labels that the data lack, an unknown condition or prior, quadrants of an
-    image of odd size, and a likelihood whose scale depends on all pixels beside a part of the image.
+    Raises ValueError as the family vae does, and for data without labels if they are the condition, an unknown condition or
+    prior, quadrants of an image of odd size, and a part of the image with a likelihood whose scale depends on all pixels.
     """
     dtype = choose(PRECISIONS, "precision", precision)
     choose(dict.fromkeys(CONDITIONS), "condition", condition)
@@ -100,7 +100,7 @@ def make_given(
     num_classes: int,
     visible: Float[np.ndarray, "height width 1"] | None,
 ) -> Model:
-    """The model of these networks, conditioned on the `visible` pixels, or on the label where that is None."""
+    """The model of these networks, conditioned on the `visible` pixels, or on the label if `visible` is None."""
 
     def call(method, variables, *arguments) -> Any:
         networks = {name: part for name, part in variables["params"].items() if name != "likelihood"}
@@ -142,12 +142,12 @@ def make_given(
 
 
 def needs_condition(*arguments):
-    """What a conditional model does without a condition."""
+    """Raise ValueError: a conditional model was called without a condition."""
     raise ValueError("this model needs a condition: take model.given(condition)")
 
 
 def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.ndarray, "height width 1"]:
-    """1 for a visible pixel, 0 for a hidden one. Raises ValueError for quadrants of an image of odd size."""
+    """A mask, 1 for visible and 0 for hidden pixels. Raises ValueError for quadrants of an image of odd size."""
     height, width, _ = image_shape
     if condition != "column" and (height % 2 or width % 2):
         raise ValueError(f"model.condition is {condition!r}, but images of {height}x{width} have no equal quadrants")
@@ -164,7 +164,10 @@ def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.
 
 
 def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], name: str) -> Likelihood:
-    """The likelihood of the hidden pixels; its constant is spread over all pixels. Raises ValueError if it depends on them all."""
+    """Restrict the likelihood to the hidden pixels, with its constant spread over all pixels.
+
+    Raises ValueError if its variance depends on all pixels.
+    """
     if p_x.update is not None:
         raise ValueError(f"model.likelihood is {name!r}, whose variance is that of all pixels: take another one")
     hidden = 1 - visible
@@ -177,7 +180,7 @@ def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], nam
 
 
 def keep_visible(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], c: Array) -> Likelihood:
-    """The likelihood whose mean images and draws have the visible pixels of the conditions."""
+    """Copy the visible pixels of the conditions into the likelihood's mean images and draws."""
 
     def keep(image):
         return jnp.where((visible > 0).reshape((1,) * (image.ndim - 3) + visible.shape), align(c, image), image)
@@ -191,9 +194,9 @@ def keep_visible(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], 
 def bayes(
     model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int = BAYES_SAMPLES
 ) -> Float[Array, "batch classes"]:
-    """p(y | x) by Bayes' rule, with equal p(y) and p(x | y) from `samples` importance samples of q(z | x, y).
+    """p(y | x) by Bayes' rule, with uniform p(y) and p(x | y) from `samples` importance samples of q(z | x, y).
 
-    The noise is always the same. Source: Kingma et al. 2014, section 3.1.2, there with an inference network instead.
+    The noise is always the same. Source: Kingma et al. 2014, section 3.1.2, which uses an inference network instead.
     """
     return jax.nn.softmax(log_likelihood_by_label(model, variables, image, samples), axis=-1)
 
@@ -201,7 +204,7 @@ def bayes(
 def log_likelihood_by_label(
     model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int
 ) -> Float[Array, "batch classes"]:
-    """log p(x | y) of every label, less the likelihood's constant."""
+    """log p(x | y) for every label, without the likelihood's constant."""
     index = jnp.arange(len(image))
     weigh = make_log_weights(model, samples, min(samples, DECODED))
 
@@ -214,7 +217,7 @@ def log_likelihood_by_label(
 
 
 def check_data(dataset) -> None:
-    """Raise ValueError for an image without a label, where there are labels."""
+    """Raise ValueError if the data set has labels but an image has none."""
     for name, split in dataset.splits.items():
         unlabelled = int(np.sum(split.label < 0))
         if unlabelled and dataset.num_classes:
@@ -224,12 +227,12 @@ def check_data(dataset) -> None:
 
 
 def baselines(model: Model, image: np.ndarray, *, likelihood: str = "unit_gaussian") -> dict:
-    """There is none in closed form that knows the condition."""
+    """Empty: no closed form takes the condition into account."""
     return {}
 
 
 def make_figures(model: Model, test, key, title: str):
-    """Training curve, reconstructions, and samples: one style a row and one label a column, or completed images."""
+    """Training curve, reconstructions, and samples: one style per row and one label per column, or completed images."""
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     condition = model.condition(jnp.asarray(image), jnp.asarray(label))
@@ -237,7 +240,8 @@ def make_figures(model: Model, test, key, title: str):
     @jax.jit
     def rows(variables):
         def row(key):
-            z = jax.lax.map(lambda c: model.given(c[None]).prior.sample(variables, key, 1)[0], condition)  # one noise
+            # the same noise for all conditions
+            z = jax.lax.map(lambda c: model.given(c[None]).prior.sample(variables, key, 1)[0], condition)
             return generate.decode(model.given(condition), variables, z)
 
         return jax.lax.map(row, jax.random.split(jax.random.clone(key), STYLES))

@@ -1,4 +1,4 @@
-"""What the families of few labels share: the label summed out, and what is known of the labelled images."""
+"""Shared by the families for few labels: the sum over labels, and the metrics on labelled images."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ METRICS = reports.METRICS | {
 
 
 def of_labelled(logits: Float[Array, "batch classes"], label: Int[Array, " batch"]) -> dict[str, tuple]:
-    """Cross-entropy and accuracy, each with the weight 0 for an image without a label."""
+    """Cross-entropy and accuracy, with weight 0 for an image without a label."""
     labelled = (label >= 0).astype(logits.dtype)
     correct = (logits.argmax(axis=-1) == label).astype(logits.dtype)
     return {"cross_entropy": (cross_entropy(logits, jnp.maximum(label, 0)), labelled), "accuracy": (correct, labelled)}
@@ -33,7 +33,10 @@ def known_or_summed_out(
     label: Int[Array, " batch"],
     gradient_weight: Any = 1.0,
 ) -> Float[Array, " batch"]:
-    """L(x, y) of an image with a label, U(x) of one without; both with p(y) = 1 / C, from -log p(x | y) or a bound on it."""
+    """L(x, y) of a labelled image, U(x) of an unlabelled one, with p(y) = 1 / C. `by_label` is -log p(x | y) or a bound on it.
+
+    `gradient_weight` scales the gradient with respect to `logits`.
+    """
     by_label = by_label + math.log(len(by_label))
     fixed = lax.stop_gradient(log_softmax(logits))
     log_q = fixed + gradient_weight * (log_softmax(logits) - fixed)
@@ -44,8 +47,8 @@ def known_or_summed_out(
 def weight_of_labels(alpha: float, labelled_share: float) -> float:
     """The weight of a labelled image's cross-entropy, alpha / (share of labelled images in a batch).
 
-    So it does not fall with that share. Source: Kingma et al. 2014, section 3.1.2, where alpha is 0.1. Raises ValueError for a
-    negative alpha.
+    The division makes the total weight of the cross-entropy independent of that share. Source: Kingma et al. 2014, section
+    3.1.2, with alpha 0.1. Raises ValueError for a negative alpha.
     """
     if not 0 <= alpha < math.inf:
         raise ValueError(f"objective.alpha is {alpha}, but must be at least 0")
@@ -53,7 +56,7 @@ def weight_of_labels(alpha: float, labelled_share: float) -> float:
 
 
 def check_classes(num_classes: int, update: Any, likelihood: str) -> None:
-    """Raise ValueError for data of fewer than 2 classes, and for a likelihood whose variance comes from one reconstruction."""
+    """Raise ValueError for data with fewer than 2 classes, and for a likelihood whose variance depends on one reconstruction."""
     if num_classes < 2:
         raise ValueError(f"few labels are of at least 2 classes, but the data have {num_classes}: give labelled data")
     if update is not None:
@@ -63,17 +66,17 @@ def check_classes(num_classes: int, update: Any, likelihood: str) -> None:
 
 
 def check_data(dataset) -> None:
-    """Unlabelled images are welcome in training. Raises ValueError for one in another split."""
+    """Accept unlabelled training images. Raises ValueError for an unlabelled image in another split."""
     for name, split in dataset.splits.items():
         if name != "train" and (split.label < 0).any():
             raise ValueError(f"{int(np.sum(split.label < 0))} {name} images have no label, but accuracy needs all")
 
 
 def decodes_per_example(model: Model) -> int:
-    """One image for each class."""
+    """One image per class."""
     return model.num_classes
 
 
 def baselines(model, image: np.ndarray) -> dict:
-    """There is none in closed form."""
+    """Empty: there is no closed form."""
     return {}

@@ -1,4 +1,4 @@
-"""What every VAE reports: metrics, probes, baselines, the conventions of its numbers, figures."""
+"""What every VAE reports: metrics, probes, baselines, its numbers in other conventions, and figures."""
 
 import functools
 import math
@@ -21,7 +21,7 @@ from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.objectives import log_normal, reparameterize
 
 GREY = "grey cross-entropy"
-MANIFOLD = 16  # images along each axis of the plane of codes
+MANIFOLD = 16  # images along each axis of the figure "manifold"
 METRICS = {
     "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
     "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
@@ -35,7 +35,7 @@ PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl
 
 
 def make_probes(model: Model) -> Probes:
-    """Which latents are in use: active units (Burda et al. 2016) and the mean KL of each latent."""
+    """Which latents are used: active units (Burda et al. 2016) and the mean KL of each latent."""
 
     def measure(variables, batch, keys):
         net = model.of(batch)
@@ -54,7 +54,7 @@ def make_probes(model: Model) -> Probes:
 
 
 def make_final_probes(model: Model, samples: int, binarize: str) -> Probes | None:
-    """The likelihood by importance sampling, and the parts of the KL (see `evaluation`)."""
+    """The likelihood by importance sampling, and the decomposition of the KL (see `evaluation`)."""
     if not samples:
         return None
     weigh = make_log_weights(model, samples, SAMPLES_AT_ONCE)
@@ -89,7 +89,7 @@ def baselines(
     prior: str = "standard_normal",
     beta: float = 1.0,
 ) -> dict:
-    """Closed forms of the training images: what a collapsed model and the best linear VAE reach, and the floor."""
+    """Closed-form losses on the training images, where known: a collapsed model, the best linear VAE, and the floor."""
     if likelihood == "bernoulli":
         return cross_entropy_baselines(image)
     if likelihood == "discretised_logistic":
@@ -115,9 +115,9 @@ def ledger(
     scale: float = 1.0,
     learn_scale: bool = False,
 ) -> dict[str, Any]:
-    """What the numbers measure, and the numbers of a split in the other conventions that apply to them.
+    """What the numbers measure, and their values on a split in other applicable conventions.
 
-    The share of variance that is explained is 1 - squared error / `variance`, the split's variance about the mean training image.
+    The explained variance is 1 - squared error / `variance`; `variance` is that of the split about the mean training image.
     """
     p_x = model.likelihood
     if p_x.support == BINARY and not is_binary:
@@ -138,7 +138,7 @@ def ledger(
     if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
         error = 2 * scale**2 * numbers[f"{split}/reconstruction"]
         lines[f"{split}/squared error of an image"] = error
-        if variance and model.condition_on != "image":  # else the error is that of the hidden pixels alone
+        if variance and model.condition_on != "image":  # otherwise the error covers only the hidden pixels
             lines[f"{split}/explained variance"] = 1 - error / variance
         lines[f"{split}/scale that this error implies"] = math.sqrt(error / pixels)
         lines["weight of the KL beside half the squared error"] = scale**2
@@ -148,7 +148,7 @@ def ledger(
 def figures_of_codes(
     model: Model, decode: Callable, mean: Float[np.ndarray, "n latent"], label: np.ndarray, title: str
 ) -> dict[str, Callable]:
-    """The codes by label, and the images decoded over their plane: the latents if there are two, else two principal axes."""
+    """The codes coloured by label, and images decoded over a plane: the two latents, or two principal axes if there are more."""
     if model.latent_dim < 2:
         return {}
     if model.latent_dim == 2:
@@ -167,7 +167,7 @@ def figures_of_codes(
 
 
 def plane_grid(axes: Axes) -> Float[np.ndarray, "count latent"]:
-    """Codes at the quantiles of a Gaussian along both axes, the second one upwards, a row after the other.
+    """Codes at the quantiles of a Gaussian along both axes, row by row, with the second axis pointing up.
 
     Source: Kingma & Welling 2013, figure 4.
     """
@@ -185,7 +185,7 @@ def make_figures(
     samples: Callable[[Any], Any] | None = None,
     panels: Mapping[str, str] = PANELS,
 ):
-    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` draws other ones."""
+    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` replaces the last."""
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     if model.likelihood.support == BINARY and has_grey(test.image):

@@ -1,8 +1,8 @@
-"""The generative semi-supervised model M2 (Kingma et al. 2014): a conditional VAE whose label a classifier infers.
+"""The generative semi-supervised model M2 (Kingma et al. 2014): a label-conditioned VAE and a classifier that infers the label.
 
     p(x, y, z) = p(y) p(z) p(x | y, z),    q(y, z | x) = q(y | x) q(z | x, y),    p(y) = 1 / C
 
-An image with a label costs L(x, y), and one without U(x), in which the label is summed out; both bound the likelihood.
+A labelled image costs L(x, y). An unlabelled image costs U(x), with the label summed out. Both bound the likelihood.
 
     L(x, y) = E_q(z | x, y)[-log p(x | y, z)] + KL(q(z | x, y) || p(z)) + ln C  >=  -log p(x, y)
     U(x) = sum_y q(y | x) (L(x, y) + log q(y | x))                              >=  -log p(x)
@@ -48,9 +48,9 @@ def make(
     scale: float = 1.0,
     precision: str = "float32",
 ) -> Model:
-    """The networks of the family conditional, given the label, and as q(y | x) an encoder of the same size; fields as there.
+    """The label-conditioned networks of the family conditional, with a second encoder of the same size as q(y | x).
 
-    Raises ValueError as the family vae does, and for data of fewer than 2 classes.
+    Fields are as in the family conditional. Raises ValueError as the family vae does, and for data with fewer than 2 classes.
     """
     dtype = choose(PRECISIONS, "precision", precision)
     check_sizes(latent_dim=(latent_dim,))
@@ -68,7 +68,7 @@ def make(
 def infer_label(
     autoencoder: Autoencoder, latent_dim: int, p_x: Likelihood, image_shape: tuple[int, int, int], num_classes: int
 ) -> Model:
-    """The conditional VAE of these networks given the label, whose `probabilities` are q(y | x)."""
+    """The label-conditioned VAE of these networks, with q(y | x) as its `probabilities`."""
     net = ConditionalAutoencoder(autoencoder, latent_dim)
     given_label = make_given(net, p_x, image_shape, num_classes, None)
     classifier = autoencoder.encoder.clone(outputs=num_classes)
@@ -97,14 +97,14 @@ def make_objective(
     alpha: float = 0.1,
     label_warmup_steps: int = 0,
 ):
-    """L(x, y) of the labelled images with their cross-entropy, U(x) of the others.
+    """L(x, y) and the cross-entropy of the labelled images, U(x) of the others.
 
     Args:
         beta: weight of the KL of z.
         warmup_steps: training steps during which it rises linearly to beta.
         alpha: weight of the cross-entropy, divided by the share of labelled images in a batch.
-        label_warmup_steps: training steps during which the gradient of U(x) in q(y | x) rises linearly from 0 to its own size.
-            Without it q(y | x) settles on other classes than the labels' before the decoder has learned to use the label.
+        label_warmup_steps: training steps during which the gradient of U(x) in q(y | x) rises linearly from 0 to its full size.
+            Without it q(y | x) settles on classes other than the labels' before the decoder has learned to use the label.
 
     Raises ValueError for a number out of range.
     """

@@ -1,10 +1,10 @@
-"""A VAE whose encoder also classifies, after "One model to rule them all" (Berkhahn et al. 2019): few labels, one network.
+"""A VAE with few labels whose encoder also classifies, after "One model to rule them all" (Berkhahn et al. 2019).
 
     pi = p(y | x) from the last layer of the encoder,    z ~ q(z | x),    x ~ p(x | z, pi)
     loss = -log p(x | z, pi) + beta KL(q(z | x) || p(z)) + alpha 1[labelled] CE(y, pi)
 
-As published pi is a side channel that costs nothing, so this is a loss and bounds no likelihood. With `charge` it is made one: the
-label is summed out, p(y) is uniform, and an image pays KL(pi || p(y)), or ln C where its label is known:
+This is the published loss. In it pi is a side channel that costs nothing, so it is not a bound on a likelihood. With `charge`
+the loss is a bound: the label is summed out, p(y) is uniform, and an image pays KL(pi || p(y)), or ln C if its label is known:
 
     U(x) = sum_y pi_y (-log p(x | z, y)) + KL(q(z | x) || p(z)) + KL(pi || p(y))
 """
@@ -51,9 +51,9 @@ def make(
     scale: float = 1.0,
     precision: str = "float32",
 ) -> Model:
-    """The networks of the family vae, whose encoder's last layer also gives the logits of the classes; fields as there.
+    """The networks of the family vae; the encoder's last layer also outputs class logits. Fields are as in the family vae.
 
-    Raises ValueError as the family vae does, and for data of fewer than 2 classes.
+    Raises ValueError as the family vae does, and for data with fewer than 2 classes.
     """
     check_sizes(latent_dim=(latent_dim,))
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0))
@@ -66,7 +66,7 @@ def make(
     )
 
     def parts(variables, image) -> tuple[Array, Array, Array]:
-        """mean and logvar of q(z | x), and the logits of the classes."""
+        """mean and logvar of q(z | x), and the class logits."""
         mean, logvar = autoencoder.apply(variables, image, method="encode")
         return mean[:, :latent_dim], logvar[:, :latent_dim], mean[:, latent_dim:]
 
@@ -101,13 +101,13 @@ def make_objective(
     alpha: float = 0.1,
     charge: bool = True,
 ):
-    """U(x) and the cross-entropy of the labelled few; without `charge` the published loss.
+    """U(x) and the cross-entropy of the labelled images; without `charge` the published loss.
 
     Args:
         beta: weight of the KL of z.
         warmup_steps: training steps during which it rises linearly to beta.
         alpha: weight of the cross-entropy, divided by the share of labelled images in a batch.
-        charge: pay KL(pi || p(y)) with the label summed out, which takes as many decoder passes as there are classes.
+        charge: sum out the label and add KL(pi || p(y)); takes one decoder pass per class.
 
     Raises ValueError for a number out of range.
     """

@@ -1,13 +1,13 @@
-"""M1 + M2 (Kingma et al. 2014): the semi-supervised model M2 of the codes of a VAE, M1.
+"""M1 + M2 (Kingma et al. 2014): a VAE, M1, and the semi-supervised model M2 on its codes.
 
     p(x, c, y, z) = p(x | c) p(c | y, z) p(y) p(z),    q(c, y, z | x) = q(c | x) q(y | c) q(z | c, y)
     p(c | y, z) = N(m(y, z), diag(v(y, z)))
     loss = E_q(c | x)[-log p(x | c)] + beta KL(q(c | x) || N(0, I))    M1
-         + E_q(c | x)[L(c, y) + alpha CE(y, q(y | c)), or U(c)]        M2, to which the codes c are data
+         + E_q(c | x)[L(c, y) + alpha CE(y, q(y | c)), or U(c)]        M2; the codes c are its data
 
-Both are trained side by side. M2 never changes M1, whose gradient ends at the codes, so M1 is the VAE of families/vae.py and M2
-what a second training on its codes gives, but for the codes of the first epochs. Together they are one model, whose prior of
-the codes is M2:
+Both train at the same time. The gradient of M2 stops at the codes, so M2 never changes M1. M1 is therefore the VAE of
+families/vae.py. M2 is what a second training on the codes of M1 gives, apart from the codes of the first epochs. Together
+they are one model, with M2 as the prior of the codes:
 
     bound = E_q(c | x)[-log p(x | c) + log q(c | x) + U(c)]  >=  -log p(x)
 """
@@ -51,14 +51,14 @@ def make(
     code_hidden: tuple[int, ...] = (500,),
     precision: str = "float32",
 ) -> Model:
-    """M1 is the family vae, fields as there; M2 has dense layers with tanh.
+    """M1 is the family vae, with the same fields; M2 has dense layers with tanh.
 
     Args:
         latent_dim: size of the codes c.
         code_latent_dim: size of M2's z.
-        code_hidden: widths of its layers.
+        code_hidden: widths of M2's layers.
 
-    Raises ValueError as the family vae does, and for data of fewer than 2 classes.
+    Raises ValueError as the family vae does, and for data with fewer than 2 classes.
     """
     check_sizes(code_latent_dim=(code_latent_dim,), code_hidden=code_hidden)
     m1 = vae.make(
@@ -82,7 +82,7 @@ def make(
 
 
 def stack(m1: Model, m2: Model) -> Model:
-    """The one model of images and labels whose prior of the codes is M2."""
+    """One model of images and labels, with M2 as the prior of the codes."""
 
     def init(key, pixel_mean=None):
         of_m1, of_m2 = jax.random.split(key)
@@ -121,12 +121,12 @@ def of_codes(variables: dict) -> dict:
 
 
 def as_image(code: Float[Array, "batch latent"]) -> Float[Array, "batch 1 1 latent"]:
-    """Codes as M2 takes its data."""
+    """Codes in the shape of M2's data, an image of one pixel."""
     return code[:, None, None]
 
 
 def density_of_codes() -> Likelihood:
-    """N(c; m, diag(v)), with m and ln v as the decoder gives them."""
+    """N(c; m, diag(v)); the raw decoder output is m and ln v, concatenated."""
 
     def energy(variables, raw, code):
         mean, logvar = jnp.split(raw, 2, axis=-1)
@@ -149,7 +149,7 @@ def make_objective(
     alpha: float = 0.1,
     label_warmup_steps: int = 0,
 ):
-    """The sum of M1's and M2's losses; fields as in the families vae and semisupervised, those of the KL for M1."""
+    """The sum of the losses of M1 and M2; fields as in the families vae (for M1: beta, warmup_steps) and semisupervised."""
     m1, m2 = model.apply
     of_image = vae.make_objective(m1, binarize, beta=beta, warmup_steps=warmup_steps)
     of_code = semisupervised.make_objective(m2, labelled_share, alpha=alpha, label_warmup_steps=label_warmup_steps)
@@ -157,7 +157,7 @@ def make_objective(
     def objective(variables, batch, keys, train, step, axis_name=None):
         image, model_state = of_image(variables, batch, keys, train, step, axis_name)
         mean, logvar = m1.encode(variables, batch.image)
-        drawn = reparameterize(mean, logvar, keys)[0]  # the z with which `of_image` decodes
+        drawn = reparameterize(mean, logvar, keys)[0]  # the z that `of_image` decodes
         data = batch._replace(image=as_image(lax.stop_gradient(drawn)))
         code, _ = of_code(of_codes(variables), data, named_key(keys, "codes"), train, step)
         metrics = {name: code[name] for name in ("label_entropy", "cross_entropy", "accuracy")}
@@ -169,4 +169,4 @@ def make_objective(
 
 
 def make_final_probes(model: Model, samples: int, binarize: str) -> None:
-    """None: p(c | y) has no closed form, so that importance samples of c alone give no likelihood."""
+    """None: p(c | y) has no closed form, so importance samples of c alone give no likelihood."""

@@ -2,7 +2,7 @@
 
     loss = E_q(z | x)[-log p(x | z)] + beta KL(q(z | x) || p(z)),    q(z | x) = N(mean(x), exp(logvar(x)))
 
-Losses leave out the likelihood's constant: with the unit-variance Gaussian they are half the squared error plus the KL.
+Losses omit the likelihood's constant: with the unit-variance Gaussian they are half the squared error plus the KL.
 """
 
 import functools
@@ -64,21 +64,21 @@ def make(
     Args:
         latent_dim: size of z.
         network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training image.
-        encoder_features: of conv: channels after each convolution; every one halves the image. Empty: 32, 64, 128, ..., until 7
-            to 13 pixels are left, or an odd number: (32, 64) for 28x28, the post's.
-        decoder_features: of conv: channels of the transposed convolutions that double the image. Empty: the reverse.
-        pooling: of conv: halve the image by max pooling instead of strided convolutions, which the post found to fail.
-        hidden: of mlp: widths of the encoder's layers; the decoder has them in reverse.
-        likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the variance that is best for
-            each batch), "laplace", "bernoulli", "continuous_bernoulli" or "discretised_logistic".
-        scale: of gaussian, laplace and discretised_logistic: the scale, for pixels in [0, 1].
-        learn_scale: learn the scale, from `scale` on.
+        encoder_features: for conv: channels after each convolution; each one halves the image. Empty: 32, 64, 128, ..., until 7
+            to 13 pixels or an odd number are left; (32, 64) for 28x28, as in the post.
+        decoder_features: for conv: channels of the transposed convolutions, which double the image. Empty: encoder's reversed.
+        pooling: for conv: halve the image by max pooling instead of strided convolutions; the post found that this fails.
+        hidden: for mlp: widths of the encoder's layers; the decoder has them in reverse.
+        likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the optimal variance for each
+            batch), "laplace", "bernoulli", "continuous_bernoulli" or "discretised_logistic".
+        scale: for gaussian, laplace and discretised_logistic: the scale, for pixels in [0, 1].
+        learn_scale: learn the scale, starting at `scale`.
         prior: p(z): "standard_normal", "mixture" (of learned Gaussians) or "vamp" (of posteriors of learned images).
-        components: of mixture and vamp: their number.
-        precision: "float32" or "bfloat16", in which the layers compute; parameters, statistics and loss are float32.
+        components: for mixture and vamp: number of components.
+        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are float32.
 
-    Raises ValueError if a size is below 1, a scale is not above 0, a name is unknown, a field has no meaning, the decoder's
-    doublings cannot end at the image's size, or pooling leaves nothing of the image.
+    Raises ValueError if a size is below 1, a scale is not above 0, a name is unknown, a field has no effect, the decoder cannot
+    reach the image's size by doubling, or pooling leaves nothing of the image.
     """
     dtype = choose(PRECISIONS, "precision", precision)
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0), learn_scale=(learn_scale, False))
@@ -108,7 +108,7 @@ def make(
 def init(
     autoencoder: Any, p_x: Likelihood, p_z: Prior, image_shape: tuple[int, int, int], key, pixel_mean=None
 ) -> dict:
-    """The variables of networks, likelihood and prior; the mean training image sets the bias of dense decoders."""
+    """The variables of networks, likelihood and prior; `pixel_mean` sets the output bias of dense decoders."""
     variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
     if pixel_mean is not None and isinstance(getattr(autoencoder, "decoder", None), DenseDecoder):
         variables["params"] = start_at(variables["params"], pixel_mean)
@@ -116,7 +116,7 @@ def init(
 
 
 def with_parts(variables: dict, p_x: Likelihood, p_z: Prior, key) -> dict:
-    """The variables of networks, and beside them those that likelihood and prior have."""
+    """Add the variables of likelihood and prior to those of the networks."""
     parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
     own = {name: part for name, part in parts.items() if part}
     state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
@@ -139,12 +139,12 @@ def make_objective(
         binarize: how the data are made binary, as in `batch.binarize`.
         beta: weight of the KL (Higgins et al. 2017); 1 is the ELBO, and the post's loss.
         warmup_steps: training steps during which the weight of the KL rises linearly to beta.
-        free_bits: nats of KL that each latent has for free in training, on the mean over a batch (Kingma et al. 2016).
-        samples: draws of z for each image; more than one give the importance-weighted bound (Burda et al. 2016).
-        estimator: gradient of that bound: "iwae", its own, or "dreg", of less variance (Tucker et al. 2019).
+        free_bits: nats of KL that are free for each latent in training, on average over a batch (Kingma et al. 2016).
+        samples: draws of z per image; more than one gives the importance-weighted bound (Burda et al. 2016).
+        estimator: gradient of that bound: "iwae", the plain one, or "dreg", with less variance (Tucker et al. 2019).
 
-    Raises ValueError for a number out of range, for fields that do not go together, and if a likelihood of grey pixels is given
-    binarized ones. A Bernoulli takes grey ones too, but `ledger` then names its number grey cross-entropy.
+    Raises ValueError for a number out of range, for incompatible fields, and for binarized data with a likelihood of grey
+    pixels. A Bernoulli accepts grey pixels, but `ledger` then labels its number as grey cross-entropy.
     """
     check_objective(model, beta, warmup_steps, free_bits, samples, estimator, binarize)
 
@@ -166,7 +166,7 @@ def make_objective(
             kl = by_latent.sum(axis=-1)
         weight = warm_up(beta, step, warmup_steps)
 
-        if samples == 1:  # a KL in closed form has less noise
+        if samples == 1:  # a closed-form KL has less noise
             paid = free_bits_kl(by_latent, batch.weight, free_bits, axis_name) if train and free_bits else kl
             loss, bound = negative_elbo(reconstruction, paid, weight), negative_elbo(reconstruction, kl)
         else:
@@ -196,7 +196,7 @@ def dreg_loss(model: Model, variables, z, mean, logvar, image, beta):
 def check_objective(
     model: Model, beta: float, warmup_steps: int, free_bits: float, samples: int, estimator: str, binarize: str
 ) -> None:
-    """Raise ValueError for an objective's field out of range, or without meaning beside another or for these data."""
+    """Raise ValueError for a field of the objective that is out of range, or conflicts with another field or the data."""
     if binarize != "none" and model.likelihood.support != BINARY:
         raise ValueError(
             f"model.likelihood is a {model.likelihood.support}, but data.binarize is {binarize!r}: "
@@ -222,7 +222,7 @@ def check_objective(
 
 
 def check_data(dataset) -> None:
-    """A VAE learns from any images."""
+    """Accept any images."""
 
 
 def decodes_per_example(*, samples: int = 1) -> int:

@@ -1,19 +1,22 @@
-"""The VAE/GAN: a discriminator's features in place of the pixels (Larsen et al. 2016).
+"""The VAE/GAN: it compares images by a discriminator's features instead of by pixels (Larsen et al. 2016).
 
-x is an image, x~ = dec(z) with z ~ q(z | x) its reconstruction, x_p = dec(z_p) with z_p ~ p(z) a sample; f is what the
-discriminator D computes after one of its convolutions. Four terms train three networks:
+x is an image, x~ = dec(z) with z ~ q(z | x) its reconstruction, and x_p = dec(z_p) with z_p ~ p(z) a sample. f is the output
+of one of the convolutions of the discriminator D. Four terms train three networks:
 
     KL  = KL(q(z | x) || p(z))                                 R = 1/2 |f(x) - f(x~)|^2
     L_D = -1/2 log D(x) - 1/2 log(1 - D(x_p))                  A = -log D(x_p), or saturating: log(1 - D(x_p))
 
     encoder <- beta KL + R,      decoder <- gamma R / n + (1 - gamma) A,      discriminator <- L_D + penalty
 
-with n features, so that gamma means the same at every layer. One scalar gives all three directions; sg stops the gradient:
+with n features, so that gamma means the same at every layer. One scalar gives all three update directions; sg stops the
+gradient:
 
-    loss = beta KL + R(enc, dec, sg dis) + lambda A(dec, sg dis) + L_D(sg images, dis) + penalty,    lambda = n (1 - gamma) / gamma
+    loss = beta KL + R(enc, dec, sg dis) + lambda A(dec, sg dis) + L_D(sg images, dis) + penalty
+    lambda = n (1 - gamma) / gamma
 
-It equals the decoder's objective times n / gamma, which an optimizer without a scale does not see: Adam, one for each network.
-The released code freezes a network whose opponent loses and has batch normalisation; here neither is needed (see R1).
+The decoder's part is its objective times n / gamma. This factor has no effect, because each network has its own Adam, which
+is invariant to the scale of its loss. The released code freezes a network when its opponent loses, and uses batch
+normalisation; neither is needed here (see `penalty`).
 """
 
 import functools
@@ -73,16 +76,16 @@ def make(
     scale: float = 1.0,
     precision: str = "float32",
 ) -> Model:
-    """The VAE with the post's networks, whose first weights are those of the family vae, and a discriminator.
+    """The VAE with the post's networks, with the same initial weights as the family vae, and a discriminator.
 
-    Fields that the family vae has too are as there.
+    Shared fields are as in the family vae.
 
     Args:
-        discriminator_features: channels after each of the discriminator's convolutions; every one halves the image.
-        feature_layer: the convolution, from 1 on, after which its features compare images.
+        discriminator_features: channels after each of the discriminator's convolutions; each one halves the image.
+        feature_layer: number, from 1, of the discriminator's convolution whose output is used to compare images.
 
     Raises ValueError as the family vae does, and for a discriminator too deep for the image, a feature layer that does not
-    exist, and a likelihood with parameters, which nothing would train.
+    exist, and the optimal Gaussian, whose variance nothing would train.
     """
     check_sizes(latent_dim=(latent_dim,), discriminator_features=discriminator_features)
     check_discriminator(image_shape, discriminator_features, feature_layer)
@@ -132,19 +135,19 @@ def make_objective(
     judge_reconstructions: bool = False,
     penalty: float = 0.0,
 ):
-    """The loss above; evaluation computes it without the penalty.
+    """The loss above; evaluation omits the penalty.
 
     Args:
-        method: "vaegan"; or of the same networks the plain "vae", which learns from pixels, or the plain "gan", whose encoder
-            learns nothing.
+        method: "vaegan"; or, with the same networks, the plain "vae", which learns from pixels, or the plain "gan", whose
+            encoder learns nothing.
         beta: weight of the KL.
-        gamma: in (0, 1]: the decoder weighs R, as a mean over features, by gamma, and A by 1 - gamma.
-        saturating: the A of the paper, log(1 - D), whose gradient vanishes where the discriminator wins.
-        judge_reconstructions: the discriminator sees x~ too, and the decoder is to fool it with both, half and half. The paper's
-            algorithm does so; the released code does not.
+        gamma: in (0, 1]: weight of R, as a mean over features, in the decoder's objective; A has the weight 1 - gamma.
+        saturating: use the paper's A, log(1 - D), whose gradient vanishes where the discriminator wins.
+        judge_reconstructions: the discriminator also sees x~, and the decoder learns to fool it with both, with equal weight. The
+            paper's algorithm does this; the released code does not.
         penalty: weight of R1, penalty / 2 |d logit D(x) / dx|^2 (Mescheder et al. 2018).
 
-    Raises ValueError for a field out of range or without meaning beside the method.
+    Raises ValueError for a field out of range or without effect for the method.
     """
     check_objective(model, beta, 0, 0.0, 1, "iwae", binarize)
     check_fields(method, beta, gamma, saturating, judge_reconstructions, penalty)
@@ -183,7 +186,7 @@ def make_objective(
 
 
 def game(model: Model, variables, image: Array, fakes: list[Array], saturating: bool) -> dict[str, Array]:
-    """A, in which a discriminator judges that does not learn; L_D, which learns from images that do not; D(x) and D(x_p)."""
+    """A with a fixed discriminator, L_D with fixed images, D(x) and D(x_p)."""
     fixed = stop_gradient(variables)
     judged = jnp.stack([model.apply(fixed, fake)[0] for fake in fakes])
     on_data = model.apply(variables, image)[0]
@@ -197,7 +200,7 @@ def game(model: Model, variables, image: Array, fakes: list[Array], saturating: 
 
 
 def draw_prior(model: Model, variables, keys) -> Float[Array, "batch latent"]:
-    """z_p ~ p(z), one for each example, from its stream "prior"."""
+    """z_p ~ p(z), one draw per example from its key stream "prior"."""
 
     def draw(key):
         return model.prior.sample(variables, key, 1)[0]
@@ -206,20 +209,20 @@ def draw_prior(model: Model, variables, keys) -> Float[Array, "batch latent"]:
 
 
 def slope(model: Model, variables, image: Float[Array, "batch height width channel"]) -> Float[Array, " batch"]:
-    """|d logit D(x) / dx|^2 of each image; D treats images one by one, so the gradient of the sum is each one's."""
+    """|d logit D(x) / dx|^2 of each image. D treats images independently, so the gradient of the sum gives each gradient."""
     gradient = jax.grad(lambda image: model.apply(variables, image)[0].sum())(image)
     return jnp.sum(gradient**2, axis=(1, 2, 3))
 
 
 def weight_of_adversarial(gamma: float, features: int) -> float:
-    """lambda = n (1 - gamma) / gamma: the weight of A beside the sum R over n features."""
+    """lambda = n (1 - gamma) / gamma, the weight of A relative to R, which is a sum over n features."""
     return features * (1 - gamma) / gamma
 
 
 def check_fields(
     method: str, beta: float, gamma: float, saturating: bool, judge_reconstructions: bool, penalty: float
 ) -> None:
-    """Raise ValueError for an objective's field out of range, or without meaning beside the method."""
+    """Raise ValueError for a field of the objective that is out of range, or has no effect for the method."""
     if method not in METHODS:
         raise ValueError(f"objective.method is {method!r}, but must be one of {', '.join(METHODS)}")
     if not 0 < gamma <= 1:
@@ -239,7 +242,7 @@ def check_fields(
 
 
 def decodes_per_example(*, method: str = "vaegan", judge_reconstructions: bool = False) -> int:
-    """A reconstruction, a sample, and a second reconstruction where the discriminator judges it."""
+    """A reconstruction, a sample, and a second reconstruction if the discriminator judges it; for "vae" a reconstruction."""
     return 1 if method == "vae" else 2 + judge_reconstructions
 
 
@@ -252,12 +255,12 @@ def baselines(
     likelihood: str = "unit_gaussian",
     scale: float = 1.0,
 ) -> dict:
-    """Those of the family vae for the method "vae"; the others do not train on pixels."""
+    """The baselines of the family vae for the method "vae"; empty for the others, which do not train on pixels."""
     if method != "vae":
         return {}
     return reports.baselines(model, image, likelihood=likelihood, scale=scale, beta=beta)
 
 
 def make_figures(model: Model, test, key, title: str) -> Any:
-    """Training curve, reconstructions and samples, as the family vae."""
+    """Training curve, reconstructions and samples, as in the family vae."""
     return reports.make_figures(model, test, key, title, panels=PANELS)

@@ -1,6 +1,7 @@
-"""`--mode=evaluate --full`: all that is known about a trained VAE, each number beside its floor, its ceiling or its error.
+"""`--mode=evaluate --full`: every measurement of a trained VAE, with its floor, its ceiling or its error.
 
-What does not apply is left out with its reason. The numbers go to generated/evaluation-*.json, the figures beside them.
+Measurements that do not apply are replaced by the reason. The numbers go to generated/evaluation-*.json, and the figures to
+the same folder.
 """
 
 import json
@@ -25,15 +26,16 @@ from vae_jax.run.files import save_figure, write_atomically
 def evaluate_fully(
     vae: Pretrained, dataset: Dataset, split: str, samples: int, count: int | None, folder: Path, prior: str = "model"
 ) -> dict[str, Any]:
-    """Every number of a VAE on a split, under its name, and reasons in place of those that do not apply.
+    """{name: number} for a VAE on a split, or {name: reason} for a number that does not apply.
 
     Args:
-        samples: draws of z for each image's likelihood.
-        count: images of the split whose likelihood is estimated; by default 1,000, or all if there are fewer.
-        prior: its name in the names of files.
-        folder: where finished parts, figures and the numbers are kept; the same call continues an interrupted one.
+        samples: draws of z per image for the likelihood.
+        count: number of images for the likelihood; by default 1,000, or all if there are fewer.
+        prior: name of the prior, for the file names.
+        folder: destination of finished parts, figures and numbers; the same call continues an interrupted one.
 
-    Raises ValueError for samples below 1, if the split has fewer images than `count`, and for a model whose p(z) has no closed form.
+    Raises ValueError for samples below 1, if the split has fewer images than `count`, if p(z) has no closed form, and for
+    unlabelled images if the model is conditioned on the label.
     """
     vae.check_has_density()
     stored = dataset.splits[split]
@@ -71,7 +73,7 @@ def evaluate_fully(
 
 
 def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The parts of the KL, and how well the codes tell the labels."""
+    """The decomposition of the KL, and how well the codes predict the labels."""
     numbers = decompose_kl(codes["z"], codes["mean"], codes["logvar"], codes["kl"], codes.get("kl_by_latent"))
     label, training = subject.stored.label, subject.dataset.splits["train"]
     if subject.name == "train":
@@ -84,7 +86,7 @@ def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, 
 
 
 def draw(subject: Subject, codes: dict[str, np.ndarray], numbers: dict[str, Any], title: str, path: Path) -> None:
-    """One picture of the likelihood's curve, the latents and the reconstruction errors."""
+    """Save one figure of the likelihood curve, the latents and the reconstruction errors."""
     image = as_floats(subject.seen.image)
     conditions = subject.vae.condition_of(image, subject.seen.label)
     error = np.mean((image - subject.vae.decode(codes["mean"], **conditions)) ** 2, axis=(1, 2, 3))

@@ -1,4 +1,4 @@
-"""The likelihood of a trained VAE by importance sampling, and whether it can be trusted."""
+"""The likelihood of a trained VAE by importance sampling, and diagnostics of its reliability."""
 
 import sys
 from operator import itemgetter
@@ -29,11 +29,11 @@ from vae_jax.run.devices import compiler_options
 from vae_jax.run.evaluate import map_blocks
 from vae_jax.run.files import json_line, read_json_lines
 
-SIMULATED = 128  # images drawn from the model, for the sandwich
+SIMULATED = 128  # images drawn from the model for `sandwich`
 
 
 def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -> dict[str, Any]:
-    """-log p(x) by importance sampling, what says whether to trust it, and the sandwich on simulated images."""
+    """-log p(x) by importance sampling, diagnostics of its reliability, and the `sandwich` bounds on simulated images."""
     vae, p_x = subject.vae, subject.vae.model.likelihood
     if p_x.support == BINARY and not subject.dataset.is_binary:
         return {"nll": "left out: a Bernoulli is no likelihood of grey pixels"}
@@ -75,7 +75,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
 
 
 def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, np.ndarray]:
-    """What `summarize` keeps of the first `count` images; finished blocks are read from the JSON lines in `path`."""
+    """The results of `summarize` for the first `count` images. Finished blocks are read from the JSON lines in `path`."""
     vae = subject.vae
     log_weights = make_log_weights(vae.model, samples, SAMPLES_AT_ONCE)
 
@@ -98,7 +98,7 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
 
 
 def progress(label: str, total: int, done: int = 0) -> tqdm:
-    """A progress bar on a terminal; elsewhere one line."""
+    """A progress bar on a terminal, otherwise one printed line."""
     shown = sys.stderr.isatty()
     if not shown:
         print(f"vae_jax: {label}", file=sys.stderr, flush=True)
@@ -106,7 +106,7 @@ def progress(label: str, total: int, done: int = 0) -> tqdm:
 
 
 def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """`sandwich` of images that are drawn from the model."""
+    """The `sandwich` bounds for images drawn from the model."""
     vae = subject.vae
     batch = subject.batch(0, SIMULATED)
 

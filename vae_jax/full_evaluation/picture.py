@@ -1,4 +1,4 @@
-"""The picture of a full evaluation."""
+"""The figure of a full evaluation."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -20,13 +20,13 @@ def draw_evaluation(
     label: Int[np.ndarray, " n"],
     title: str,
 ) -> "Figure":
-    """The likelihood by samples, the latents' variances, the reconstruction errors, and planes of the codes by label.
+    """The likelihood by number of samples, the latents' variances, the reconstruction errors, and the codes in planes.
 
     Args:
-        curve: the estimate of -log p(x) with so many samples; {} where there is none.
-        variance: of each latent's posterior mean over the split.
+        curve: {number of samples: estimate of -log p(x)}; {} if there is none.
+        variance: variance of each latent's posterior mean over the split.
         error: mean squared error of each image's reconstruction.
-        planes: two principal components of the codes and their shares of the variance, by their title.
+        planes: {title: (codes on two principal axes, shares of the variance)}.
     """
     figure = new_figure(15.0, 8.0)
     axes = figure.subplot_mosaic([["curve", "variance", "error"], [*planes, "empty"]])

@@ -11,7 +11,7 @@ from vae_jax.run.evaluate import as_seen, map_examples
 
 
 def fit_prior(vae: Pretrained, dataset: Dataset) -> tuple[Prior, list[str]]:
-    """A mixture fitted to draws of q(z | x) over the training images, and lines with the test bound under it and the model's."""
+    """A mixture fitted to draws of q(z | x) on the training images, and lines with the test bound under it and under p(z)."""
     seed = vae.config["seed"]
     if vae.model.condition_on:
         raise ValueError("--prior=gmm replaces p(z), but the prior of a conditional model depends on its condition")

@@ -1,4 +1,4 @@
-"""What a full evaluation evaluates."""
+"""The model and the data of a full evaluation."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from vae_jax.run.evaluate import map_examples
 
 
 class Subject(NamedTuple):
-    """What is evaluated: a model, and a split as the model sees it and as it is stored."""
+    """A model, and a split as the model sees it and as it is stored."""
 
     vae: Pretrained
     dataset: Dataset
@@ -24,7 +24,7 @@ class Subject(NamedTuple):
     devices: Devices
 
     def encode(self, split: Split) -> dict[str, np.ndarray]:
-        """Of each image: mean and logvar of q(z | x), a draw z, the KL, and its latents' where they have a closed form."""
+        """For each image: mean and logvar of q(z | x), a draw z, the KL, and the KL of each latent if it has a closed form."""
 
         def measure(variables, batch, key):
             model = self.vae.model.of(batch)
@@ -39,7 +39,7 @@ class Subject(NamedTuple):
         return map_examples(measure, split, devices=self.devices)(self.vae.variables, self.root)
 
     def batch(self, start: int, count: int) -> Batch:
-        """`count` images of the split as the model sees them, from a position on, and from the first one again after the last."""
+        """`count` images of the split as the model sees them, from position `start` on; wraps around at the end."""
         rows = jnp.asarray(np.arange(start, start + count) % len(self.seen.label))
         return make_batch(jnp.asarray(self.seen.image[rows]), jnp.asarray(self.seen.label[rows]), rows, rows)
 

@@ -1,4 +1,4 @@
-"""Networks given a condition."""
+"""Networks that take a condition."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ from vae_jax.nn.networks import Autoencoder, tanh_layers
 
 
 class ConditionalAutoencoder(nn.Module):
-    """An autoencoder given conditions c, which are first embedded by dense layers with tanh if `hidden` names any.
+    """An autoencoder given conditions c. If `hidden` is not empty, dense layers with tanh first embed c.
 
-    c shifts mean and log-variance of q(z | x, c) linearly, and the decoder sees z and c side by side. `prior(c)` is the mean
-    and log-variance of p(z | c); it starts at N(0, I). Without latents the decoder alone is left, a regression on c.
+    The encoder adds a linear function of c to the mean and log-variance of q(z | x, c). The decoder takes z and c
+    concatenated. `prior(c)` returns the mean and log-variance of p(z | c), initially N(0, I). If `latent_dim` is 0 only the
+    decoder remains, a regression on c.
     """
 
     autoencoder: Autoencoder
@@ -44,18 +45,18 @@ class ConditionalAutoencoder(nn.Module):
         return mean, logvar
 
     def nothing(self, condition):
-        """Mean and log-variance of no latent."""
+        """Mean and log-variance for zero latents."""
         empty = jnp.zeros((condition.shape[0], 0))
         return empty, empty
 
     def __call__(self, image, condition):
-        """All that has parameters."""
+        """Call everything that has parameters, for `init`."""
         prior = self.prior(condition) if self.learned_prior else None
         return self.decode(self.encode(image, condition)[0], condition), prior
 
 
 class Embedding(nn.Module):
-    """Conditions -> dense layers with tanh, or the flattened conditions themselves."""
+    """Flattened conditions -> dense layers with tanh; without layers the flattened conditions themselves."""
 
     hidden: tuple[int, ...]
 

@@ -1,19 +1,19 @@
-"""SAME convolution and its transpose: as matrix products on the CPU, and on GPUs for few channels; else by lax.
+"""SAME convolution and its transpose: matrix products on the CPU, and on GPUs for few channels; otherwise lax.
 
-XLA's CPU convolution runs far below the rate of its matrix product, and slower still inside a loop. So on the CPU each of
-the three bilinear maps that make up a convolution is one product:
+XLA's CPU convolution is far slower than its matrix product, and even slower inside a loop. So on the CPU each of the three
+bilinear maps that make up a convolution is one product:
 
     conv(x, w)               small = im2col(x) w               forward
     conv_input_grad(g, w)    large = col2im(g w^T)             its transpose in x: the transposed convolution
     conv_kernel_grad(x, g)   w     = im2col(x)^T g             its transpose in w
 
-For few channels on the small side, several pixels of a row are combined into one pixel of all their channels.
+If the small side has few channels, several pixels of a row are combined into one pixel with all their channels.
 
 The transposes of each map are the other two. As JAX primitives the three are therefore closed under differentiation of
 any order, in forward and reverse mode, and the backward pass of a transposed convolution is one im2col and two products.
-On TPUs the same primitives lower to `lax.conv_general_dilated` and its transposes; on NVIDIA GPUs too, unless the large
-side has few channels, where cuDNN is slower than the products. Kernels have Flax's layout, [height, width, in, out], so
-weights move freely between platforms and to `flax.linen`.
+On TPUs the same primitives lower to `lax.conv_general_dilated` and its transposes. On NVIDIA GPUs they do so too, unless the
+large side has few channels, where cuDNN is slower than the products. Kernels have Flax's layout, [height, width, in, out],
+so weights are interchangeable between platforms and with `flax.linen`.
 
 In bfloat16, products and overlapping sums accumulate in float32.
 """
@@ -28,12 +28,12 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-FEW_CHANNELS = 16  # at most so many channels go by products on NVIDIA GPUs; measured on an H100
-WIDE = 64  # columns from which a product reaches nearly its full rate on the CPU
+FEW_CHANNELS = 16  # NVIDIA GPUs use products up to this many channels; measured on an H100
+WIDE = 64  # columns that a product needs to reach nearly its full rate on the CPU
 
 
 class Geometry(NamedTuple):
-    """How the large side of a convolution, [height, width], maps to the small one."""
+    """How the large side of a convolution, [height, width], maps to the small side."""
 
     size: tuple[int, ...]  # of the kernel
     stride: tuple[int, ...]
@@ -78,15 +78,15 @@ def _check_channels(x, kernel):
 
 
 def _pads(geometry):
-    """The padding (low, high) of each axis of the large side; negative if the kernel does not reach its end."""
+    """The padding (low, high) of each axis of the large side; negative if the kernel does not reach the end of the axis."""
     return [(low, (n - 1) * stride + k - low - m) for k, stride, low, n, m in zip(*geometry)]
 
 
 def _im2col(x, geometry):
-    """The patches of x side by side, [batch * small, kh * kw * c].
+    """The patches of x as rows, [batch * small, kh * kw * c].
 
-    `stride` pixels of a row form one slice, so there are few slices. A sum of padded slices is one loop on XLA's CPU; a
-    concatenation would copy them once more.
+    Each slice takes `stride` pixels of a row, so there are few slices. XLA's CPU backend fuses a sum of padded slices into
+    one loop; a concatenation would copy them again.
     """
     (kh, kw), (sh, sw), _, (h, w), large = geometry
     batch, channels = x.shape[0], x.shape[3]
@@ -110,8 +110,8 @@ def _im2col(x, geometry):
 def _col2im(columns, geometry):
     """The transpose of im2col: [batch * small, kh * kw * c] -> [batch, *large, c], adding overlaps.
 
-    Outputs with the same remainder by the stride form a plane, which is a sum of unstrided shifts of the columns; one
-    reshape interleaves the planes. (Interior dilation by `lax.pad` is slower.)
+    Outputs with the same remainder modulo the stride form a plane. Each plane is a sum of unstrided shifts of the columns,
+    and one reshape interleaves the planes. (Interior dilation by `lax.pad` is slower.)
     """
     (kh, kw), (sh, sw), low, (h, w), large = geometry
     columns = columns.reshape(-1, h, w, kh, kw, columns.shape[-1] // (kh * kw))
@@ -146,9 +146,9 @@ def _col2im(columns, geometry):
 
 
 def _widen(geometry, channels):
-    """A geometry in which n small pixels of a row are one pixel of all their channels, and n; narrow products are slow.
+    """Combine n small pixels of a row into one with all their channels, since narrow products are slow.
 
-    Their kernels lie side by side in a wider one, padded with at most as many zeros as it has weights.
+    Returns the new geometry and n. The n kernels lie side by side in a wider one, with at most as many zeros as weights.
     """
     (kh, kw), (sh, sw), low, (h, w), large = geometry
 
@@ -160,7 +160,7 @@ def _widen(geometry, channels):
 
 
 def _widen_kernel(kernel, geometry, n):
-    """[kh, kw, c, k] -> [kh * (kw + (n - 1) * stride) * c, n * k], the matrix that patches are multiplied by."""
+    """[kh, kw, c, k] -> [kh * (kw + (n - 1) * stride) * c, n * k], the matrix that multiplies the patches."""
     stride = geometry.stride[1]
     shifted = [jnp.pad(kernel, ((0, 0), (i * stride, (n - 1 - i) * stride), (0, 0), (0, 0))) for i in range(n)]
     return jnp.concatenate(shifted, axis=3).reshape(-1, n * kernel.shape[3])
@@ -181,7 +181,7 @@ def _input_grad(g, kernel, geometry):
 def _kernel_grad(x, g, geometry):
     channels = x.shape[3], g.shape[3]
     wide, n = _widen(geometry, channels[1])
-    # Contracting the rows of both avoids the transposed copy of the columns that XLA makes for other forms.
+    # Contracting over the rows of both operands avoids the transposed copy of the columns that XLA makes for other forms.
     product = lax.dot_general(_im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ())))
     exact = jnp.promote_types(product.dtype, jnp.float32)
     kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
@@ -205,10 +205,10 @@ def _lax_kernel_grad(x, g, geometry):
 
 
 def _primitive(name, product, convolution, shape, channels, has_kernel=True):
-    """A primitive lowered to a matrix product or to a lax convolution.
+    """A primitive that lowers to a matrix product or to a lax convolution.
 
-    `shape(a, b, geometry)` is the shape of the result; `channels(a, b)` is the number of channels of the large side; `has_kernel`
-    tells whether b is a kernel.
+    `shape(a, b, geometry)` returns the shape of the result, and `channels(a, b)` the number of channels of the large side.
+    `has_kernel` says whether b is a kernel.
     """
     primitive = Primitive(name)
 
@@ -221,11 +221,11 @@ def _primitive(name, product, convolution, shape, channels, has_kernel=True):
         return jax.core.ShapedArray(shape(a, b, geometry), dtype)
 
     def batch(operands, axes, geometry):
-        if has_kernel and axes[1] is None:  # one batch of more images
+        if has_kernel and axes[1] is None:  # a shared kernel: one larger batch of images
             images = jnp.moveaxis(operands[0], axes[0], 0)
             out = primitive.bind(images.reshape(-1, *images.shape[2:]), operands[1], geometry=geometry)
             return out.reshape(*images.shape[:2], *out.shape[1:]), 0
-        # lax would turn several kernels into a grouped convolution, which is slow on GPUs too.
+        # lax would turn several kernels into a grouped convolution, which is slow also on GPUs.
         products, convolutions = (
             jax.vmap(functools.partial(form, geometry=geometry), axes) for form in (product, convolution)
         )

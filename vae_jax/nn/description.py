@@ -1,4 +1,4 @@
-"""Networks as data: lists of layers with their weights, which any runtime can compute.
+"""Networks as data: lists of layers with their weights, for any runtime.
 
 Images and feature maps are [batch, height, width, channel].
 """
@@ -19,10 +19,10 @@ class Layer(NamedTuple):
     """One layer of a network.
 
     Attributes:
-        kind: "conv" and "conv_transpose" (SAME, of the given stride, kernel [height, width, in, out], not flipped, and bias),
-            "dense" (kernel [in, out] and bias), "affine" (x factor + offset of each channel), "max_pool" (2x2, the last row or
-            column of an odd size left out), "reshape" (to [batch, *shape]), or a function of each value: "relu", "tanh",
-            "sigmoid"; "softmax" over the last axis.
+        kind: "conv" and "conv_transpose" (SAME with the given stride, kernel [height, width, in, out], not flipped, and bias),
+            "dense" (kernel [in, out] and bias), "affine" (x factor + offset per channel), "max_pool" (2x2, without the last
+            row or column of an odd size), "reshape" (to [batch, *shape]), "softmax" (over the last axis), or an elementwise
+            function: "relu", "tanh", "sigmoid".
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 def describe(network: nn.Module, params: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> list[Layer]:
-    """The layers of a network with these parameters, and these running statistics. Raises ValueError for other networks."""
+    """The layers of a network with these parameters and running statistics. Raises ValueError for unsupported networks."""
     known: dict[type, Callable[..., list[Layer]]] = {
         Encoder: describe_encoder,
         Decoder: describe_decoder,
@@ -47,9 +47,9 @@ def describe(network: nn.Module, params: Mapping[str, Any], state: Mapping[str, 
 
 
 def describe_autoencoder(network: nn.Module, variables: Mapping[str, Any]) -> dict[str, list[Layer]]:
-    """encoder: image -> mean and logvar of q(z | x) side by side; decoder: z -> sigmoid of its output, the mean image.
+    """encoder: image -> mean and logvar of q(z | x), concatenated; decoder: z -> sigmoid of its output, the mean image.
 
-    Raises ValueError for other networks than those of `nn.networks`.
+    Raises ValueError for networks other than those of `nn.networks`.
     """
     if not isinstance(network, Autoencoder):
         raise ValueError(f"a {type(network).__name__} has no description as layers")  # noqa: TRY004
@@ -70,7 +70,7 @@ def describe_encoder(network: Encoder, params: Mapping[str, Any], state: Mapping
 
 
 def describe_decoder(network: Decoder, params: Mapping[str, Any], state: Mapping[str, Any]) -> list[Layer]:
-    """The post's decoder, whose first layer is dense."""
+    """The post's decoder; its first layer becomes a dense layer."""
     first, *others = numbered("tconv", params)
     kernel, bias = params[first]["kernel"], params[first]["bias"]
     height, width, latents, features = kernel.shape
@@ -95,7 +95,7 @@ def describe_dense(
 
 
 def describe_classifier(network: Classifier, params: Mapping[str, Any], state: Mapping[str, Any]) -> list[Layer]:
-    """The post's classifier: normalisation by the running statistics, before pooling as in the post."""
+    """The post's classifier: normalisation with the running statistics, before pooling as in the post."""
     layers, convolutions = [], numbered("conv", params)
     for i, name in enumerate(convolutions, start=1):
         norm, running = params[f"norm{i}"], state[f"norm{i}"]
@@ -107,10 +107,10 @@ def describe_classifier(network: Classifier, params: Mapping[str, Any], state: M
 
 
 def numbered(prefix: str, params: Mapping[str, Any]) -> list[str]:
-    """The names PREFIX1, PREFIX2, ... of layers, in this order."""
+    """The layer names PREFIX1, PREFIX2, ..., in this order."""
     return [f"{prefix}{i}" for i in range(1, len(params) + 1) if f"{prefix}{i}" in params]
 
 
 def flatten(dense: Mapping[str, np.ndarray]) -> Layer:
-    """What makes rows of the feature maps that a dense layer takes."""
+    """The reshape that flattens feature maps for this dense layer."""
     return Layer("reshape", shape=(dense["kernel"].shape[0],))

@@ -9,13 +9,14 @@ from jaxtyping import Array, Float
 
 from vae_jax.nn.layers import Conv, dense
 
-SLOPE = 0.2  # of the leaky ReLU below 0 (Radford et al. 2016)
+SLOPE = 0.2  # slope of the leaky ReLU below 0 (Radford et al. 2016)
 
 
 class Discriminator(nn.Module):
-    """Image -> the logit of being real, and the activations of every convolution: 3x3, stride 2, leaky ReLU, then a dense layer.
+    """Image -> the logit of being real, and the activations of every convolution.
 
-    There is no batch normalisation, so the verdict on an image depends on no other one.
+    Convolutions of 3x3 with stride 2 and leaky ReLU, then a dense layer. There is no batch normalisation, so the logit of an
+    image does not depend on other images.
     """
 
     features: tuple[int, ...]
@@ -34,7 +35,7 @@ class Discriminator(nn.Module):
 
 
 def check_discriminator(image_shape: tuple[int, int, int], features: tuple[int, ...], layer: int) -> None:
-    """Raise ValueError if the image cannot be halved so often, or there is no convolution number `layer`."""
+    """Raise ValueError if the image cannot be halved once per convolution, or if there is no convolution number `layer`."""
     height, width, _ = image_shape
     depth, most = len(features), min(height, width).bit_length() - 1
     if depth > most:

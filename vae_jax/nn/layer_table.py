@@ -1,4 +1,4 @@
-"""The layers of a model as a table: parameters from its variables, outputs from a traced call."""
+"""A table of a model's layers: parameters from its variables, output shapes from a traced call."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,16 +8,16 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-BATCH = 10_007  # a prime that is no layer's width: an axis of a multiple of it is one of the batch
+BATCH = 10_007  # a prime that is no layer's width, so an axis with a multiple of this size belongs to the batch
 Path = tuple[str, ...]
 Shape = tuple[int, ...]
-Layer = tuple[Path, frozenset[tuple[str, Shape]]]  # where it is, and the shapes of its own parameters
+Layer = tuple[Path, frozenset[tuple[str, Shape]]]  # its path, and the shapes of its parameters
 
 
 def output_shapes(function: Callable[..., Any], *arguments: Any) -> dict[Layer, Shape]:
-    """The shape of each Linen module's first output in `function(*arguments)`, without the batch's axes; nothing is computed.
+    """The shape of each Linen module's first output in `function(*arguments)`, without batch axes; nothing is computed.
 
-    The batch has `BATCH` examples. A module's path starts at the network that was applied.
+    The batch must have `BATCH` examples. The path of a module starts at the network whose `apply` was called.
     """
     found: dict[Layer, Shape] = {}
 
@@ -34,20 +34,20 @@ def output_shapes(function: Callable[..., Any], *arguments: Any) -> dict[Layer, 
 
 
 def shapes(parameters: Mapping[str, Any]) -> frozenset[tuple[str, Shape]]:
-    """Names and shapes of a layer's own parameters, without those of the layers in it."""
+    """Names and shapes of a layer's parameters, without those of its sublayers."""
     return frozenset((name, leaf.shape) for name, leaf in parameters.items() if hasattr(leaf, "shape"))
 
 
 def without_batch(shape: Shape) -> Shape:
-    """What follows the last axis of the batch; samples and classes lie before it or in it."""
+    """The axes after the last batch axis. Sample and class axes come before it or are merged into it."""
     batch = [axis for axis, size in enumerate(shape) if size and size % BATCH == 0]
     return shape[batch[-1] + 1 :] if batch else shape
 
 
 def layer_table(params: Mapping[str, Any], outputs: Mapping[Layer, Shape] | None = None) -> list[list[str]]:
-    """A heading, a row for each layer with parameters, and their sum: kernel, output where known, parameters.
+    """A header, one row for each layer with parameters, and the total; columns: kernel, output if known, parameters.
 
-    The rows follow the order of `outputs`; without them a decoder comes last.
+    The rows are in the order of `outputs`. Without `outputs` a decoder comes last.
     """
     layers: dict[Path, dict[str, Any]] = {}
     for path, leaf in flatten_dict(params).items():
@@ -64,9 +64,9 @@ def layer_table(params: Mapping[str, Any], outputs: Mapping[Layer, Shape] | None
 
 
 def called(path: Path, own: frozenset, known: Sequence[Layer]) -> int:
-    """Which of the known calls is that of a layer; as many as there are if none is.
+    """The index in `known` of the call of a layer, or len(known) if there is none.
 
-    The network that was applied may lie anywhere in the parameters, so the longest end of the path decides.
+    The applied network may lie anywhere in the parameters, so the longest matching end of the path counts.
     """
     ends = ((path[start:], own) for start in range(len(path)))
     return next((known.index(end) for end in ends if end in known), len(known))

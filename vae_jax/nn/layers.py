@@ -15,10 +15,10 @@ kernel_init = nn.initializers.glorot_uniform()
 
 
 def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
-    """x as a layer that computes in `dtype` reads it.
+    """Round x to `dtype`, the input precision of a layer.
 
-    CPUs keep bfloat16 numbers as float32, in which they compute faster. A product of rounded operands that is summed in float32 is
-    what accelerators compute, too.
+    On CPUs bfloat16 values are stored as float32, because float32 computes faster there. Accelerators also multiply rounded
+    operands and sum the products in float32.
     """
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
@@ -30,7 +30,7 @@ def _all_rounded(*arrays, dtype):
 
 
 def dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    """A dense layer that computes in `dtype`; for compact modules."""
+    """A dense layer that computes in `dtype`, for use in compact modules."""
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, promote_dtype=_all_rounded, name=name)
 
 
@@ -48,13 +48,13 @@ def _relu_jvp(primals, tangents):
 
 
 def add_bias(x: Float[Array, "*place c"], bias: Float[Array, " c"]) -> Float[Array, "*place c"]:
-    """x + bias in the type of x, added in float32: summed in bfloat16, the gradient of the bias would lose its digits."""
+    """x + bias in the dtype of x, added in float32 because the gradient of the bias would lose precision in bfloat16."""
     bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 class Conv(nn.Module):
-    """3x3 SAME convolution or its transpose, with bias; its parameters are those of `nn.Conv` and `nn.ConvTranspose`."""
+    """3x3 SAME convolution or its transpose, with bias and the parameters of `nn.Conv` or `nn.ConvTranspose`."""
 
     features: int
     stride: int
@@ -71,9 +71,9 @@ class Conv(nn.Module):
 
 
 class ProjectAndReshape(nn.Module):
-    """The transposed convolution of a 1x1 map onto a map of the kernel's size, computed as the dense layer that it is.
+    """The transposed convolution of a 1x1 map to a map of the kernel's size, computed as the equivalent dense layer.
 
-    Its parameters are those of `nn.ConvTranspose`, which stores the kernel flipped.
+    It has the parameters of `nn.ConvTranspose`, which stores the kernel flipped.
     """
 
     size: tuple[int, int]
@@ -89,10 +89,10 @@ class ProjectAndReshape(nn.Module):
 
 
 class ConvForPool(nn.Module):
-    """`Conv` of stride 1 that groups its output into the 2x2 windows of a max pooling, 4 adjacent vectors per window.
+    """`Conv` with stride 1 that groups its output into the 2x2 windows of max pooling, 4 adjacent vectors per window.
 
-    A window sees 4x4 inputs, so one convolution of stride 2 with the 3x3 kernel at four places computes it. On the CPU
-    this moves less than half the memory. The last row or column of an odd size belongs to no window and is dropped.
+    A window depends on 4x4 inputs, so one convolution with stride 2 and the 3x3 kernel at four positions computes it. On the
+    CPU this moves less than half the memory. The last row or column of an odd size belongs to no window and is dropped.
     """
 
     features: int
@@ -118,7 +118,7 @@ def window_extreme(x: Float[Array, "batch h w window c"], largest: Bool[Array, "
 
 @window_extreme.defjvp
 def _window_extreme_jvp(primals, tangents):
-    # JAX's derivative of max, but with one comparison for both and a selection instead of a product.
+    # The same derivative as JAX's max, with one comparison for maximum and minimum, and a selection instead of a product.
     x, y = primals[0], window_extreme(*primals)
     hit = x == y[:, :, :, None]
     count = hit.sum(axis=3).astype(x.dtype)
@@ -128,8 +128,8 @@ def _window_extreme_jvp(primals, tangents):
 class BatchNormMaxPool(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015), followed by max pooling if x comes in windows.
 
-    Normalisation is monotone in each channel. So the maximum comes first, or the minimum where the scale is negative, and
-    only a quarter of the values is normalised. Parameters and statistics are those of `nn.BatchNorm`.
+    Normalisation is monotone in each channel. So the code pools first, with the minimum where the scale is negative, and
+    normalises only a quarter of the values. Parameters and statistics are those of `nn.BatchNorm`.
     """
 
     momentum: float = 0.9
@@ -166,6 +166,6 @@ class BatchNormMaxPool(nn.Module):
 
 
 def channel_mean(x: Float[Array, "batch h w *window c"]) -> Float[Array, " c"]:
-    """The mean over all axes but channels, in two steps: on the CPU, XLA sums slowly into few channels."""
+    """The mean over all axes but channels, in two steps because XLA's sum into few channels is slow on the CPU."""
     rows = x.reshape(math.prod(x.shape[:3]), -1)
     return rows.mean(axis=0).reshape(-1, x.shape[-1]).mean(axis=0)

@@ -1,4 +1,4 @@
-"""The networks of the post (its Tables 1, 2 and 4), and checks of the sizes they are asked for."""
+"""The networks of the post (its Tables 1, 2 and 4), dense networks, and checks of their sizes."""
 
 import inspect
 import math
@@ -24,7 +24,7 @@ PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Encoder(nn.Module):
-    """Image -> `outputs` numbers: 3x3 convolutions of stride 2, then one dense layer (the post, Table 1).
+    """Image -> `outputs` numbers: 3x3 convolutions with stride 2, then one dense layer (the post, Table 1).
 
     With `pooling` the convolutions have stride 1, and 2x2 max pooling halves the image (the post, Figure 6).
     """
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
 
 
 def tanh_layers(x: Float[Array, "batch width"], widths: tuple[int, ...], dtype: Any) -> Array:
-    """Dense layers of these widths with tanh; called by a compact module, whose layers they become."""
+    """Dense layers of these widths with tanh. Call it in a compact module; the layers become part of that module."""
     for i, width in enumerate(widths, start=1):
         x = jnp.tanh(dense(width, dtype, f"fc{i}")(x))
     return x
@@ -90,7 +90,7 @@ class DenseEncoder(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """z -> raw parameters of p(x | z): dense layers with tanh, in the reverse order of the encoder's."""
+    """z -> raw parameters of p(x | z): dense layers with tanh; `hidden` is in the encoder's order and used in reverse."""
 
     output_shape: tuple[int, int, int]
     hidden: tuple[int, ...]
@@ -131,9 +131,9 @@ def conv(
     decoder_features: tuple[int, ...],
     pooling: bool,
 ) -> Autoencoder:
-    """The post's networks; `channels` raw ones for each channel of the image.
+    """The post's networks, with `channels` raw output channels per image channel.
 
-    Without `encoder_features` there are those of `fitting_features`, without `decoder_features` the encoder's in reverse.
+    `encoder_features` defaults to `fitting_features`, and `decoder_features` to the encoder's in reverse.
     """
     encoder_features = encoder_features or fitting_features(image_shape)
     decoder_features = decoder_features or encoder_features[::-1]
@@ -149,9 +149,9 @@ def conv(
 
 
 def fitting_features(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """32, 64, 128, ...: one entry each time that an image can be halved evenly with 7 pixels or more left, and at least one.
+    """32, 64, 128, ...: one entry for each time that the image can be halved evenly to 7 pixels or more, and at least one.
 
-    28x28 gives (32, 64), the post's; 64x64 gives (32, 64, 128).
+    28x28 gives (32, 64), as in the post; 64x64 gives (32, 64, 128).
     """
     height, width, _ = image_shape
     halvings = 0
@@ -183,7 +183,7 @@ def make_autoencoder(
     hidden: tuple[int, ...],
     pooling: bool = False,
 ) -> Any:
-    """The `Autoencoder` that the field `network` names. Raises ValueError as `configure` does, for a field that they do not have."""
+    """The `Autoencoder` named by the field `network`. Raises ValueError as `configure` does."""
     sizes = {"image_shape": image_shape, "latent_dim": latent_dim, "channels": channels, "dtype": dtype}
     fields = {
         "encoder_features": (tuple(encoder_features), ()),
@@ -195,7 +195,7 @@ def make_autoencoder(
 
 
 def start_at(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "height width channel"]) -> dict:
-    """The parameters of an `mlp` whose decoder starts with the bias logit(mean image), its mean clipped to [.001, .999]."""
+    """Set the output bias of an `mlp` decoder to logit(mean image), with the mean clipped to [.001, .999]."""
     mean = np.clip(pixel_mean, 0.001, 0.999)
     bias = jnp.asarray(np.log(mean / (1 - mean)), jnp.float32).reshape(-1)
     decoder = dict(params["decoder"])
@@ -240,17 +240,17 @@ def check_sizes(**fields: tuple[int, ...]) -> None:
 
 
 def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
-    """The entry of a name that a config's field gives. Raises ValueError for another name."""
+    """The entry named by a field of the config. Raises ValueError for an unknown name."""
     if name not in choices:
         raise ValueError(f"model.{field} is {name!r}, but must be one of {', '.join(choices)}")
     return choices[name]
 
 
 def configure(choices: Mapping[str, Callable], field: str, name: str, known: Mapping[str, Any], **fields: Any) -> Any:
-    """What the function of a name makes of those of `known` and `fields` that it takes.
+    """Call the function `choices[name]` with those of `known` and `fields` that it takes.
 
-    `fields` are a config's, each as (value, default). Raises ValueError for an unknown name, and for a field that the function
-    does not take and that has another value than its default, since it would do nothing.
+    `fields` are fields of the config, each as (value, default). Raises ValueError for an unknown name, and for a field that the
+    function does not take unless it has its default value, since it would have no effect.
     """
     make = choose(choices, field, name)
     taken = inspect.signature(make).parameters
@@ -262,7 +262,7 @@ def configure(choices: Mapping[str, Callable], field: str, name: str, known: Map
 
 
 def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:
-    """Raise ValueError if a decoder that doubles the size `times` times cannot end at the image's size."""
+    """Raise ValueError if a decoder cannot reach the image's size by doubling `times` times."""
     height, width, _ = image_shape
     scale = 2**times
     if height % scale or width % scale:
