@@ -183,7 +183,15 @@ def test_a_completion_never_asks_the_encoder():
             {"condition": "column", "likelihood": "optimal_gaussian"},
             "model.likelihood is 'optimal_gaussian', whose variance is that of all pixels",
         ),
-        ((4, 4, 1), 3, {"condition_hidden": (0,)}, "model.condition_hidden is 0, but must be at least 1"),
+        *(
+            (
+                (4, 4, 1),
+                3,
+                {"condition": condition, "condition_hidden": (0,)},
+                "model.condition_hidden is 0, but must be",
+            )
+            for condition in ("label", "quadrant1")
+        ),
     ],
 )
 def test_bad_fields_are_refused(shape, classes, fields, message):

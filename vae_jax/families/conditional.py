@@ -74,8 +74,10 @@ def make(
     choose(dict.fromkeys(CONDITIONS), "condition", condition)
     choose(dict.fromkeys(PRIORS), "prior", prior)
     by_label = condition == "label"
-    sizes = {"latent_dim": (latent_dim,), "condition_hidden": condition_hidden}
-    check_sizes(**{name: size for name, size in sizes.items() if size != (0,) or by_label if size})
+    if latent_dim or by_label:
+        check_sizes(latent_dim=(latent_dim,))
+    if condition_hidden:
+        check_sizes(condition_hidden=condition_hidden)
     if by_label and num_classes < 2:
         raise ValueError(f"model.condition is 'label', but the data have {num_classes} classes: give labelled data")
     visible = None if by_label else visible_part(image_shape, condition)

@@ -34,11 +34,11 @@ def generated_numbers(subject: Subject) -> tuple[dict[str, Any], np.ndarray | No
     the mean training image.
     """
     vae, training = subject.vae, subject.dataset.splits["train"]
-    classifier, variables = weights.pinned_classifier()
     if vae.image_shape != (28, 28, 1):
         return {"frechet_distance": "left out: the pinned classifier reads images of 28x28x1"}, None
     if len(subject.stored.label) <= COVERAGE_K:
         return {"frechet_distance": f"left out: {COVERAGE_K} neighbours need at least {COVERAGE_K + 1} images"}, None
+    classifier, variables = weights.pinned_classifier()
     featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
     count = min(len(subject.stored.label), MOST_GENERATED)
     print(f"vae_jax: {count:,} generated images", file=sys.stderr, flush=True)
