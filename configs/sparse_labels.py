@@ -1,7 +1,7 @@
 """A VAE that also classifies, trained with few labels (Berkhahn et al. 2019): the post's networks, or dense ones.
 
 python -m vae_jax.main --config=configs/sparse_labels.py          MNIST, 1,000 labels, 32 of each batch of 128 labelled
-python -m vae_jax.main --config=configs/sparse_labels.py:published  the same as a loss without the cost of the label
+python -m vae_jax.main --config=configs/sparse_labels.py:published  the published loss, without the cost of the label
 python -m vae_jax.main --config=configs/sparse_labels.py:dense    dense networks, Bernoulli on binarized images
 python -m vae_jax.main --config=configs/sparse_labels.py:digits   scikit-learn's bundled digits, 100 labels
 python -m vae_jax.main --config=configs/sparse_labels.py:smoke    two steps on the bundled digits, for tests

@@ -1,9 +1,9 @@
-"""The post's Figure 6: pooling instead of strided convolutions, and latents shorter than 20.
+"""The post's Figure 6: pooling instead of strided convolutions, and fewer than 20 latents.
 
     python -m experiments.ablations --workdir=runs/ablations [--data=mnist] [--epochs=10]
 
 Trains the reference and its variants for the same number of epochs, one run directory each, then draws their samples and
-reconstructions and splits their losses. The same command resumes an interrupted experiment.
+reconstructions and tabulates the parts of their losses. The same command resumes an interrupted experiment.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 
-VARIANTS = {  # of configs/vae.py
+VARIANTS = {  # variant of configs/vae.py -> title
     "default": "the post's model",
     "pooling": "pooling",
     "latent10": "10 latents",
@@ -70,7 +70,7 @@ def table(variants: list[Variant], test: Split) -> list[list[str]]:
 
 
 def draw(variants: list[Variant], test: Split, title: str) -> Figure:
-    """Samples of each variant, above test images, as it sees them, that are each followed by their reconstruction."""
+    """Draw each variant's samples above test images as it sees them, each followed by its reconstruction."""
     figure = Figure(figsize=(3 * len(variants), 7.6), layout="constrained")
     above, below = figure.subplots(2, len(variants))
     for samples, below_it, (what, vae, _) in zip(above, below, variants):

@@ -14,7 +14,7 @@ MIN_PER_CLASS = 10  # real images per class that a default percentage must leave
 CHOICE_PERCENTAGE = 20.0
 SHARES = (0.5, 1.0)  # of the latents that get noise
 SCALES = (0.25, 0.5, 1.0)  # standard deviations of the noise that the study chooses from
-SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # those in the figure
+SWEEP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # standard deviations in the figure
 SHIFT, ROTATION = 2, 10.0  # pixels, degrees: the classical augmentation
 SHARP_VAE = {"objective.beta": 0.02, "model.latent_dim": 32}  # config of arm h's VAE
 MODELS = ("classifier", "vae", "sharp")  # run directories of the study
@@ -25,7 +25,7 @@ class Arm(NamedTuple):
     """What the classifier trains on besides p % of half B."""
 
     label: str
-    extra: str = ""  # the part of the pool that is added, as many images as real ones
+    extra: str = ""  # the part of the pool to add, as many images as real ones
     augmented: bool = False  # shift and rotate all training images
     pseudo_labelled: bool = False  # add every image that arm c labels confidently
 
@@ -73,7 +73,7 @@ def make_pool(parts: dict[str, Split]) -> Pool:
 
 
 def stratified_order(label: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
-    """A permutation of all positions, a pure function of `key`; every prefix holds the classes in proportion."""
+    """Permute all positions so that every prefix keeps the class proportions; a pure function of `key`."""
     rng = np.random.default_rng(key)
     place = np.empty(len(label))
     for value in np.unique(label):
@@ -107,19 +107,19 @@ def training_rows(arm: Arm, pool: Pool, real: np.ndarray, sources: np.ndarray) -
 
 
 def replace_labels(label: jax.Array, part: slice, prediction: np.ndarray) -> jax.Array:
-    """The pool's labels with those of `part` replaced by each seed's predictions, [seeds, images]."""
+    """Replace the labels of `part` in the pool by each seed's predictions; returns [seeds, images]."""
     return jnp.tile(label, (len(prediction), 1)).at[:, part].set(prediction)
 
 
 def reading_order(rows: np.ndarray, length: int, key: tuple[int, ...]) -> np.ndarray:
-    """`length` rows: one random permutation of `rows` after another, the last one cut off."""
+    """Concatenate random permutations of `rows`, cut to `length`."""
     rng = np.random.default_rng(key)
     rounds = [rng.permutation(rows) for _ in range(-(-length // len(rows)))]
     return np.concatenate(rounds)[:length].astype(np.int32)
 
 
 def count_of(percentage: float, size: int) -> int:
-    """How many of `size` images a percentage is."""
+    """The number of images that make up a percentage of `size`."""
     return round(percentage / 100 * size)
 
 
@@ -129,9 +129,9 @@ def choice_percentage(settings: dict) -> float:
 
 
 def check_percentages(given: list | None, size: int, num_classes: int) -> list[float]:
-    """The percentages of a half of `size` images, by default those that leave enough of them.
+    """Check the percentages of a half with `size` images; the defaults leave MIN_PER_CLASS images per class.
 
-    Raises ValueError for one that is no number, outside (0, 100], or less than one image per class.
+    Raises ValueError for one that is not a number, lies outside (0, 100] or leaves less than one image per class.
     """
     if given is None:
         least = MIN_PER_CLASS * num_classes

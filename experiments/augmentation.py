@@ -33,32 +33,32 @@ from vae_jax.run.files import atomic_file, local_path
 from vae_jax.run.log import OwnedDirectory
 from vae_jax.run.session import fingerprint
 
-SWEPT = 10_000  # images that each noise of the sweep is applied to
+SWEPT = 10_000  # images perturbed at each noise scale of the sweep
 
 
 def vary_images(vae: Pretrained, image: np.ndarray, choose_z: Callable) -> np.ndarray:
-    """decode(choose_z(mean, logvar, keys)) of each image, as uint8; the keys belong to the images' positions."""
+    """Compute decode(choose_z(mean, logvar, keys)) of each image, as uint8; keys depend on the image's position."""
     keys = example_keys(jax.random.key(0), 0, jnp.arange(len(image)))
     z = choose_z(*map(jnp.asarray, vae.encode(image)), keys)
     return np.round(vae.decode(z) * 255).astype(np.uint8)
 
 
 def perturb_images(vae: Pretrained, image: np.ndarray, share: float, scale: float) -> np.ndarray:
-    """The post's generated images: noise of standard deviation `scale` in a share of the latents."""
+    """Generate images as the post does: add noise of standard deviation `scale` to a share of the latents."""
     return vary_images(vae, image, lambda mean, _, keys: generate.perturb(mean, keys, share, scale))
 
 
 def redraw_images(vae: Pretrained, image: np.ndarray) -> np.ndarray:
-    """One draw from q(z | x) of each image, decoded."""
+    """Decode one draw from q(z | x) of each image."""
     return vary_images(vae, image, lambda *q: reparameterize(*q)[0])
 
 
 class Learner:
-    """Classifiers that train on half B and on what their arms add to it; `learn` computes one result.
+    """Train classifiers on half B and on what each arm adds to it; `learn` computes one result.
 
     Args:
-        parts: {name: images} of the pool that the arms train on, besides half B.
-        table: {name: arm}; arm c labels the images of those that are pseudo-labelled.
+        parts: {name: images} in the pool besides half B.
+        table: {name: arm}; arm c's classifier labels the images of pseudo-labelled arms.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset, seeds: int, parts: dict[str, Split], table: dict[str, Arm]):
@@ -72,13 +72,13 @@ class Learner:
         self.train = functools.cache(self._train)
 
     def learn(self, percentage: float, arm: str) -> dict:
-        """Test accuracy of an arm, by seed."""
+        """The test accuracy of an arm for each seed."""
         found = self._predict_test(self.train(percentage, arm))
         correct = (found["prediction"] == self._test.label).astype(np.float32)
         return {"accuracy": [float(own.mean()) for own in correct]}
 
     def _train(self, percentage: float, name: str) -> dict:
-        """The variables of an arm's classifiers."""
+        """Train an arm's classifiers and return their variables."""
         arm, count = self._table[name], arms.count_of(percentage, self._size)
         label, sources = self._pool.label, [order[:count] for order in self._sources]
         if arm.pseudo_labelled:
@@ -87,7 +87,7 @@ class Learner:
         return self._trainer(self._pool.image, label, rows, arm.augmented)
 
     def _pseudo_label(self, part: str, classifiers: dict) -> tuple:
-        """Each seed's labels of the pool with those of `part` predicted, and the positions of the confident ones."""
+        """Predict the labels of `part`; returns each seed's labels of the pool and confident positions in `part`."""
         where = slice(self._pool.start[part], self._pool.start[part] + len(self._half_a.label))
         split = Split(self._pool.image[where], self._pool.label[where])
         found = self._trainer.make_predict(split)(classifiers)
@@ -120,7 +120,7 @@ class Experiment:
         return {"relabelled": float(np.mean(label != self._half_a.label[:SWEPT]))}
 
     def choose(self, percentage: float, share: float, scale: float) -> dict:
-        """Arm f's accuracy at this noise, trained on a percentage of half B and tested on the rest, by seed."""
+        """Train arm f at this noise on a percentage of half B; returns each seed's accuracy on the rest."""
         learner = self._make_learner({"generated from B": self._generate(self._half_b, share, scale)}, ARMS)
         prediction = self._predict_half_b(learner.train(percentage, "f"))["prediction"]
         correct = (prediction == self._half_b.label).astype(np.float32)
@@ -128,7 +128,7 @@ class Experiment:
         return {"accuracy": [float(c[order[count:]].mean()) for c, order in zip(correct, learner.real)]}
 
     def learner(self, noise: tuple) -> Learner:
-        """The classifiers of all arms, whose generated images have this noise."""
+        """The learner of all arms, with this noise in the generated images."""
         drawn = redraw_images(self._sharp_vae, self._half_a.image)
         parts = {
             "generated from A": self._generate(self._half_a, *noise),
@@ -159,7 +159,7 @@ def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) 
 
 
 def write_half_a(path: Path, dataset: Dataset) -> Path:
-    """A file with half A and the test images as a data set, unless it exists."""
+    """Write half A and the test images as a data set, unless the file exists; returns its path."""
     images = path / "half_a.npz"
     if not images.exists():
         half_a, test = arms.halves(dataset.splits["train"])[0], dataset.splits["test"]
@@ -195,7 +195,7 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
 
 
 def make_settings(given: flags.FlagValues, dataset: Dataset) -> dict:
-    """Everything that decides the numbers. Raises ValueError for unlabelled data or a bad percentage."""
+    """Collect everything that affects the numbers. Raises ValueError for unlabelled data or a bad percentage."""
     if min(split.label.min() for split in dataset.splits.values()) < 0:
         raise ValueError(f"{given.data} has unlabelled images, but the study needs a label for each")
     size = len(arms.halves(dataset.splits["train"])[1].label)

@@ -1,6 +1,6 @@
-"""What the results of the augmentation study say: its choice of noise, tables, findings, conditions and figures.
+"""The report of the augmentation study: its choice of noise, tables, findings, conditions and figures.
 
-`rows` are those of results.jsonl, `settings` those of settings.json.
+`rows` are the rows of results.jsonl, `settings` the content of settings.json.
 """
 
 import json
@@ -32,7 +32,10 @@ def read_study(path: Path) -> tuple[list[dict], dict]:
 
 
 def chosen_noise(rows: list[dict]) -> tuple[float, float]:
-    """Share of latents and scale with the highest mean accuracy of arm f; ties, and no choice at all, give the least noise."""
+    """The share of latents and the scale with arm f's highest mean accuracy.
+
+    Ties give the least noise, and so does a study without a choice stage.
+    """
     tried = [row for row in rows if row["stage"] == "choice"]
     if not tried:
         return SHARES[0], arms.SCALES[0]
@@ -41,7 +44,7 @@ def chosen_noise(rows: list[dict]) -> tuple[float, float]:
 
 
 def relabelled(rows: list[dict], share: float) -> list[float]:
-    """Percentage of generated images that the judge labels differently from their sources, for each noise of SWEEP."""
+    """Percentage of generated images that the judge labels differently from their sources, for each scale in SWEEP."""
     found = {row["scale"]: row["relabelled"] for row in rows if row["stage"] == "sweep" and row["share"] == share}
     return [100 * found[scale] for scale in SWEEP]
 
@@ -57,7 +60,7 @@ def mean_accuracy(accuracy: dict, percentage: float, arm: str) -> tuple[float, f
 
 
 def difference(accuracy: dict, percentage: float, pair: str) -> tuple[float, float]:
-    """Mean over seeds of the paired difference between two arms and the half-width of its 95 % interval, in points."""
+    """Mean paired difference of two arms over the seeds and the half-width of its 95 % interval, in points."""
     one, other = pair.split("-")
     return mean_and_interval((accuracy[percentage, one] - accuracy[percentage, other]).tolist())
 
@@ -94,7 +97,7 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
 def accuracy_tables(
     rows: list[dict], percentages: list[float], table: dict[str, Arm], pairs: dict[str, str]
 ) -> tuple[list[list[str]], list[list[str]]]:
-    """The cells of the arms' accuracies and of the pairs' differences, by percentage of half B."""
+    """Table cells: the arms' accuracies and the pairs' differences, by percentage of half B."""
     accuracy, heading = by_arm(rows), [f"{percentage:g} %" for percentage in percentages]
     by_name = [["arm", "the classifier trains on", *heading]]
     for name, arm in table.items():
@@ -167,7 +170,7 @@ SUMMARY = """# Does generated training data help? {data}
 
 
 def draw_arms(rows: list[dict], settings: dict) -> Figure:
-    """Accuracy of each arm, and the paired differences: a panel with its own scale for each percentage of half B."""
+    """Draw the arms' accuracies and the paired differences, one panel with its own scale per percentage of half B."""
     accuracy, columns = by_arm(rows), settings["percentages"]
     figure = Figure(figsize=(4.4 + 2 * len(columns), 8.6), layout="constrained")
     figure.suptitle(f"Generated training data: {settings['data']}, {settings['seeds']} seeds, 95 % intervals")
@@ -194,9 +197,9 @@ def draw_arms(rows: list[dict], settings: dict) -> Figure:
 
 
 def _panels(figure, columns: list[float], labels: dict[str, str], find: Callable, color: Callable) -> list:
-    """Means with intervals, one row for each label and one panel for each percentage.
+    """Draw means with intervals, one row per label and one panel per percentage.
 
-    `find(percentage, name)` gives (mean, half-width), `color(name, mean, half)` the colour of a point.
+    `find(percentage, name)` returns (mean, half-width); `color(name, mean, half)` returns the colour of a point.
     """
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, percentage in zip(panels, columns):
@@ -215,9 +218,9 @@ def _panels(figure, columns: list[float], labels: dict[str, str], find: Callable
 def draw_noise(
     rows: list[dict], settings: dict, variations: UInt8[np.ndarray, "row column height width channel"]
 ) -> Figure:
-    """Generated images that the judge labels differently, by noise, above variations of test images.
+    """Plot the share of generated images that the judge labels differently, above variations of test images.
 
-    Each row of `variations` is a test image, and what the VAE makes of it at each noise of SWEEP.
+    Each row of `variations` is a test image followed by the VAE's variation of it at each scale in SWEEP.
     """
     shown, columns = variations.shape[:2]
     heights = [3, 0.9 * shown]

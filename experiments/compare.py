@@ -2,7 +2,7 @@
 
     python -m experiments.compare runs/* [--output=comparison]
 
-Reads config.json and metrics.jsonl, of unfinished runs too. Folders that are no runs are named and left out.
+Reads config.json and metrics.jsonl, also of unfinished runs. Folders that are not runs are reported and left out.
 """
 
 import sys
@@ -23,10 +23,10 @@ from vae_jax.run.files import local_path, save_figure, write_atomically
 from vae_jax.run.log import read_rows
 from vae_jax.run.report import markdown_table
 
-UNTOLD = ("run.", "data.manual_dir")  # fields that decide no number
+UNTOLD = ("run.", "data.manual_dir")  # fields that affect no number
 DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition", "objective.samples")
-MOST_LABELLED = 12  # runs that a legend can name
-WAY_OUT = ": name another with --workdir"  # of a training
+MOST_LABELLED = 12  # most runs that a legend can name
+WAY_OUT = ": name another with --workdir"  # advice for a training run, removed from its error messages
 FILES = {"summary.md", "curves.png"}
 
 
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """A run, finished or not. Raises ValueError or OSError, in one line, for anything else."""
+    """Read a run, finished or not. Raises ValueError or OSError, in one line, for anything else."""
     config = read_config(str(folder))
     if config is None:
         raise ValueError(f"there is no run in {folder}")
@@ -51,7 +51,7 @@ def read_run(folder: Path, name: str) -> Run:
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """The runs among these folders; others are named on stderr. Raises ValueError if there is no run."""
+    """Read the runs among these folders and report the others on stderr. Raises ValueError if there is no run."""
     runs, given = [], [local_path(path) for path in paths]
     folders = [path for path in given if not path.is_file()]
     if len(folders) < len(given):
@@ -67,7 +67,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """As many of the last parts of each path as make all of them differ."""
+    """Shorten each path to its last parts, as few as keep the names distinct."""
     for parts in range(1, 1 + max((len(folder.parts) for folder in folders), default=0)):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len({*names}) == len(folders):
@@ -76,7 +76,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The fields of the configs that are not the same in all runs that have them."""
+    """The config fields that differ between the runs that have them."""
     values: dict[str, list] = {}
     for run in runs:
         for name, value in run.config.items():
@@ -85,7 +85,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
-    """The metrics of the runs' families that can be better or worse, and that some run has logged of the test images."""
+    """The loss, and the other metrics with a better direction that some run has logged on the test images."""
     known = {}
     for run in runs:
         family = FAMILIES.get(run.config["model.name"])
@@ -99,12 +99,12 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
 
 
 def last(run: Run, name: str) -> dict | None:
-    """The last row that has a metric."""
+    """The last row that contains a metric."""
     return next((row for row in reversed(run.rows) if name in row), None)
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """A heading, and a row for each run: what differs, how far it is, its last numbers."""
+    """A heading and a row per run: its differing fields, its progress and its last numbers."""
     fields, metrics = differing(runs), metrics_of(runs)
     cells = [["run", *fields, "trained", *(f"test/{name}" for name in metrics), "minutes"]]
     for run in runs:
@@ -117,13 +117,13 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def describe(config: dict[str, Any], field: str) -> str:
-    """A field's value, "" where a config has no such field."""
+    """A field's value, or "" if the config lacks the field."""
     value = config.get(field, "")
     return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
 def show(run: Run, metric: str) -> str:
-    """The last value of a metric, with the 95 % interval over several seeds."""
+    """The last value of a metric, with its 95 % interval if there are several seeds."""
     row = last(run, metric)
     if row is None:
         return ""
@@ -132,13 +132,13 @@ def show(run: Run, metric: str) -> str:
 
 
 def caveat(runs: Sequence[Run]) -> str:
-    """What makes the numbers of the runs incomparable, "" where nothing does."""
+    """A warning that names the fields that make the runs' losses incomparable; "" if there are none."""
     fields = [name for name in differing(runs) if name.startswith(DECIDE)]
     return f"The runs differ in {', '.join(fields)}, so their losses may measure different things." if fields else ""
 
 
 def draw(runs: Sequence[Run]) -> Figure:
-    """A panel for each metric: the test curve of each run, and its training curve, paler."""
+    """Draw a panel per metric with each run's test curve and, paler, its training curve."""
     metrics = metrics_of(runs)
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
@@ -168,7 +168,7 @@ def draw(runs: Sequence[Run]) -> Figure:
 
 
 def plain(text: str) -> str:
-    """Text for Matplotlib, in which $ begins no formula and an underscore in front hides no line from the legend."""
+    """Escape text for Matplotlib, where $ starts a formula and a leading underscore hides a line from the legend."""
     return text.replace("$", r"\$").lstrip("_")
 
 

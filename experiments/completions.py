@@ -1,9 +1,9 @@
-"""The rest of an image from one, two or three of its quadrants: a conditional VAE beside a plain regression.
+"""The rest of an image from one, two or three of its quadrants: a conditional VAE compared with a plain regression.
 
     python -m experiments.completions --workdir=runs/completions [--data=mnist] [--epochs=20]
 
 Networks and data are those of Pyro's tutorial "Conditional Variational Auto-encoder": dense layers of 500 units, 200 latents, grey
-pixels. The regression is the same decoder without latents. Both are chosen by 5,000 validation images. The summary gives
+pixels. The regression is the same decoder without latents. Checkpoints are chosen by 5,000 validation images. The summary gives
 -log p(hidden pixels | visible ones) on all test images, by importance samples of z, and one picture shows completions. The same
 command resumes an interrupted experiment.
 """
@@ -32,7 +32,7 @@ from vae_jax.run.report import markdown_table
 QUADRANTS = (1, 2, 3)
 MODELS = {"regression": {"model.latent_dim": 0}, "conditional VAE": {}}
 PUBLISHED = {"regression": (100.4, 61.9, 25.4), "conditional VAE": (71.8, 51.0, 24.2)}  # Pyro's tutorial, in nats
-COMPLETIONS = 3  # shown of each image
+COMPLETIONS = 3  # shown per image
 
 
 def commands(workdir: Path, fields: dict, manual_dir: str) -> dict[tuple[int, str], list[str]]:
@@ -51,7 +51,10 @@ def run_of(workdir: Path, count: int, model: str) -> Path:
 
 
 def evaluate(workdir: Path, count: int, model: str, dataset: Dataset, samples: int, images: int) -> dict:
-    """-log p(hidden | visible) in nats and its standard error over the test images. The regression needs one sample."""
+    """Estimate -log p(hidden | visible) in nats and its standard error over the test images.
+
+    The regression needs one sample.
+    """
     run = run_of(workdir, count, model)
     vae, test = vae_jax.load(str(run)), dataset.splits["test"]
     samples = samples if vae.model.latent_dim else 1
@@ -61,7 +64,7 @@ def evaluate(workdir: Path, count: int, model: str, dataset: Dataset, samples: i
 
 
 def table(rows: list[dict]) -> list[list[str]]:
-    """One row a model, one column a number of visible quadrants; Pyro's numbers below."""
+    """One row per model and one column per number of visible quadrants; Pyro's numbers below."""
     cells = [["-log p(hidden pixels), nats", *(f"{count} visible" for count in QUADRANTS)]]
     for model in MODELS:
         found = [row for row in rows if row["model"] == model]
@@ -71,7 +74,7 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def complete(vae: Pretrained, image: np.ndarray, count: int) -> np.ndarray:
-    """`count` completions of each image by draws z ~ p(z | visible), [count, images, height, width, channel]."""
+    """Complete each image by `count` draws z ~ p(z | visible); returns [count, images, height, width, channel]."""
     net = vae.model.given(vae.model.condition(jnp.asarray(image), None))
 
     def one(key):
@@ -82,7 +85,10 @@ def complete(vae: Pretrained, image: np.ndarray, count: int) -> np.ndarray:
 
 
 def draw(workdir: Path, dataset: Dataset, title: str) -> Figure:
-    """For each number of quadrants: what is visible, the regression's completion and three of the VAE's; the truth at the end."""
+    """For each number of quadrants, draw the visible part, the regression's completion and three of the VAE's.
+
+    The truth comes last.
+    """
     test = dataset.splits["test"]
     shown = first_of_each_label(test.label)
     image = test.image[shown] / np.float32(255)

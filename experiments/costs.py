@@ -3,8 +3,8 @@
     python -m experiments.costs [--rounds=15] [--steps=10]
 
 All are compiled first, then timed in turn, round by round, in one process; a ratio is the median of the rounds' ratios.
-Images are those of scikit-learn's bundled digits, 28x28; the batch size is 128. The families have the post's networks, and of few
-labels 16 of each batch are labelled.
+Images are those of scikit-learn's bundled digits, 28x28; the batch size is 128. The families have the post's networks.
+With few labels, 16 images of each batch are labelled.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ CASES = {  # name -> family, and the fields that differ from its defaults
 
 
 def make_run(job: Job, make_feed: Callable = resident, calls: int = 1) -> Callable[[], None]:
-    """A function that trains for some calls of the compiled program as the loop does: metrics are read one call late."""
+    """Make a function that runs `calls` calls of the compiled program like the loop: it reads metrics one call late."""
     devices = Devices(1)
     programs = make_programs(job, devices)
     feed, state, unread = make_feed(job, devices), programs.make_state(job.root()), None

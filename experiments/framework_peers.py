@@ -1,6 +1,6 @@
 """The trainers that experiments/frameworks.py compares: (training images, test images, epochs, data fields) -> last test loss.
 
-Images are float32 in [0, 1], [n, 28, 28, 1]. Each is written as its framework's own documentation would have it.
+Images are float32 in [0, 1], [n, 28, 28, 1]. Each trainer follows its framework's documentation.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ BATCH, RATE, LATENTS = 128, 1e-3, 20
 
 
 def ours(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
-    """The main program's training, with all that it writes; compiled anew. It reads its images itself."""
+    """Train with the main program, including all files that it writes; compiled anew. It reads its images itself."""
     config = config_file.get_config().to_dict() | {"epochs": epochs, "batch_size": BATCH}
     config["data"] |= fields
     config["run"] |= {"compilation_cache": False, "likelihood_samples": 0}
@@ -30,7 +30,7 @@ def ours(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> floa
 
 
 def plain_flax(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
-    """Flax's layers and a jitted step that Python calls for each batch, as in Flax's example of a VAE."""
+    """Flax's layers and a jitted step that Python calls for each batch, as in Flax's VAE example."""
     model, optimizer = speed_peers.plain_flax("vae"), optax.adam(RATE)
     state, rng = model.state(optimizer), np.random.default_rng(0)
     step, evaluate = jit_train_step(model.objective, optimizer), jax.jit(make_eval_step(model.objective))
@@ -59,7 +59,7 @@ def as_torch(image: np.ndarray):
 
 
 def loaders(train: np.ndarray, test: np.ndarray):
-    """PyTorch's loaders of shuffled training images and of the test images."""
+    """PyTorch loaders of the shuffled training images and of the test images."""
     from torch.utils.data import DataLoader, TensorDataset
 
     shuffled = DataLoader(TensorDataset(as_torch(train)), BATCH, shuffle=True, drop_last=True)
@@ -67,7 +67,7 @@ def loaders(train: np.ndarray, test: np.ndarray):
 
 
 def plain_torch(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
-    """The loop of PyTorch's example of a VAE."""
+    """The training loop of PyTorch's VAE example."""
     import torch
 
     network = speed_peers.torch_vae()
@@ -115,7 +115,7 @@ def lightning(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) ->
 
 
 def pythae(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
-    """pythae's TrainingPipeline. Its loss is half the squared error and the KL, too."""
+    """pythae's TrainingPipeline. Its loss is also half the squared error plus the KL."""
     import torch
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput

@@ -1,4 +1,4 @@
-"""What a user would pick instead: seconds and memory of the same VAE, trained and evaluated by each framework's own trainer.
+"""Alternatives to this package: seconds and memory of the same VAE, trained and evaluated by each framework's trainer.
 
     python -m experiments.frameworks --workdir=runs/frameworks [--data=mnist] [--epochs=5] [--rounds=3]
 
@@ -30,7 +30,7 @@ from vae_jax.full_evaluation.subject import as_floats
 from vae_jax.run.files import local_path
 from vae_jax.run.report import markdown_table
 
-PEERS = {  # name -> modules that it needs, function, environment
+PEERS = {  # name -> (required modules, function, environment)
     "vae_jax": (("vae_jax",), framework_peers.ours, {}),
     "plain Flax": (("flax",), framework_peers.plain_flax, {}),
     "plain PyTorch": (("torch",), framework_peers.plain_torch, {}),
@@ -43,7 +43,7 @@ CHILD = "VAE_JAX_PEER"
 
 
 def train_here(peer: str) -> dict[str, float]:
-    """Train one peer in this process: its seconds, the peak memory in MiB, and the last test loss."""
+    """Train one peer in this process; returns its seconds, its peak memory in MiB and its last test loss."""
     given = flags.FLAGS
     modules, function, _ = PEERS[peer]
     for module in modules:
@@ -59,7 +59,7 @@ def train_here(peer: str) -> dict[str, float]:
 
 
 def train_in_fresh_process(peer: str, round_number: int) -> dict[str, float]:
-    """`train_here` in a new process. Raises ValueError with its last line if it fails."""
+    """Run `train_here` in a new process. Raises ValueError with its last line if it fails."""
     env = os.environ | PEERS[peer][2] | {CHILD: peer}
     command = [sys.executable, "-m", "experiments.frameworks", *sys.argv[1:]]
     done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
@@ -69,7 +69,7 @@ def train_in_fresh_process(peer: str, round_number: int) -> dict[str, float]:
 
 
 def installed() -> list[str]:
-    """The peers that are; says which are left out."""
+    """The installed peers; prints which ones are left out."""
     found = [peer for peer, (modules, *_) in PEERS.items() if all(map(importlib.util.find_spec, modules))]
     if left_out := [peer for peer in PEERS if peer not in found]:
         print(f"not installed, and left out: {', '.join(left_out)}")
@@ -77,7 +77,10 @@ def installed() -> list[str]:
 
 
 def table(rows: list[dict]) -> list[list[str]]:
-    """One row a peer: medians with the lowest and the highest, and how many times as long as ours it takes in the same round."""
+    """One row per peer: medians with the lowest and the highest value.
+
+    The ratio to our time compares trainings of the same round.
+    """
     ours = {row["round_number"]: row["training_seconds"] for row in rows if row["peer"] == "vae_jax"}
     cells = [["trainer", "seconds", "times ours", "peak memory, MiB", "test loss"]]
     for peer in PEERS:
@@ -93,13 +96,13 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def spread(values: list[float], digits: str) -> str:
-    """The median, and the lowest and highest."""
+    """The median, with the lowest and the highest value."""
     median, low, high = median_and_range(np.array(values)).values()
     return f"{median:{digits}} ({low:{digits}}-{high:{digits}})"
 
 
 def versions() -> str:
-    """Of what takes part."""
+    """The versions of the installed frameworks."""
     names = ("jax", "flax", "torch", "lightning", "pythae", "keras")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if importlib.util.find_spec(name))
 

@@ -55,7 +55,7 @@ def commands(workdir: Path, samples: list[int], fields: dict, manual_dir: str) -
 
 
 def evaluate(run: Path, seed: int, dataset: Dataset, samples: int, count: int) -> dict[str, float]:
-    """The test numbers of one seed: NLL, effective sample size, active units."""
+    """The test numbers of one seed: NLL, effective sample size and active units."""
     vae = vae_jax.load(str(run), seed=seed)
     seen = as_seen(dataset.splits["test"], vae.config["data"]["binarize"], seed)
     subject = Subject(vae, dataset, "test", seen, dataset.splits["test"], Devices())
@@ -68,7 +68,7 @@ def evaluate(run: Path, seed: int, dataset: Dataset, samples: int, count: int) -
 
 
 def table(found: dict[int, list[dict[str, float]]]) -> list[list[str]]:
-    """One row for each k: means over the seeds, and what others published."""
+    """One row per k: means over the seeds, and published results."""
     cells = [["samples k", "-log p(x), nats", "active units", "effective sample size", *PUBLISHED]]
     for k, seeds in found.items():
         nll = [numbers["nll"] for numbers in seeds]

@@ -1,6 +1,6 @@
-"""What the results of the study of few labels say: its tables, and its figure.
+"""The report of the few-labels study: its tables and its figure.
 
-`rows` are those of results.jsonl, `settings` those of settings.json.
+`rows` are the rows of results.jsonl, `settings` the content of settings.json.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ PUBLISHED = {  # test accuracy in %: Pyro's tutorial "The Semi-Supervised VAE", 
     "M1 + M2, Kingma et al.": {100: 96.67, 1000: 97.60},
 }
 SHIFTED = "classifier, shifted"
-PAIRS = [  # one method less another
+PAIRS = [  # one method minus another
     ("label spreading, VAE's codes", "label spreading, pixels"),
     ("label spreading, VAE's codes", "classifier"),
     ("linear probe, VAE's codes", "linear probe, pixels"),
@@ -43,7 +43,7 @@ def by_method(rows: list[dict]) -> dict[str, dict[int, np.ndarray]]:
 
 
 def cell(values: np.ndarray | None, signed: bool = False) -> str:
-    """Mean and half-width of the 95 % interval; the value itself of one draw, and nothing of none."""
+    """Mean and half-width of the 95 % interval; the bare value for one draw, and "" for none."""
     if values is None or not len(values):
         return ""
     sign = "+" if signed else ""
@@ -84,7 +84,7 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
 
 
 def draw(rows: list[dict], settings: dict) -> Figure:
-    """Error by the number of labels, one line a method: warm colours with a generative model, blue ones without."""
+    """Plot the error by number of labels, one line per method: warm colours with a generative model, blue without."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     found = by_method(rows)
@@ -106,7 +106,7 @@ def draw(rows: list[dict], settings: dict) -> Figure:
 
 
 def plot(ax: Axes, found: dict[str, dict[int, np.ndarray]]) -> None:
-    """One line a method with its intervals; a dotted one for a method that has all labels."""
+    """Plot one line with intervals per method, dotted for a method that is trained on all labels."""
     groups = {True: [name for name in found if is_generative(name)]}
     groups[False] = [name for name in found if name not in groups[True]]
     for generative, names in groups.items():
@@ -128,12 +128,12 @@ def is_generative(method: str) -> bool:
 
 
 def title_of(settings: dict) -> str:
-    """What the study is."""
+    """The title of the study."""
     return f"How few labels are enough? {settings['data']}, {settings['draws']} draws, 95 % intervals"
 
 
 def write_summary(path: Path, rows: list[dict], settings: dict) -> None:
-    """summary.md and the figure, of the results that are there."""
+    """Write summary.md and the figure from the available results."""
     save_figure(draw(rows, settings), path / "labels.png")
     parts = [
         f"## {title}\n\n{markdown_table(cells)}\n" for title, cells in tables(rows, settings).items() if len(cells) > 1

@@ -2,9 +2,9 @@
 
     python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000] [--draws=5]
 
-Each method sees all training images but only so many labels, drawn anew for each of `--draws`, and is tested on all test images.
+Each method sees all training images but few labels, drawn anew for each of `--draws`, and is tested on all test images.
 Nothing is tuned on other labels. Each result is one line of results.jsonl, so the same command resumes an interrupted study;
-`--methods` computes a part of it. summary.md and the figure come last, from the results that are there.
+`--methods` computes a part of it. summary.md and the figure come last, from the available results.
 """
 
 import functools
@@ -31,12 +31,12 @@ from vae_jax.run.log import OwnedDirectory
 from vae_jax.run.session import fingerprint
 
 NEIGHBOURS = 10  # of each image in the graph
-SPREADING = 0.99  # what it takes from them: alpha of Zhou et al. 2004, section 4
-MOST_LABELLED = 16  # labelled images in a batch of 128
+SPREADING = 0.99  # weight of the neighbours: alpha of Zhou et al. 2004, section 4
+MOST_LABELLED = 16  # most labelled images in a batch of 128
 
 
 class Family(NamedTuple):
-    """A generative model of images and labels: where its runs are, and its config."""
+    """A generative model of images and labels: the folder of its runs, and its config."""
 
     folder: str
     config: str
@@ -49,7 +49,7 @@ FAMILIES = {
     "M1 + M2": Family("stacked", "configs/stacked.py"),
     "conditional VAE, Bayes' rule": Family("conditional", "configs/conditional.py:dense", few=False),
 }
-# method: (function of `Spectrum`, its arguments); all draws at once
+# name: (method of `Spectrum`, its arguments); each computes all draws at once
 TOGETHER: dict[str, tuple[str, dict[str, bool]]] = {
     "classifier": ("classifier", {}),
     "classifier, pseudo-labels": ("classifier", {"pseudo_labels": True}),
@@ -65,7 +65,7 @@ TOGETHER: dict[str, tuple[str, dict[str, bool]]] = {
 
 
 class Spectrum:
-    """The data, the label draws and the models that several results share."""
+    """The data, label draws and models that several results share."""
 
     def __init__(self, path: Path, settings: dict, dataset: Dataset, manual_dir: str):
         self._path, self._settings, self._manual_dir = path, settings, manual_dir
@@ -78,11 +78,11 @@ class Spectrum:
         self._codes = functools.cache(self._encode)
 
     def hidden(self, labels: int, draw: int) -> np.ndarray:
-        """The training labels, -1 for those that this draw hides."""
+        """The training labels, with -1 for those that this draw hides."""
         return data.hide_labels(self._train, labels, draw, self._classes).label
 
     def classifier(self, labels: int, augmented: bool = False, pseudo_labels: bool = False) -> dict:
-        """The post's classifier, alone or trained again with every image that it labels confidently."""
+        """Train the post's classifier; `pseudo_labels` trains it again with every image that it labels confidently."""
         trainer, train = self._trainer(), self._train
         rows = [np.flatnonzero(self.hidden(labels, draw) >= 0) for draw in self._draws]
         variables = trainer(train.image, train.label, rows, augmented)
@@ -115,13 +115,13 @@ class Spectrum:
         return {"accuracy": [float(model.score(test, self._test.label)) for model in models]}
 
     def taught(self, labels: int, codes: bool) -> dict:
-        """The classifier trained on shifted and rotated images, all of them with the labels that spreading gives them."""
+        """Train the classifier on all images, shifted and rotated, with the labels that spreading gives them."""
         label = np.stack([self._spread(labels, draw, codes).transduction_ for draw in self._draws])
         everything = [np.arange(len(self._train.label))] * len(self._draws)
         return self._count(self._trainer()(self._train.image, label.astype(np.int32), everything, True))
 
     def _spread(self, labels: int, draw: int, codes: bool) -> Any:
-        """Label spreading over the graph of nearest neighbours (Zhou et al. 2004), fitted to the training images."""
+        """Fit label spreading (Zhou et al. 2004) over the nearest-neighbour graph to the training images."""
         from sklearn.semi_supervised import LabelSpreading
 
         among, to_test = self._graph(codes)
@@ -133,7 +133,7 @@ class Spectrum:
             return model.fit(np.arange(count)[:, None], self.hidden(labels, draw))
 
     def _make_graph(self, codes: bool) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """Neighbours among the training images, in both directions, and those of each test image, [train, test]."""
+        """The symmetric neighbour graph of the training images, and each test image's neighbours, [train, test]."""
         from sklearn.neighbors import NearestNeighbors
 
         train, test = self._codes() if codes else self._pixels()
@@ -145,14 +145,14 @@ class Spectrum:
         return tuple(split.image.reshape(len(split.image), -1) / np.float32(255) for split in (self._train, self._test))
 
     def _encode(self) -> tuple[np.ndarray, np.ndarray]:
-        """The posterior means of a VAE that saw no label."""
+        """The posterior means of a VAE trained without labels."""
         run = self._path / "vae"
         self._run("configs/vae.py:bernoulli", run, {"epochs": self._settings["vae_epochs"]})
         vae = vae_jax.load(str(run))
         return tuple(vae.encode(split.image)[0] for split in (self._train, self._test))
 
     def family(self, method: str, labels: int, draw: int) -> dict:
-        """A generative model of images and labels, one training."""
+        """Train a generative model of images and labels once; returns its test numbers."""
         folder, config, few = FAMILIES[method]
         run = self._path / f"{folder}-{labels}-{draw}"
         fields = {"epochs": self._settings["epochs"]}
@@ -173,7 +173,7 @@ class Spectrum:
 
 
 def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_dir: str, chosen: list[str]) -> None:
-    """Compute the missing results of the chosen methods, then write the summary of all that are there."""
+    """Compute the missing results of the chosen methods, then write the summary of all available results."""
     spectrum = Spectrum(study.path, settings, dataset, manual_dir)
     for method in chosen:
         if method in TOGETHER:

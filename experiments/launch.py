@@ -1,4 +1,4 @@
-"""Experiments as programs, and the runs of the main program that they consist of."""
+"""Start experiments as programs, and run the commands of the main program that they consist of."""
 
 import contextlib
 import shlex
@@ -19,9 +19,9 @@ LOCAL_FLAGS = ("--config.data.manual_dir=", "--manual_dir=")  # change no number
 
 
 def start(program: str, main: Callable[..., None], takes_arguments: bool = False) -> None:
-    """Run an experiment's `main()` as absl does: errors in one line, exit code 130 on Ctrl-C.
+    """Run an experiment's `main()` under absl: errors print one line, Ctrl-C exits with code 130.
 
-    `main` gets the list of positional arguments if it takes any; else there must be none.
+    With `takes_arguments`, `main` receives the list of positional arguments; otherwise there must be none.
     """
 
     def run(argv):
@@ -40,7 +40,7 @@ def start(program: str, main: Callable[..., None], takes_arguments: bool = False
 
 
 def define_data_flags(workdir: str) -> None:
-    """The flags --workdir, --data and --manual_dir of an experiment on a data set."""
+    """Define the flags --workdir, --data and --manual_dir of an experiment on a data set."""
     flags.DEFINE_string("workdir", workdir, "The folder of the runs.")
     flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
     flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
@@ -55,7 +55,7 @@ def make_command(config: str, workdir: Path, fields: dict, manual_dir: str = "")
 
 
 def config_for(model: str, data_name: str) -> str:
-    """The config of a model for a data set: the variant named after it, where there is one."""
+    """The config of a model for a data set: its variant digits for the digits, else its default."""
     variant = ":digits" if data_name == "digits" else ""
     return f"configs/{model}.py{variant}"
 
@@ -66,7 +66,7 @@ def shell_line(command: list[str]) -> str:
 
 
 def run(command: list[str]) -> None:
-    """Run a command to its end; exit with its exit code if it fails, as a shell gives it.
+    """Run a command to its end; if it fails, exit with the code that a shell would report.
 
     SIGTERM is passed on to the command, which saves and exits; Ctrl-C reaches it through the terminal.
     """

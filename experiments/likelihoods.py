@@ -1,4 +1,4 @@
-"""One network under every likelihood: what each one's number measures, its samples and its reconstructions.
+"""One network under every likelihood: what each number measures, the samples and the reconstructions.
 
     python -m experiments.likelihoods --workdir=runs/likelihoods [--data=mnist] [--epochs=20] [--seeds=3]
 
@@ -33,7 +33,7 @@ FIELDS = {  # what each likelihood changes in the config
 
 
 def commands(workdir: Path, fields: dict, manual_dir: str, chosen: Sequence[str] = (*FIELDS,)) -> dict[str, list[str]]:
-    """{likelihood: command}, with `fields` overridden in all of them; the tables need no log p(x)."""
+    """{likelihood: command}, with `fields` overridden in all; log p(x) is not estimated, as no table shows it."""
     fields = fields | {"run.likelihood_samples": 0}
     return {
         name: launch.make_command(
@@ -45,7 +45,7 @@ def commands(workdir: Path, fields: dict, manual_dir: str, chosen: Sequence[str]
 
 
 def tables(models: list[ablations.Variant]) -> dict[str, list[list[str]]]:
-    """{kind of number: table} of the test bound in nats, with its constant, and in bits a dimension; KL, latents, scale."""
+    """{kind of number: table}: test bound in nats, with its constant, and in bits per dimension; KL, latents, scale."""
     found: dict[str, list[list[str]]] = {}
     for name, vae, last in models:
         p_x, pixels = vae.model.likelihood, int(np.prod(vae.image_shape))
@@ -66,7 +66,7 @@ def tables(models: list[ablations.Variant]) -> dict[str, list[list[str]]]:
 
 
 def with_interval(mean: float, interval: float | None) -> str:
-    """A number and, of several seeds, the half-width of its 95 % interval."""
+    """A number, with the half-width of its 95 % interval if there is one."""
     return f"{mean:.2f}" + ("" if interval is None else f" ± {interval:.2f}")
 
 

@@ -3,7 +3,7 @@
     python -m experiments.rate_distortion --workdir=runs/rate-distortion [--data=mnist] [--epochs=5]
 
 Trains the post's VAE for each beta and for each latent size, one run directory each, evaluates each with --full, and draws the
-curve beside that of the best linear VAE, which is known in closed form. The same command resumes an interrupted experiment.
+curve next to the closed-form curve of the best linear VAE. The same command resumes an interrupted experiment.
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ COLUMNS = {  # of the table: metric -> heading
 
 
 def runs(betas: list[str], latents: list[str]) -> dict[str, dict[str, str]]:
-    """{folder: what it changes}: the sweep over beta, then the one over the latent size at beta 1."""
+    """{folder: changed fields}: the sweep over beta, then the sweep over the latent size at beta 1."""
     sweep = {f"beta{beta}": {"objective.beta": beta} for beta in betas}
     return sweep | {f"latent{latent}": {"model.latent_dim": latent} for latent in latents}
 
@@ -47,7 +47,7 @@ def evaluate(workdir: Path, samples: int, count: int) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """One row a run."""
+    """One row per run."""
     cells = [["run", *COLUMNS.values()]]
     for name, numbers in found.items():
         values = [numbers.get(f"test/{metric}", "") for metric in COLUMNS]
@@ -56,7 +56,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], eigenvalues: np.ndarray, latent_dim: int, title: str) -> Figure:
-    """The points in the plane of rate and distortion, lines of equal sum, and the linear VAE's curve."""
+    """Draw the runs in the rate-distortion plane, with lines of equal sum and the linear VAE's curve."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     ax = figure.subplots()
     points = {name: (numbers["test/kl"], numbers["test/reconstruction"]) for name, numbers in found.items()}

@@ -54,7 +54,7 @@ def plan(workdir: Path, name: str, manual_dir: str, quick: bool) -> dict[str, li
 
 
 class Report:
-    """The report on a work directory after all parts are done; its figures go to report/ there.
+    """The report on a work directory in which all parts are done; its figures go to report/ there.
 
     Raises ValueError if a part is missing, unfinished or of another data set.
     """
@@ -74,7 +74,7 @@ class Report:
         self._variants = ablations.load(workdir / "ablations")
 
     def markdown(self) -> str:
-        """The page; its figures are copied or drawn."""
+        """The page in Markdown; copies or draws its figures."""
         self._save_figures()
         pixels = math.prod(self._dataset.image_shape)
         eigenvalues = covariance_eigenvalues(self._dataset.splits["train"].image)
@@ -141,7 +141,7 @@ class Report:
         return [heading, list(map(str, values))]
 
     def _costs(self) -> str:
-        """What each variant loses against the reference, in nats."""
+        """Each variant's test loss relative to the reference, in nats."""
         reference, *others = self._variants
         return ", ".join(f"{title} {last['test/loss'] - reference.last['test/loss']:+.2f}" for title, _, last in others)
 
@@ -177,7 +177,7 @@ class Report:
 
 
 def trained_seconds(folder: Path, *runs: str) -> float:
-    """Seconds that runs in a folder trained."""
+    """The total training seconds of runs in a folder."""
     return sum(read_rows(folder / run)[-1]["seconds"] for run in runs)
 
 

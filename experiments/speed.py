@@ -33,7 +33,7 @@ from experiments.speed_peers import MODELS, Work
 from vae_jax.run.files import save_figure, write_atomically
 
 PRECISIONS = ["float32", "bfloat16"]
-# Height of each layer's map to which its kernel is applied (the post, Tables 1, 2 and 4).
+# Height of the feature map that each layer's kernel is applied to (the post, Tables 1, 2 and 4).
 HEIGHTS = {
     "vae": {"conv1": 14, "conv2": 7, "fc": 1, "tconv1": 1, "tconv2": 7, "tconv3": 14, "tconv4": 28},
     "classifier": {"conv1": 28, "conv2": 14, "conv3": 7, "fc": 1},
@@ -97,7 +97,7 @@ def operations(model: str, train: bool) -> float:
 def measure(peers: list[Peer], rounds: int) -> list[np.ndarray]:
     """Work per second of each peer in each round, after two runs that compile and warm up.
 
-    Each round has an order of its own: the run after a large one pays for memory that was given back.
+    Each round has its own random order, because the run after a large one pays for memory that was freed.
     """
     rates, rng = np.zeros((len(peers), rounds)), np.random.default_rng(0)
     for peer in peers:
@@ -156,7 +156,7 @@ def show(rows: list[dict]) -> None:
 
 
 def verdict(rows: list[dict]) -> str:
-    """How many times as fast ours trains, in one line."""
+    """The speed of our training relative to the others', in one line."""
     sentences = []
     for group, own in by_group(rows).items():
         ratios = {row["name"]: row["ours is"] for row in own}

@@ -37,12 +37,12 @@ class Work(NamedTuple):
 
     @property
     def images(self) -> int:
-        """How many images it reads."""
+        """Number of images that it reads."""
         return self.batch_size * self.steps
 
 
 def random_work(batch_size: int, steps: int) -> Work:
-    """Images and labels of noise: the time does not depend on them."""
+    """Random images and labels; the time does not depend on them."""
     rng, count = np.random.default_rng(0), batch_size * steps
     image = rng.integers(0, 256, (count, *IMAGE_SHAPE), np.uint8)
     return Work(image, rng.integers(0, CLASSES, count, np.int32), batch_size, steps)
@@ -61,7 +61,7 @@ class Implementation(NamedTuple):
 
 
 def ours(name: str, **fields) -> Implementation:
-    """This package's model; `fields` as in its config's section `model`."""
+    """This package's model; `fields` are those of the config's section `model`."""
     if name == "vae":
         return _implementation(name, vae.make(IMAGE_SHAPE, **fields))
     return _implementation(name, classifier.make(IMAGE_SHAPE, CLASSES, **fields))
@@ -125,7 +125,7 @@ class PlainClassifier(nn.Module):
 
 
 def train_in_loop(implementation: Implementation, work: Work) -> Callable[[], None]:
-    """Training as this package does it: all steps in one program."""
+    """Train as this package does: all steps in one program."""
     optimizer = optax.adam(1e-3)
     state = implementation.state(optimizer)
     train_step = make_train_step(implementation.objective, optimizer)
@@ -143,7 +143,7 @@ def train_in_loop(implementation: Implementation, work: Work) -> Callable[[], No
 
 
 def evaluate_split(implementation: Implementation, work: Work) -> Callable[[], None]:
-    """Evaluation as this package does it: all batches in one program, arrays brought to the host."""
+    """Evaluate as this package does: all batches in one program, arrays copied to the host."""
     state = implementation.state(optax.adam(1e-3))
     step = make_eval_step(implementation.objective)
     split = Split(work.image, work.label)
@@ -152,7 +152,7 @@ def evaluate_split(implementation: Implementation, work: Work) -> Callable[[], N
 
 
 def train_by_steps(implementation: Implementation, work: Work) -> Callable[[], None]:
-    """Training by a jitted step called from Python."""
+    """Train by a jitted step called from Python."""
     optimizer = optax.adam(1e-3)
     state = implementation.state(optimizer)
     step = jit_train_step(implementation.objective, optimizer)
@@ -168,7 +168,7 @@ def train_by_steps(implementation: Implementation, work: Work) -> Callable[[], N
 
 
 def evaluate_by_steps(implementation: Implementation, work: Work) -> Callable[[], None]:
-    """Evaluation by a jitted step called from Python."""
+    """Evaluate by a jitted step called from Python."""
     state = implementation.state(optax.adam(1e-3))
     step = jax.jit(make_eval_step(implementation.objective))
     batch = _make_batches(work)
@@ -176,7 +176,7 @@ def evaluate_by_steps(implementation: Implementation, work: Work) -> Callable[[]
 
 
 def _make_batches(work):
-    """`batch(i)` of data on the device."""
+    """`batch(i)` returns batch i of data on the device."""
     data = jax.device_put((work.image, work.label))
     weight = jnp.ones(work.batch_size)
     take = jax.jit(lambda image, label, rows: make_batch(image[rows], label[rows], weight, rows))
@@ -212,7 +212,7 @@ def torch_forms() -> dict[str, dict]:
 def torch_run(
     model: str, work: Work, precision: str, train: bool, channels_last: bool = False, mode: str | None = None
 ) -> Callable[[], None]:
-    """Training by fused Adam, or evaluation, in PyTorch; compiled with `mode` if given."""
+    """Train by fused Adam, or evaluate, in PyTorch; compiled with `mode` if given."""
     import torch
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"

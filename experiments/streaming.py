@@ -1,4 +1,4 @@
-"""What it costs to send the images of each call, relative to images that lie on the device.
+"""The cost of sending the images of each call, relative to images that stay on the device.
 
     python -m experiments.streaming [--rounds=7] [--calls=3] [--size=60000]
 

@@ -1,4 +1,4 @@
-"""A study as a directory: settings that decide its numbers, and one JSON line a finished result."""
+"""A study as a directory: settings that decide its numbers, and one JSON line per finished result."""
 
 import json
 import time
@@ -9,11 +9,11 @@ from vae_jax.run.config import changes
 from vae_jax.run.files import read_json_lines, write_atomically
 from vae_jax.run.log import OwnedDirectory
 
-LEFTOVERS = {"lock", "settings.tmp"}  # of a study that was killed in its first moment
+LEFTOVERS = {"lock", "settings.tmp"}  # left by a study that was killed right after its start
 
 
 def open_study(path: Path, settings: dict) -> OwnedDirectory:
-    """The directory of a study; its rows are those of results.jsonl.
+    """Open the directory of a study; its rows are those of results.jsonl.
 
     Raises OSError if another process works there, or if it holds other files or a study with other settings.
     """
@@ -39,7 +39,7 @@ def write_settings(path: Path, settings: dict) -> None:
 
 
 def compute_once(study: OwnedDirectory, stage: str, compute: Callable[..., dict], **fields) -> dict:
-    """The stored result with these fields, or else that of `compute(**fields)`, which is stored and printed."""
+    """Return the stored result with these fields; if there is none, store and print that of `compute(**fields)`."""
     name = {"stage": stage, **fields}
     for row in study.rows:
         if name.items() <= row.items():

@@ -1,4 +1,4 @@
-"""The classifier of several seeds, trained in one program on rows that differ from seed to seed."""
+"""Train the classifier for several seeds in one program, each seed on its own rows."""
 
 import functools
 from collections.abc import Callable
@@ -49,7 +49,10 @@ class Trainer:
         return jax.jit(map_seeds(program, 3, len(self._seeds)))
 
     def __call__(self, image, label, rows: list[np.ndarray], augmented: bool) -> dict:
-        """Variables of all seeds; each seed reads its own rows, and its own labels if `label` is [seeds, images]."""
+        """Train all seeds and return their variables.
+
+        Each seed reads its own rows, and its own labels if `label` is [seeds, images].
+        """
         label = jnp.broadcast_to(label, (len(self._seeds), len(image)))
         length = self._steps * self._batch_size
         order = [arms.reading_order(own, length, (seed, 1)) for seed, own in zip(self._seeds, rows)]

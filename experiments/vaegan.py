@@ -1,4 +1,4 @@
-"""VAE, VAE/GAN and GAN of the same networks: how near to the data their images are, how varied, and how sharp.
+"""VAE, VAE/GAN and GAN with the same networks: how close to the data their images are, how varied, and how sharp.
 
     python -m experiments.vaegan --workdir=runs/vaegan [--data=mnist] [--epochs=10] [--seeds=3]
 
@@ -37,7 +37,8 @@ from vae_jax.run.report import markdown_table
 from vae_jax.run.session import fingerprint
 
 TITLES = {"vae": "VAE", "sharp_vae": "VAE, beta 0.25", "vaegan": "VAE/GAN", "gan": "GAN"}
-# What each method changes in the config of the VAE/GAN, whose discriminator judges the others. The sharp VAE has its beta.
+# The fields that each method changes in the VAE/GAN's config. The sharp VAE has the VAE/GAN's beta.
+# The discriminator of the VAE/GAN judges all methods.
 METHODS = {"vaegan": {}, **config_file.CONTROLS, "sharp_vae": {"objective.method": "vae"}}
 COLUMNS = {  # of the table: number -> heading
     "frechet_distance": "Frechet classifier distance",
@@ -55,7 +56,7 @@ ROUNDS, STEPS = 5, 5  # of the timing: rounds through the methods, steps in each
 
 
 class Comparison:
-    """The test images and the pinned classifier's features of them; `measure` and `floor` each compute one result."""
+    """The test images and their features in the pinned classifier; `measure` and `floor` each compute one result."""
 
     def __init__(self, workdir: Path, dataset: Dataset, count: int):
         classifier, variables = weights.pinned_classifier()
@@ -71,9 +72,10 @@ class Comparison:
         return vae_jax.load(str(self._workdir / f"{method}-seed{seed}"))
 
     def measure(self, method: str, seed: int) -> dict[str, Any]:
-        """Images from the prior and, of a method with an encoder, reconstructions of the mean code, beside the test images.
+        """Compare samples from the prior, and reconstructions if the method trains an encoder, with the test images.
 
-        Errors are half squared ones. The discriminator is that of the same seed's VAE/GAN.
+        Reconstructions decode the posterior mean. Errors are half squared errors. The discriminator belongs to the
+        VAE/GAN of the same seed.
         """
         vae = self.load(method, seed)
         numbers = self._near(vae.sample(self._count, seed))
@@ -91,7 +93,7 @@ class Comparison:
         return numbers | {"training_seconds": last["seconds"], "kl": last["test/kl"]}
 
     def floor(self) -> dict[str, Any]:
-        """As many training images in place of generated ones."""
+        """Measure as many training images in place of generated ones."""
         return self._near(self._dataset.splits["train"].image[: self._count] / np.float32(255))
 
     def _near(self, image: np.ndarray) -> dict[str, Any]:
@@ -102,25 +104,25 @@ class Comparison:
 
 
 def half_squared(target: np.ndarray, found: np.ndarray) -> float:
-    """1/2 |target - found|^2, the mean over images."""
+    """1/2 |target - found|^2, averaged over images."""
     error = (target.astype(np.float64) - found).reshape(len(target), -1)
     return float(0.5 * np.square(error).sum(axis=1).mean())
 
 
 def speeds(base: str) -> dict[str, float]:
-    """Training images a second of each method on this machine, medians over interleaved rounds in one process."""
+    """Training images per second of each method on this machine, medians over interleaved rounds in one process."""
     peers = []
     for method, fields in METHODS.items():
         config = config_file.get_config(base.partition(":")[2] or "default").to_dict()
         config["objective"] |= {name.removeprefix("objective."): value for name, value in fields.items()}
-        config["data"]["name"] = "digits"  # of the same size; the images do not matter
+        config["data"]["name"] = "digits"  # images of the same size; their content does not matter
         config["run"]["steps_per_call"] = STEPS
         peers.append(Peer("training", method, make_run(session.build(config)), STEPS * config["batch_size"]))
     return {peer.name: statistics.median(rates) for peer, rates in zip(peers, measure(peers, ROUNDS))}
 
 
 def table(rows: list[dict]) -> list[list[str]]:
-    """One row a method, means over the seeds with 95 % intervals, and the floor."""
+    """One row per method, means over the seeds with 95 % intervals, and the floor."""
     cells = [["images", *COLUMNS.values(), "training images a second"]]
     rates = next((row for row in rows if row["stage"] == "speed"), {})
     for method, title in TITLES.items():
@@ -133,7 +135,7 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def summarize(values: list) -> str:
-    """The mean of the numbers among values, with the half-width of its 95 % interval where there are several; "" for none."""
+    """The mean of the numbers in `values`, with its 95 % interval's half-width if there are several; "" for none."""
     values = [value for value in values if isinstance(value, float)]
     if len(values) < 2:
         return "".join(f"{value:.3g}" for value in values)
@@ -142,7 +144,7 @@ def summarize(values: list) -> str:
 
 
 def draw(models: dict[str, Any], dataset: Dataset, title: str) -> Figure:
-    """Samples of each method beside test images, above test images that are each followed by their reconstruction."""
+    """Draw each method's samples next to test images, above test images each followed by its reconstruction."""
     figure = Figure(figsize=(3 * (len(models) + 1), 7), layout="constrained")
     above, below = figure.subplots(2, len(models) + 1)
     test = dataset.splits["test"]

@@ -1,10 +1,10 @@
-"""Do a VAE/GAN's images help a classifier more than a sharp VAE's? Arm h of experiments.augmentation, with either of them.
+"""Do a VAE/GAN's images help a classifier more than a sharp VAE's? Arm h of experiments.augmentation with either one.
 
     python -m experiments.vaegan_augmentation --workdir=runs/vaegan-augmentation [--data=mnist] [--percentages=1,5] [--seeds=5]
 
 Both models train on half A of the training images, without labels. The classifier trains on p % of half B, shifted and rotated, and
-on one draw from q(z | x) of each image of half A, which the classifier without them labels. Each finished result is one line of
-results.jsonl, so the same command resumes an interrupted experiment.
+on one draw from q(z | x) of each image of half A, labelled by the classifier trained without them. Each finished result is one
+line of results.jsonl, so the same command resumes an interrupted experiment.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What a user hands to a trained model, checked: each ValueError names the argument, its value and the rule."""
+"""Checks of what a user passes to a trained model. Each ValueError names the argument, its value and the rule."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ LARGEST_LATENT = 1e4  # far outside any prior; beyond it the decoder's float32 w
 
 
 def check_labels(label: Any, count: int, num_classes: int) -> Int[np.ndarray, " count"]:
-    """One label for each of `count` examples, from one integer or as many. Raises ValueError for anything else, and for None."""
+    """Labels of `count` examples, from one integer or `count` of them. Raises ValueError for anything else."""
     last = num_classes - 1
     if label is None:
         raise ValueError(f"this model is conditioned on the label: give label=, from 0 to {last}")
@@ -23,7 +23,7 @@ def check_labels(label: Any, count: int, num_classes: int) -> Int[np.ndarray, " 
 
 
 def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "n h w c"]:
-    """Images in [0, 1] as float32. Raises ValueError, naming size, type or value, for what a model of `shape` does not take."""
+    """Images in [0, 1] as float32. Raises ValueError, naming shape, type or value, if they do not fit the model."""
     image = as_array("images", image)
     if image.ndim == 3 and shape[2] == 1:
         image = image[..., None]
@@ -39,7 +39,7 @@ def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "
 
 
 def check_latents(z: Any, latent_dim: int) -> Float[np.ndarray, "n latent"]:
-    """Latents as float32. Raises ValueError, naming shape, type or value, for what a decoder does not take."""
+    """Latents as float32. Raises ValueError, naming shape, type or value, if a decoder cannot take them."""
     z = as_array("z", z)
     if z.ndim != 2 or z.shape[1] != latent_dim or len(z) == 0:
         raise ValueError(f"z has shape {z.shape}, but must be [n, {latent_dim}]")
@@ -50,7 +50,7 @@ def check_latents(z: Any, latent_dim: int) -> Float[np.ndarray, "n latent"]:
 
 
 def as_array(name: str, values: Any) -> np.ndarray:
-    """A plain array. Raises ValueError for a masked one, whose mask NumPy would drop silently."""
+    """Convert to a plain array. Raises ValueError for a masked array: NumPy would drop the mask silently."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(  # noqa: TRY004
             f"{name} is a masked array, but must be a plain one: fill what is masked"
@@ -60,13 +60,13 @@ def as_array(name: str, values: Any) -> np.ndarray:
 
 def check_range(name: str, values: np.ndarray, least: float, most: float) -> None:
     """Raise ValueError, naming the first value that is not a number in [least, most]."""
-    wrong = values[~((values >= least) & (values <= most))]  # NaN is not either
+    wrong = values[~((values >= least) & (values <= most))]  # NaN fails both comparisons
     if wrong.size:
         raise ValueError(f"{name} has the value {wrong[0]}, but must lie in [{least:g}, {most:g}]")
 
 
 def check_integer(name: str, value: Any, least: int, most: int) -> None:
-    """Raise ValueError unless `value` is an integer in [least, most]; a boolean is none."""
+    """Raise ValueError unless `value` is an integer in [least, most]; booleans do not count."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
         shown = repr(value).splitlines()[0][:60]
         raise ValueError(f"{name} is {shown}, but must be an integer from {least} to {most}")

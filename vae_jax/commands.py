@@ -35,7 +35,7 @@ LIMIT = 3.0  # standard deviations of the prior that a traversal covers on eithe
 USED = {
     "nats": 0.05,
     "variance": 0.01,
-}  # from which on a traversal shows a latent; the variance is that of Burda et al. 2016
+}  # least use for a traversal to show a latent; the variance threshold is from Burda et al. 2016
 
 
 def evaluate(
@@ -49,12 +49,12 @@ def evaluate(
     prior: str = "model",
     own: str | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a checkpoint on a split, as training logged them, and the baselines of the training images.
+    """The metrics of a checkpoint on a split, as training logs them, and the baselines of the training images.
 
-    The images of the path `own` are one more split, named after it and their hash.
+    The images at the path `own`, if given, form another split, named after the path and their hash.
 
-    With `full` also the numbers of `full_evaluation` and a verdict in words; for the prior "gmm" those of the model with a mixture
-    in place of its prior.
+    `full` adds the numbers of `full_evaluation` and a verdict in words. With the prior "gmm", a mixture replaces the
+    model's prior in these numbers.
     """
     metadata, variables = load_variables(workdir, checkpoint)
     job = build(config)
@@ -87,9 +87,9 @@ def sample(
     labels: list[int] | None = None,
     files: bool = False,
 ) -> list[Any]:
-    """Images decoded from the prior, as a grid and as .npz; for the prior "gmm" also the test bound under both priors.
+    """Write images decoded from the prior as a grid and as .npz; "gmm" also gives the test bound under both priors.
 
-    With `files` they are written one by one instead of the grid, as PNG. A model that is conditioned on labels takes the given ones in turn.
+    `files` writes one PNG per image instead. A model that is conditioned on labels takes the given labels in turn.
     """
     if prior == "model":
         vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
@@ -111,7 +111,7 @@ def sample(
 def reconstruct(
     workdir: str, config: dict, checkpoint: str, split: str, count: int, own: str | None = None
 ) -> list[Any]:
-    """The first `count` images of a split beside their reconstructions; of one's own images as many as there are, up to `count`."""
+    """Draw the first `count` images of a split, or up to `count` of the user's own, next to their reconstructions."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     if count > len(examples.label) and own is None:
         raise ValueError(f"--count is {count}, but {split} has {len(examples.label)} images")
@@ -144,7 +144,7 @@ def interpolate(
     labels: list[int] | None,
     own: str | None = None,
 ) -> list[Any]:
-    """Images decoded from the line between the encodings of the two images that `choose_images` chooses."""
+    """Decode points on the line between the encodings of two images, which `choose_images` chooses."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation has at least 2")
@@ -180,10 +180,11 @@ def traverse(
     own: str | None = None,
     all_latents: bool = False,
 ) -> list[Any]:
-    """An image's encoding decoded with one latent at a time moved, sorted by how much each latent is used over the split.
+    """Decode an image's encoding with one latent moved at a time; latents are sorted by their use over the split.
 
-    The measure is the mean KL, or the variance of the posterior mean if the prior has no KL in closed form. Latents below USED
-    are left out, unless `all_latents` asks for them or there is no other. Triangles mark the image's own values.
+    Use is the mean KL, or the variance of the posterior mean if the prior has no closed-form KL or the model is
+    conditional. Latents below USED are left out unless `all_latents` is set or all are below it. Triangles mark the
+    image's own values.
     """
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     index = choose_images(examples, examples.title, 1, images, labels)
@@ -225,7 +226,7 @@ def traverse(
 def encode(
     workdir: str, config: dict, checkpoint: str, split: str, own: str | None = None, tsne: bool = False
 ) -> list[Any]:
-    """Mean and log-variance of q(z | x) of every image, as .npz and, a row an image, as .csv; a map by t-SNE where asked for."""
+    """Write mean and log-variance of q(z | x) of every image as .npz and .csv; `tsne` adds a map of the means."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     mean, logvar = vae.encode(examples.image, **vae.own_label(examples.label))
     path = generated(workdir) / f"encode-step{vae.step}-{examples.file}.npz"
@@ -242,7 +243,7 @@ def encode(
 
 
 def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
-    """A CSV of file, label and probability for the user's own images."""
+    """Write a CSV of file, label and probability for the user's own images."""
     classifier = load_able(workdir, checkpoint, "probabilities", "classes")
     examples = read_own(classifier, own)
     label, probability = classifier.predict(examples.image)
@@ -253,13 +254,13 @@ def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
 
 
 def export(workdir: str, checkpoint: str, output: str | None, formats: list[str] | None) -> list[Path]:
-    """The model as a folder for a model hub, by default in generated/; nothing is uploaded."""
+    """Export the model as a folder for a model hub, by default in generated/; nothing is uploaded."""
     folder = output or str(generated(workdir) / f"export-step{load_variables(workdir, checkpoint)[0]['step']}")
     return export_model(workdir, folder, checkpoint, formats=formats or ())
 
 
 def generated(workdir: str) -> Path:
-    """The folder that the modes write to: in the run directory, or of a model in the box generated/NAME here."""
+    """Create the folder that modes write to: generated/ in the run directory; generated/NAME for a bundled model."""
     path = local_path(workdir)
     folder = Path("generated") / path.name if weights.in_box(path) else path / "generated"
     folder.mkdir(parents=weights.in_box(path), exist_ok=True)
@@ -267,7 +268,7 @@ def generated(workdir: str) -> Path:
 
 
 def save(workdir: str, name: str, figure: Any, frames: Sequence[np.ndarray] = (), **arrays) -> list[Path]:
-    """Write generated/NAME.png, .npz and of frames .webp; the name holds all that decides the content, so nothing is overwritten."""
+    """Write generated/NAME.png, .npz and, from `frames`, .webp. NAME contains all that determines the content."""
     paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz", "webp")]
     save_figure(figure, paths[0])
     save_arrays(paths[1], **arrays)

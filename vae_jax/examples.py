@@ -1,4 +1,4 @@
-"""The model and the images that a mode works on: a split of the training data, or the user's own (`--input`)."""
+"""The model and the images that a mode works on: a split of the run's data, or the user's own images (`--input`)."""
 
 import hashlib
 from pathlib import Path
@@ -19,10 +19,10 @@ class Examples(NamedTuple):
     """The images that a mode works on, as the model sees them.
 
     Attributes:
-        title: what they are, for people.
-        file: what they are, for the names of files: it holds all that decides them.
-        names: of each image; positions in a split.
-        notes: what was done to them, in words.
+        title: what the images are, for people.
+        file: what the images are, for file names; it contains everything that determines them.
+        names: one name per image; in a split, its position.
+        notes: what was done to the images, in words.
     """
 
     image: UInt8[np.ndarray, "n height width channel"]
@@ -33,14 +33,14 @@ class Examples(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def at(self, position: int | np.integer) -> str:
-        """One of them, for the names of files."""
+        """The image at `position`, for file names."""
         return f"{self.file}-{position}"
 
 
 def load_examples(
     workdir: str, config: dict, checkpoint: str, split: str, own: str | None
 ) -> tuple[Pretrained, Examples]:
-    """The model of a run, with encoder and decoder, and a split of its data, or the images of the path `own`."""
+    """Load a run's model, with encoder and decoder, and a split of its data or the images at the path `own`."""
     if own is None:
         vae, examples = load_with_split(workdir, config, checkpoint, split)
         names = [str(i) for i in range(len(examples.label))]
@@ -60,7 +60,7 @@ def read_unlabelled(vae: Pretrained, path: str) -> Examples:
 
 
 def read_own(model: Pretrained, path: str) -> Examples:
-    """The images of `data.read_images`, prepared as those that the model was trained on. Raises ValueError if they do not fit it."""
+    """Read images, prepared like those that the model was trained on. Raises ValueError if they do not fit it."""
     height, width, channels = model.image_shape
     wanted = data.Preparation(model.config["data"].get("size", 0), "grey" if channels == 1 else "colour")
     names, image, notes = data.read_images(path, wanted)
@@ -87,7 +87,7 @@ def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretra
 
 
 def check_able(pretrained: Pretrained, workdir: str, function: str, what: str) -> Pretrained:
-    """The given model. Raises ValueError if it has not the function that a mode needs."""
+    """Return the model. Raises ValueError if it lacks the function that a mode needs."""
     try:
         pretrained.check_has(function, what)
     except ValueError as error:
@@ -96,13 +96,13 @@ def check_able(pretrained: Pretrained, workdir: str, function: str, what: str) -
 
 
 def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> tuple[Pretrained, Split]:
-    """The model of a run, with encoder and decoder, and a split of the data that it was trained on, as it sees them."""
+    """Load a run's model, with encoder and decoder, and a split of its data as the model sees it."""
     vae, dataset = load_with_data(workdir, config, checkpoint)
     return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
 
 
 def load_with_data(workdir: str, config: dict, checkpoint: str) -> tuple[Pretrained, Dataset]:
-    """The model of a run, with encoder and decoder, and the data that it was trained on."""
+    """Load a run's model, with encoder and decoder, and the data that it was trained on."""
     vae = load_able(workdir, checkpoint, "encode", "encoder")
     vae.check_has("decode_raw", "decoder")
     dataset = bind("data", data.load, config["data"])()
@@ -111,7 +111,7 @@ def load_with_data(workdir: str, config: dict, checkpoint: str) -> tuple[Pretrai
 
 
 def check_trained_on(expected: dict, found: dict) -> None:
-    """Raise ValueError unless the data's fingerprint is that of the data a model was trained on."""
+    """Raise ValueError if the data's fingerprint differs from that of the model's training data."""
     if found != expected:
         raise ValueError("the data are not those that the model was trained on: bring those back, or train again")
 
@@ -130,7 +130,7 @@ def choose_images(
     images: list[int] | None,
     labels: list[int] | None,
 ) -> np.ndarray:
-    """`count` positions in a split: the given ones, or the first image of each given label; by default the first ones."""
+    """Choose `count` positions in a split: the given ones, the first image of each given label, or the first ones."""
     if images is not None and labels is not None:
         raise ValueError("--images and --labels are both given: give one of them")
     if images is None and labels is None:

@@ -1,4 +1,4 @@
-"""A run directory or an exported folder -> the metadata and the variables of a model."""
+"""Load the metadata and the variables of a model from a run directory or an exported folder."""
 
 import jax
 
@@ -11,9 +11,9 @@ from vae_jax.run.files import check_local, local_path
 
 
 def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
-    """A checkpoint's metadata and its variables; with several seeds these have a leading seed axis.
+    """Load a checkpoint's metadata and its variables; with several seeds, variables have a leading seed axis.
 
-    Raises ValueError as `load` does, and if the run's config.json is another config than the checkpoint's.
+    Raises ValueError as `load` does, and if the run's config.json differs from the checkpoint's config.
     """
     check_local(workdir, "vae_jax.load")
     if weights.is_exported(local_path(workdir)):
@@ -22,7 +22,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     try:
         stored = read_config(str(local_path(workdir))) or metadata["config"]
     except OSError as error:
-        if str(which) == str(metadata["step"]):  # the one that was asked for
+        if str(which) == str(metadata["step"]):  # chosen by its step
             return metadata, variables
         raise ValueError(
             f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
@@ -36,7 +36,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
 
 
 def load_exported(workdir: str, which: str | int = "") -> tuple[dict, dict]:
-    """The metadata and the variables of an exported model, its config with the defaults of fields that are younger than it."""
+    """Load the metadata and the variables of an exported model; config fields added since then get their defaults."""
     metadata, variables = weights.read(local_path(workdir))
     if str(which) not in ("", "latest", "best", str(metadata["step"])):
         raise ValueError(f"there is no checkpoint {which!r} in {workdir}: it holds step {metadata['step']} alone")
@@ -49,7 +49,7 @@ def load_exported(workdir: str, which: str | int = "") -> tuple[dict, dict]:
 
 
 def stored_config(workdir: str) -> dict | None:
-    """The config of a run directory or of an exported model; None if there is none. Raises ValueError or OSError for damage."""
+    """The config of a run or an exported model; None if there is none. Raises ValueError or OSError for damage."""
     if weights.is_exported(local_path(workdir)):
         return with_defaults(weights.read(local_path(workdir))[0]["config"])
     return read_config(workdir)

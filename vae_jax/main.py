@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from vae_jax.run.output import survive_closed_streams
 from vae_jax.run.presets import expand
 
-MODES = {  # and the flags that each takes, besides --config and --workdir
+MODES = {  # mode -> the flags that it takes besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
     "evaluate": "checkpoint split full samples count prior input",
     "sample": "checkpoint count sample_seed prior labels files",
@@ -31,7 +31,7 @@ export: a folder for a model hub, which is not uploaded."""
 CONFIG = """A preset (vae, conditional, sparse_labels, semisupervised, stacked, vaegan, classifier) or a file, and after a colon its variant:
 vae:digits, configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
-MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # that one picture can show
+MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # largest --count in one picture
 PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
 FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
 images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: dict, workdir: str) -> None:
-    """Train, or continue, and end with the program's exit code."""
+    """Start or resume a training; an error or an early stop exits with its code."""
     import jax
 
     from vae_jax.run import hosts, session
@@ -174,7 +174,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     if stored is None:
         boxed = ", ".join(weights.SHA256)
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir, such as {boxed}")
-    config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # how it trained decides nothing here
+    config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # how it was trained does not matter here
     check_same_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
     given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne, "all_latents": FLAGS["all"].value}
@@ -188,7 +188,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
 
 
 def show(value) -> str:
-    """A number, nested lists of numbers, or a text, in one line."""
+    """Format a number, nested lists of numbers, or a text in one line."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -219,7 +219,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags; whatever absl and ml_collections raise becomes one line."""
+    """Parse the flags; any error of absl or ml_collections becomes one line."""
     try:
         argv = drop_repeated(expand(argv))
         if any(argument in HELP for argument in argv[1:]):
@@ -238,12 +238,12 @@ def parse_flags(argv: list[str]) -> list[str]:
             check_field_names(argv)
         fail(f"{type(error).__name__}: {error}", 1)
     if FLAGS["verbosity"].using_default_value:
-        FLAGS.verbosity = -2  # errors only: JAX and Orbax warn of what we report
+        FLAGS.verbosity = -2  # errors only: JAX and Orbax warn about what we report ourselves
     return argv
 
 
 def drop_repeated(argv: list[str]) -> list[str]:
-    """Of several --config.FIELD=VALUE of one field the last one alone: ml_collections would append tuples to each other."""
+    """Keep only the last of several --config.FIELD=VALUE of one field: ml_collections would concatenate tuples."""
     fields = [argument.partition("=")[0].lstrip("-") for argument in argv]
     last = {field: i for i, field in enumerate(fields) if field.startswith("config.") and "=" in argv[i]}
     return [argument for i, argument in enumerate(argv) if last.get(fields[i], i) == i]
@@ -289,7 +289,7 @@ def check_field_names(argv: list[str]) -> None:
 
 
 def run() -> None:
-    """The program."""
+    """Run the program."""
     survive_closed_streams()
     app.run(main, flags_parser=parse_flags)
 

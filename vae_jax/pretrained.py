@@ -21,16 +21,16 @@ from vae_jax.priors import Prior
 from vae_jax.run.config import make_title
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
-WEIGHED = 16  # images of which SAMPLES_AT_ONCE are decoded at once for a likelihood
+WEIGHED = 16  # images per batch of a likelihood estimate; SAMPLES_AT_ONCE samples of each are decoded at once
 
 
 def load(workdir: str | os.PathLike, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
-    """The model of a run directory or an exported folder, which may have been moved from another machine, or one in the box.
+    """Load the model of a run directory or an exported folder, also one moved from another machine, or a bundled model.
 
     Args:
-        workdir: the folder; "mnist-vae" and "mnist-classifier" are in the box, unless a folder here has that name.
-        checkpoint: "latest", "best" or a step; by default the best where there is one, else the latest.
-        seed: which one of several that were trained together; by default the first.
+        workdir: the folder; "mnist-vae" and "mnist-classifier" are bundled models, unless a folder here has that name.
+        checkpoint: "latest", "best" or a step; by default the best if there is one, else the latest.
+        seed: one of several seeds that were trained together; by default the first.
 
     Raises ValueError if there is no such checkpoint or seed, or if it is damaged.
     """
@@ -39,7 +39,7 @@ def load(workdir: str | os.PathLike, checkpoint: str | int = "", seed: int | Non
 
 
 def of_seed(workdir: str, metadata: dict, variables: dict, seed: int | None = None) -> "Pretrained":
-    """The model of one seed, from what `load_variables` gives. Raises ValueError if that seed was not trained."""
+    """The model of one seed, from the result of `load_variables`. Raises ValueError if that seed was not trained."""
     first, count = metadata["config"]["seed"], metadata["config"]["seeds"]
     seed = first if seed is None else seed
     check_integer("seed", seed, 0, 2**32 - 1)
@@ -53,11 +53,12 @@ def of_seed(workdir: str, metadata: dict, variables: dict, seed: int | None = No
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A trained model. The functions of `model`, which take `variables` first, are the pure ones below each method.
+    """A trained model. Its methods wrap the pure functions of `model`, which take `variables` first.
 
     Images are [n, height, width, channel], or without the channel axis if there is one channel: uint8, or float in
     [0, 1]. A model of binary images binarizes them as evaluation does (`data.binarize`). Results are NumPy arrays. Every
-    method raises ValueError for input that does not fit, and if the model's family has no such method. It can be pickled.
+    method raises ValueError for input that does not fit, and if the model's family has no such method. Models can be
+    pickled.
     """
 
     metadata: dict  # of its checkpoint
@@ -82,12 +83,12 @@ class Pretrained:
 
     @property
     def data(self) -> dict:
-        """The number of images of each split that it was trained with, and their SHA-256."""
+        """The number of images in each split of its data set, and the data's SHA-256."""
         return self.metadata["data"]
 
     @property
     def parameters(self) -> int:
-        """How many there are."""
+        """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
 
     @property
@@ -111,21 +112,21 @@ class Pretrained:
         return other
 
     def own_label(self, label: Any) -> dict[str, Any]:
-        """The argument `label`, where the model is conditioned on labels."""
+        """The keyword argument `label`, if the model is conditioned on labels."""
         return {"label": label} if self.model.condition_on == "label" else {}
 
     def condition_of(self, image: np.ndarray, label: Any) -> dict[str, Any]:
-        """The arguments that condition the model on an image or its label."""
+        """The keyword arguments that condition the model on an image or its label."""
         return {"image": image} if self._sees_images else self.own_label(label)
 
     def encode(self, image, label=None) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
-        """Mean and log-variance of q(z | image), of a conditional model given the label, or the visible part of the image."""
+        """Mean and log-variance of q(z | image); a conditional model also uses the label or the visible part."""
         self.check_has("encode", "encoder")
         seen = self._as_seen(image)
         return self._map("encode", seen, self._condition(len(seen), label, seen if self._sees_images else None))
 
     def decode(self, z, label=None, image=None) -> Float[np.ndarray, "n height width channel"]:
-        """Mean images of p(x | z), in [0, 1], of a conditional model given the label, or the visible part of the image."""
+        """Mean images of p(x | z), in [0, 1]; a conditional model also uses the label or the image's visible part."""
         self.check_has("decode_raw", "decoder")
         z = check_latents(z, self.model.latent_dim)
         return self._map("decode", z, self._condition(len(z), label, image))
@@ -135,7 +136,7 @@ class Pretrained:
     ) -> Float[np.ndarray, "count height width channel"]:
         """Mean images of `count` draws z ~ p(z), in [0, 1]; count is 1 to a million, seed at most 2**32 - 1.
 
-        A conditional model needs a label, or an image whose visible part it completes: one for all, or one for each.
+        A conditional model needs a label, or an image to complete from its visible part: one for all, or one for each.
         """
         self.check_has("decode_raw", "decoder")
         check_integer("count", count, 1, 1_000_000)
@@ -145,21 +146,21 @@ class Pretrained:
         return self._map("decode", np.asarray(z), condition)
 
     def reconstruct(self, image, label=None) -> Float[np.ndarray, "n height width channel"]:
-        """decode(mean of q(z | image)), of a conditional model given the label, or the visible part of the image."""
+        """decode(mean of q(z | image)); a conditional model also uses the label or the image's visible part."""
         return self.decode(self.encode(image, label)[0], label, image if self._sees_images else None)
 
     def log_likelihood(self, image, samples: int = 1000, label=None) -> Float[np.ndarray, " n"]:
-        """An estimate of log p(image) in nats, with the likelihood's constant, from `samples` draws of q(z | image).
+        """Estimate log p(image) in nats, including the likelihood's constant, from `samples` draws of q(z | image).
 
-        Its mean lies below log p(image), by less with more samples (Burda et al. 2016, equation 8). `evaluation.likelihood` says
-        how to see whether it can be trusted. The noise of an image depends on its position alone. Of a conditional model it
-        is log p(image | label), or that of the hidden pixels given the visible ones.
+        The estimate's mean lies below log p(image), by less with more samples (Burda et al. 2016, equation 8).
+        `evaluation.likelihood` says how to judge whether to trust it. An image's noise depends only on its position. A
+        conditional model gives log p(image | label), or log p(hidden pixels | visible pixels).
         """
         log_w = self.log_weights(image, samples, log_mean_exp, label)
         return log_w - np.prod(self.image_shape) * self.model.likelihood.constant
 
     def log_weights(self, image, samples: int, reduce: Callable = np.asarray, label=None) -> Any:
-        """`reduce` of each image's log p(x, z_k) - log q(z_k | x), less the likelihood's constant, [n, samples]."""
+        """`reduce` of log p(x, z_k) - log q(z_k | x) without the likelihood's constant, [n, samples]."""
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
         self.check_has_density()
@@ -169,7 +170,7 @@ class Pretrained:
         measure = jax.jit(make_log_weights(self.model, samples, SAMPLES_AT_ONCE))
         parts = []
         for start in range(0, len(seen), WEIGHED):
-            index = start + jnp.arange(WEIGHED)  # the last batch is filled up, so that nothing is compiled twice
+            index = start + jnp.arange(WEIGHED)  # the last batch is padded, so that nothing is compiled twice
             rows = np.minimum(index, len(seen) - 1)
             batch = Batch(jnp.asarray(seen[rows]), jnp.asarray(label[rows]), weight=index, index=index)
             log_w = measure(self.variables, batch, example_keys(root, None, index))
@@ -184,7 +185,7 @@ class Pretrained:
         return self.model if condition is None else self.model.given(jnp.asarray(condition))
 
     def _labels(self, count: int, label: Any) -> Int[np.ndarray, " count"]:
-        """One label for each of `count` examples; -1 of a model that takes none. Raises ValueError for what does not fit."""
+        """The labels of `count` examples; -1 if the model takes none. Raises ValueError for labels that do not fit."""
         if self.model.condition_on == "label":
             return check_labels(label, count, self.model.num_classes)
         if label is not None:
@@ -192,7 +193,7 @@ class Pretrained:
         return np.full(count, -1, np.int32)
 
     def _condition(self, count: int, label: Any, image: Any) -> np.ndarray | None:
-        """The conditions of `count` examples, or None. Raises ValueError for what the model does not take, or lacks."""
+        """The conditions of `count` examples, or None. Raises ValueError for a missing or an unexpected condition."""
         labels = self._labels(count, label)
         if not self._sees_images:
             if image is not None:
@@ -216,7 +217,7 @@ class Pretrained:
         return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
     def _as_seen(self, image):
-        """The images in [0, 1] as the model knows them: with binary pixels if it was trained on such."""
+        """The images in [0, 1] as the model sees them: binarized if it was trained on binary images."""
         image, how = check_images(image, self.image_shape), self.config["data"]["binarize"]
         if how == "none":
             return image
@@ -230,7 +231,7 @@ class Pretrained:
             raise ValueError(f"a model of the family {name} has no {what}")
 
     def check_has_density(self) -> None:
-        """Raise ValueError if p(z) has no closed form, which importance samples of z need."""
+        """Raise ValueError if p(z), which importance sampling needs, has no closed form."""
         if self.model.prior.log_prob is None:
             name = self.config["model"]["name"]
             raise ValueError(f"a model of the family {name} has no p(z) in closed form: take its bound for log p(x)")
@@ -250,7 +251,7 @@ class Pretrained:
 
 
 def in_batches(function: Callable, *arrays: np.ndarray) -> Any:
-    """`function` of arrays, batch by batch, as NumPy arrays."""
+    """Apply `function` to arrays batch by batch; returns NumPy arrays."""
     starts = range(0, len(arrays[0]), BATCH_SIZE)
     parts = [function(*(array[start : start + BATCH_SIZE] for array in arrays)) for start in starts]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -1,4 +1,4 @@
-"""A trained model in a shell and in a notebook."""
+"""How a trained model is shown in a shell and in a notebook."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ COLUMNS, ROWS, GAP = 8, 2, 2
 
 
 def describe(pretrained: Any) -> str:
-    """Family, data, training, sizes, and the fields of the model that are not the defaults, in a few lines."""
+    """Describe family, data, training, sizes and the model's fields that differ from the defaults, in a few lines."""
     from vae_jax.run.config import differing
 
     height, width, channels = pretrained.image_shape
@@ -30,7 +30,7 @@ def describe(pretrained: Any) -> str:
 
 
 def describe_in_html(pretrained: Any) -> str:
-    """The same with 16 generated images, where the model can generate any without being given one."""
+    """The same as HTML, with 16 generated images if the model can generate without being given an image."""
     text = f"<pre>{html.escape(describe(pretrained))}</pre>"
     model = pretrained.model
     if model.decode_raw is None or model.condition_on == "image":
@@ -45,7 +45,7 @@ def describe_in_html(pretrained: Any) -> str:
 
 
 def png(images: np.ndarray) -> str:
-    """Images in [0, 1], [n, height, width, channel], as the data URI of one picture, side by side on white."""
+    """Tile images in [0, 1], [n, height, width, channel], on white; returns the picture as a data URI."""
     from PIL import Image
 
     framed = np.pad(images, ((0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=1.0)

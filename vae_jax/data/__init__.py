@@ -1,4 +1,4 @@
-"""Named data sets and a user's own images -> uint8 arrays in memory, or mapped into it; splits; the order of the examples."""
+"""Load named data sets or a user's own images as uint8 arrays, in memory or mapped; make splits; order the examples."""
 
 from pathlib import Path
 
@@ -34,20 +34,20 @@ def load(
 
     Args:
         name: "digits" (bundled), "mnist", "fashion_mnist", "kmnist", another image classification data set of TensorFlow
-            Datasets, or a path with your own images: an .npz with `image` [n, h, w] or [n, h, w, c] (uint8, or float in
-            [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder of PNG, JPEG, WEBP, BMP or GIF files, all
-            in it or in one subfolder per class, or in subfolders train, test and validation, with a slash in its path.
-            Without a test set, a fifth of the images becomes one.
+            Datasets, or the path of your own images: an .npz with `image` [n, h, w] or [n, h, w, c] (uint8, or float in
+            [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder, with a slash in its path, of PNG,
+            JPEG, WEBP, BMP or GIF files: all in it, in one subfolder per class, or in subfolders train, test and
+            validation. Without a test set, a fifth of the images becomes one.
         manual_dir: folder with the original files of the MNIST family, for machines that cannot download.
-        size: scale and crop each image to a square of so many pixels, at least 8; 0: they have one size and keep it.
-        colour: "grey" or "colour" converts; "auto" keeps grey images, unless others are coloured.
-        skip_unreadable: leave out files that cannot be read, and say which, instead of refusing the folder.
+        size: scale and crop each image to a square of this many pixels a side, at least 8; 0: keep images of one size.
+        colour: "grey" or "colour" converts; "auto" keeps grey images grey unless others are coloured.
+        skip_unreadable: leave out files that cannot be read, and name them, instead of refusing the folder.
         validation: number of training images to hold out for validation.
         shuffle: whether to shuffle the training images anew in each epoch.
         binarize: "dynamic" draws each pixel from Bernoulli(x) at each use, "threshold" rounds it, "none" keeps it.
-        labelled: training images that keep their label, as many of each class as can be; -1: all, 0: none.
-        label_seed: which ones these are.
-        labelled_per_batch: labelled images in each batch, whose others are unlabelled; 0: as the order gives them.
+        labelled: number of training images that keep their label, balanced over the classes; -1: all, 0: none.
+        label_seed: seed that chooses the images that keep their label.
+        labelled_per_batch: number of labelled images in each batch, the others being unlabelled; 0: as they come.
 
     Raises ValueError or OSError, in one line, for anything that cannot be loaded.
     """
@@ -73,7 +73,10 @@ def load(
 def load_prepared(
     name: str, manual_dir: str, wanted: Preparation, skip_unreadable: bool, validation: int
 ) -> tuple[dict[str, Split], list[str]]:
-    """The splits by name, and what was done to the images, in words. Images that memory cannot hold are kept in files and mapped."""
+    """Load the splits by name, with notes on how the images were prepared.
+
+    Images that memory cannot hold are kept in files and mapped.
+    """
 
     def read(scratch):
         loaded, notes = load_splits(name, manual_dir, wanted._replace(scratch=scratch), skip_unreadable)
@@ -97,7 +100,7 @@ def is_own(name: str) -> bool:
 def load_splits(
     name: str, manual_dir: str, wanted: Preparation, skip_unreadable: bool
 ) -> tuple[list[Split], list[str]]:
-    """Training, test and, where the data set has one, validation split; and what was done to the images, in words."""
+    """Load the training, test and, if there is one, validation split, with notes on how the images were prepared."""
     if not name:
         raise ValueError("data.name is empty: give your images, --config.data.name=FOLDER/ or FILE.npz")
     if name in DATASETS:
@@ -108,7 +111,7 @@ def load_splits(
 
 
 def hold_out(loaded: list[Split], validation: int, name: str, scratch: Path | None = None) -> dict[str, Split]:
-    """The splits by name, with `validation` training images held out. Raises ValueError for a number that cannot be."""
+    """The splits by name, with `validation` training images held out. Raises ValueError for an impossible number."""
     train, test, *given = loaded
     count = len(train.label)
     if not 0 <= validation < count:
@@ -125,9 +128,9 @@ def hold_out(loaded: list[Split], validation: int, name: str, scratch: Path | No
 
 
 def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Split:
-    """The split with the labels of all but `labelled` images replaced by -1; -1 keeps all.
+    """Replace the labels of all but `labelled` images by -1; `labelled` = -1 keeps all.
 
-    Each class keeps as many, or one more where they cannot be divided evenly, chosen at random by `seed`.
+    Every class keeps the same number, or one more if they do not divide evenly. `seed` chooses them at random.
     """
     known = int(np.sum(split.label >= 0))
     if labelled == -1:
@@ -153,10 +156,10 @@ def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Spl
 def epoch_order(
     seed: int, epoch: int, label: Int[np.ndarray, " size"], shuffle: bool, batch_size: int = 1, labelled: int = 0
 ) -> Int[np.ndarray, " size"]:
-    """The order of the training examples in an epoch, a pure function of seed, epoch, and which ones are labelled.
+    """The order of the training examples in an epoch: a pure function of seed, epoch and which examples are labelled.
 
-    With `labelled` above 0 each batch begins with as many labelled examples, which come again where they are few, but never twice in
-    a batch; the rest of it is unlabelled.
+    If `labelled` is above 0, each batch starts with that many labelled examples, and the rest is unlabelled. Labelled
+    examples repeat in an epoch if there are few, but never within a batch.
     """
     size = len(label)
     if not shuffle:
@@ -176,7 +179,7 @@ def epoch_order(
 def rounds(
     rng: np.random.Generator, index: Int[np.ndarray, " n"], each: int, count: int
 ) -> Int[np.ndarray, "count each"]:
-    """`count` rows of `each` different entries, from as many permutations as it takes."""
+    """`count` rows of `each` distinct entries, from as many permutations as needed."""
     rows: list[np.ndarray] = []
     while len(rows) < count:
         whole = len(index) // each * each
@@ -185,19 +188,19 @@ def rounds(
 
 
 def labelled_share(dataset: Dataset, batch_size: int) -> float:
-    """The share of labelled examples in a batch, on average."""
+    """The mean share of labelled examples in a batch."""
     if dataset.labelled_per_batch:
         return dataset.labelled_per_batch / batch_size
     return float(np.mean(dataset.splits["train"].label >= 0))
 
 
 def fitting_batch(count: int) -> int:
-    """The batch size for so many training images that leaves at least four steps in an epoch, at most 64."""
+    """The batch size for `count` training images: at most 64, and at least four steps per epoch."""
     return max(1, min(64, count // 4))
 
 
 def check_batches(dataset: Dataset, batch_size: int) -> None:
-    """Raise ValueError if there are not as many training images, labelled and unlabelled, as one batch takes."""
+    """Raise ValueError if there are fewer training images, labelled or unlabelled, than one batch takes."""
     label = dataset.splits["train"].label
     size, each, known = len(label), dataset.labelled_per_batch, int(np.sum(label >= 0))
     if batch_size > size:

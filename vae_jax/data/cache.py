@@ -1,4 +1,4 @@
-"""Images that the host's memory cannot hold: decoded once into files, and mapped into memory from there."""
+"""A cache of images that do not fit in the host's memory: decoded once into files, then memory-mapped."""
 
 import fcntl
 import hashlib
@@ -20,13 +20,13 @@ from vae_jax.run.files import describe_os_error
 from vae_jax.run.memory import gib
 
 FORMAT = 1
-LEVELS = ("*", "*/*", "*/*/*")  # `rglob` would not look into folders that are links
+LEVELS = ("*", "*/*", "*/*/*")  # `rglob` does not follow links to folders
 WAY_OUT = "name another folder by XDG_CACHE_HOME, or take fewer or smaller images"
 Read = Callable[[Path | None], tuple[dict[str, Split], list[str]]]
 
 
 class Shelf(MutableMapping):
-    """A dict of byte arrays that lie in a file without a name, which goes with it."""
+    """A dict of byte arrays, stored in an anonymous temporary file that is deleted with it."""
 
     def __init__(self, folder: Path):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -55,9 +55,10 @@ class Shelf(MutableMapping):
 
 
 def store(rows: Iterable[np.ndarray], shape: tuple[int, ...], scratch: Path | None) -> UInt8[np.ndarray, "..."]:
-    """Arrays of bytes as the rows of one array: in memory, or in a file without a name in the folder `scratch`.
+    """Store arrays of bytes as the rows of one array: in memory, or in an anonymous file in the folder `scratch`.
 
-    The file is written, not mapped, since a full disk kills a process that writes to a map. Raises OSError for a full disk.
+    The file is written, not mapped, because a full disk kills a process that writes to a map. Raises OSError for a full
+    disk.
     """
     if scratch is None:
         array = np.empty(shape, np.uint8)
@@ -72,7 +73,7 @@ def store(rows: Iterable[np.ndarray], shape: tuple[int, ...], scratch: Path | No
 
 
 def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> np.ndarray:
-    """An array of an .npz, of which the bytes are copied into a file without a name and mapped. Raises ValueError for what is none."""
+    """Copy an array of an .npz into an anonymous file and map it. Raises ValueError if it is no array of numbers."""
     with archive.open(member) as packed, tempfile.TemporaryFile(dir=scratch) as file:
         read_header = {
             (1, 0): np.lib.format.read_array_header_1_0,
@@ -87,11 +88,11 @@ def unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> 
 
 
 def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> tuple[dict[str, Split], list[str]]:
-    """What `read(scratch)` gives, with images that lie in files: those that an earlier call has left, or new ones.
+    """The result of `read(scratch)` with its images in files: those of an earlier call, or new ones.
 
-    They are made again if a file of the source has another size or time, or if their SHA-256 shows that they have changed. A
-    second process waits until the first one has made them. Raises OSError, in one line, if they cannot be written, and ValueError
-    if the disk has less than `nbytes` free, which writing takes.
+    The files are made again if a source file has another size or time, or if their SHA-256 shows a change. A second
+    process waits until the first one has made them. Raises OSError, in one line, if they cannot be written, and
+    ValueError if the disk has less than the `nbytes` free that writing takes.
     """
     known = json.dumps([FORMAT, os.path.abspath(source), fields], sort_keys=True)
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vae_jax" / "images"
@@ -104,7 +105,7 @@ def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> 
             found = listing(source)
             if why := problem(folder, found):
                 part = root / f"{name}.tmp"
-                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed: this one has the lock
+                shutil.rmtree(part, ignore_errors=True)  # left by a killed process: this one has the lock
                 check_disk(source, root, nbytes)
                 say(f"{source} {why}: its images are decoded into {folder}")
                 write(folder, part, found, read)
@@ -118,7 +119,7 @@ def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> 
 
 
 def check_disk(source: Path, root: Path, nbytes: int) -> None:
-    """Raise ValueError unless a folder's disk has so many bytes free."""
+    """Raise ValueError unless the disk of the folder `root` has `nbytes` free."""
     room = shutil.disk_usage(root).free
     if nbytes > room:
         raise ValueError(
@@ -132,7 +133,7 @@ def say(text: str) -> None:
 
 
 def listing(source: Path) -> str:
-    """A digest of the names, sizes and times of a file, or of the files in a folder, down to those of a class of a split."""
+    """A digest of the name, size and time of a file, or of every file in a folder, down to split/class/file."""
     found = [source] if source.is_file() else sorted(path for level in LEVELS for path in source.glob(level))
     total = hashlib.sha256()
     for file in filter(Path.is_file, found):
@@ -142,7 +143,7 @@ def listing(source: Path) -> str:
 
 
 def problem(folder: Path, source: str) -> str:
-    """Why a cache cannot be used, "" if it can."""
+    """Why a cache cannot be used; "" if it can."""
     if not folder.exists():
         return "does not fit into memory"
     try:
@@ -180,7 +181,7 @@ def write(folder: Path, part: Path, source: str, read: Read) -> None:
 
 
 def open_splits(folder: Path) -> tuple[dict[str, Split], list[str]]:
-    """The splits of a cache, with mapped images, and the notes."""
+    """Open the splits of a cache, with mapped images, and its notes."""
     about = json.loads((folder / "cache.json").read_text())
     splits = {}
     for name in about["splits"]:

@@ -1,4 +1,4 @@
-"""Images of any size, colour and format -> uint8 pixels of one size and colour, and words for what was done to them."""
+"""Convert images of any size, colour and format to uint8 pixels of one size and colour, with notes on what was done."""
 
 import math
 import warnings
@@ -14,26 +14,26 @@ from vae_jax.data.cache import Shelf, store
 from vae_jax.run.files import as_pillow
 from vae_jax.run.memory import check_memory
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # pure decoders: for some others Pillow starts external programs
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # pure decoders; for some other formats Pillow starts external programs
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-UNREADABLE = (".heic", ".heif", ".avif", ".tif", ".tiff", ".dng", ".jp2", ".jxl", ".psd", ".svg")  # images all the same
+UNREADABLE = (".heic", ".heif", ".avif", ".tif", ".tiff", ".dng", ".jp2", ".jxl", ".psd", ".svg")  # images, not decoded
 COLOURS = ("auto", "grey", "colour")
-SMALLEST = 8  # pixels, of data.size
-DRAFT = 4  # times the wanted size, or more, at which a JPEG is decoded: 12 megapixels then take a fifth of the time
-ORIENTATION = 0x0112  # the EXIF tag by which a camera says how it was held
+SMALLEST = 8  # smallest data.size, in pixels
+DRAFT = 4  # a JPEG is decoded at no less than this many times the wanted size: 12 megapixels take a fifth of the time
+ORIENTATION = 0x0112  # the EXIF tag that records how the camera was held
 TURNED = "turned upright as the camera says"
-NAMED = 5  # files that a message names
+NAMED = 5  # most files that a message names
 
 
 class Preparation(NamedTuple):
-    """What every image of a data set goes through, as the fields `data.size` and `data.colour` say, and where the images are kept."""
+    """How every image of a data set is prepared (`data.size`, `data.colour`), and where the images are kept."""
 
     size: int = 0
     colour: str = "auto"
-    scratch: Path | None = None  # a folder for files that take the place of memory
+    scratch: Path | None = None  # folder for files used in place of memory
 
     def check(self) -> "Preparation":
-        """This. Raises ValueError for a size below 8 that is not 0, and for an unknown colour."""
+        """Return self. Raises ValueError for an unknown colour, and for a size below 8 other than 0."""
         if self.size and self.size < SMALLEST:
             raise ValueError(f"data.size is {self.size}, but must be 0, for images of one size, or at least {SMALLEST}")
         if self.colour not in COLOURS:
@@ -42,13 +42,16 @@ class Preparation(NamedTuple):
 
 
 def check_size(what: str, nbytes: int, scratch: Path | None = None) -> None:
-    """Raise TooLarge if memory cannot hold three copies: as read, as split, and on the device. A folder `scratch` takes its place."""
+    """Raise TooLarge if memory cannot hold three copies: as read, as split, and on the device.
+
+    With a folder `scratch`, files take the place of memory and nothing is checked.
+    """
     if scratch is None:
         check_memory(f"three copies of {what}", 3 * nbytes, "take fewer or smaller images")
 
 
 def fit(image: Any, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "height width channel"]:
-    """A Pillow image of mode L or RGB, scaled and cropped about its centre to a square of the wanted size, in the wanted colour."""
+    """Scale and centre-crop a Pillow image of mode L or RGB to a square of the wanted size, in the wanted colour."""
     from PIL import ImageOps
 
     square = (wanted.size, wanted.size)
@@ -66,7 +69,7 @@ def fit(image: Any, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "he
 def fit_array(
     image: UInt8[np.ndarray, "n height width channel"], wanted: Preparation, done: Counter
 ) -> UInt8[np.ndarray, "n h w c"]:
-    """Images that are an array already, prepared as files are."""
+    """Prepare images that are given as an array in the same way as files."""
 
     n, height, width, channels = image.shape
     colour = wanted.colour if wanted.colour != "auto" else ("grey" if channels == 1 else "colour")
@@ -78,7 +81,7 @@ def fit_array(
 
 
 def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarray, "height width channel"]:
-    """The pixels of a file, upright, of its first frame, on white where it is transparent. Raises ValueError with the reason."""
+    """The pixels of a file's first frame, upright, transparency laid on white. Raises ValueError with the reason."""
     from PIL import Image, ImageOps
 
     if not path.is_file():  # reading a pipe would block
@@ -87,7 +90,7 @@ def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarr
         raise ValueError(f"{path.suffix.lower()[1:]} is not read, but {', '.join(FORMATS)} are")
     try:
         with warnings.catch_warnings():
-            # Pillow's limit, against images that are small only while compressed.
+            # Pillow's limit against decompression bombs.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
         with image:
@@ -112,10 +115,10 @@ def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarr
 def read_files(
     files: Sequence[Path], name: str, wanted: Preparation, skip_unreadable: bool, way_out: str
 ) -> tuple[list[int], UInt8[np.ndarray, "n height width channel"], list[str]]:
-    """The files that are read, as positions; their images; and what was done to them, in words.
+    """Read image files; returns the positions of those read, their images, and notes on what was done.
 
-    Grey images among coloured ones become coloured. Raises ValueError, naming them, for files that cannot be read, unless they
-    are to be left out, and for images of different sizes.
+    Grey images among coloured ones become coloured. Raises ValueError, naming the files, for images of different sizes,
+    and for files that cannot be read unless `skip_unreadable` leaves them out.
     """
     images: MutableMapping[int, np.ndarray] = Shelf(wanted.scratch) if wanted.scratch else {}
     problems: dict[int, ValueError] = {}
@@ -143,7 +146,7 @@ def read_files(
 def same_shape(
     files: Sequence[Path], images: Mapping[int, np.ndarray], done: Counter, scratch: Path | None
 ) -> UInt8[np.ndarray, "n height width channel"]:
-    """The images as one array, with grey ones made coloured where there are others."""
+    """Stack the images into one array; grey images become coloured if any is coloured."""
     first = next(iter(images))
     coloured = any(pixels.shape[2] == 3 for pixels in images.values())
     shape = *images[first].shape[:2], 3 if coloured else 1
@@ -164,6 +167,6 @@ def same_shape(
 
 
 def some(paths: Sequence[Path | str]) -> str:
-    """The names of files, the first few of many."""
+    """The names of the first few files, and the number of the others."""
     names = [Path(path).name.replace("\n", " ") for path in paths[:NAMED]]
     return ", ".join(names) + (f" and {len(paths) - NAMED} more" if len(paths) > NAMED else "")

@@ -1,4 +1,4 @@
-"""Data sets with a name: the bundled digits, the MNIST family, TensorFlow Datasets."""
+"""Named data sets: the bundled digits, the MNIST family, TensorFlow Datasets."""
 
 import difflib
 import gzip
@@ -40,7 +40,7 @@ def _digits(name, manual_dir):
 
 
 def _mnist_family(name, manual_dir):
-    """The four original .gz files, checked against the SHA-256 that TensorFlow Datasets records."""
+    """Read the four original .gz files, checked against the SHA-256 that TensorFlow Datasets records."""
     import tensorflow_datasets as tfds
 
     url_infos = tfds.builder_cls(name).url_infos
@@ -95,7 +95,7 @@ def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
         *magic, rank = file.read(4)
         sizes = np.frombuffer(file.read(4 * rank), ">u4", count=rank).tolist()
         check_size("the array", math.prod(sizes))
-        values = np.frombuffer(file.read(math.prod(sizes) + 1), np.uint8)  # one more, to notice a longer file
+        values = np.frombuffer(file.read(math.prod(sizes) + 1), np.uint8)  # one byte more, to detect a longer file
         if magic != [0, 0, 8]:
             raise ValueError(f"it begins with {magic}")
         return values.reshape(sizes)
@@ -104,7 +104,10 @@ def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
 
 
 def _check_network(name, url):
-    """Raise OSError in seconds: TFDS would retry for minutes, and no timeout covers a silent name server."""
+    """Raise OSError within seconds if `url` cannot be reached.
+
+    TFDS would retry for minutes, and no timeout covers a silent name server.
+    """
     problems: list[Exception] = [TimeoutError(f"no answer in {NETWORK_TIMEOUT} s")]
 
     def ask():
@@ -132,7 +135,7 @@ def _way_out(name):
 
 
 def find_tfds(name: str) -> Any:
-    """The builder of an image classification data set of TensorFlow Datasets, prepared.
+    """Find and prepare an image classification data set of TensorFlow Datasets; returns its builder.
 
     Raises ValueError for an unknown or unsuitable data set, and OSError if it cannot be prepared.
     """
@@ -154,9 +157,9 @@ def find_tfds(name: str) -> Any:
 
 
 def load_tfds(builder: Any, scratch: Path | None = None) -> list[Split]:
-    """Training, test and perhaps validation split of a data set of TensorFlow Datasets; `scratch` as in `store`."""
+    """Load training, test and, if any, validation split from TensorFlow Datasets; `scratch` as in `store`."""
     name, splits = builder.name, builder.info.splits
-    # Some have labels on their validation images only.
+    # Some have only validation images besides the training images: these become the test set.
     test = next((part for part in ("test", "validation") if part in splits), None)
     if "train" not in splits or test is None:
         raise ValueError(f"{name} has the splits {', '.join(splits)}, but train and test are needed")
@@ -165,7 +168,7 @@ def load_tfds(builder: Any, scratch: Path | None = None) -> list[Split]:
 
 
 def _check_suits(builder):
-    """Raise ValueError unless the examples are uint8 images of one size, with labels or alone."""
+    """Raise ValueError unless the examples are uint8 images of one size, with or without labels."""
     features, (image_key, label_key) = builder.info.features, _keys(builder)
     if image_key in features and (label_key is None or hasattr(features[label_key], "num_classes")):
         image = features[image_key]
@@ -175,7 +178,7 @@ def _check_suits(builder):
 
 
 def _keys(builder):
-    """The names of the image and of the label, which is None for images alone, as those of binarized_mnist are."""
+    """The feature names of image and label; the label is None if there are only images, as in binarized_mnist."""
     return builder.info.supervised_keys or ("image", None)
 
 

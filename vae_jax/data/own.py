@@ -1,4 +1,4 @@
-"""A user's own images: an .npz, or a folder of image files, with a split of its own or without."""
+"""A user's own images: an .npz or a folder of image files, already split or not."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from vae_jax.data.images import FORMATS, SUFFIXES, UNREADABLE, Preparation, chec
 from vae_jax.run.files import local_path
 from vae_jax.run.memory import TooLarge
 
-SPLIT_SEED = 0  # a split belongs to the data set and is the same for every run's seed
+SPLIT_SEED = 0  # a split belongs to the data set: it is the same for all seeds of runs
 TEST_SHARE = 0.2  # of images that come without a test set
 LARGEST_LABEL = 65_535
 PARTS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -35,7 +35,7 @@ def take(split: Split, positions: Int[np.ndarray, " n"], scratch: Path | None = 
 def split_off_test(
     image: UInt8[np.ndarray, "n h w c"], label: Int[np.ndarray, " n"], scratch: Path | None = None
 ) -> tuple[Split, Split]:
-    """Training and test split, stratified by label, or random where labels are missing or too rare for that."""
+    """Split off a test set, stratified by label, or at random if labels are missing or too rare."""
     from sklearn.model_selection import train_test_split
 
     size = math.ceil(TEST_SHARE * len(label))
@@ -50,7 +50,7 @@ def split_off_test(
 
 
 def load_own(name: str, wanted: Preparation, skip_unreadable: bool = False) -> tuple[list[Split], list[str]]:
-    """Training, test and perhaps validation split of a user's own images, and what was done to them, in words.
+    """Load the training, test and, if any, validation split of a user's own images, with notes on their preparation.
 
     Raises ValueError, in one line, if they cannot be read.
     """
@@ -71,7 +71,7 @@ def load_own(name: str, wanted: Preparation, skip_unreadable: bool = False) -> t
 
 
 def fit_splits(splits: list[Split], wanted: Preparation) -> tuple[list[Split], list[str]]:
-    """Splits of images that are arrays already, prepared as files are, and what was done."""
+    """Prepare splits whose images are arrays in the same way as files; also returns notes on what was done."""
     done: Counter = Counter()
     fitted = [split._replace(image=fit_array(split.image, wanted, done)) for split in splits]
     return fitted, [f"{count} {what}" for what, count in sorted(done.items())]
@@ -80,9 +80,9 @@ def fit_splits(splits: list[Split], wanted: Preparation) -> tuple[list[Split], l
 def read_images(
     path: str, wanted: Preparation
 ) -> tuple[list[str], UInt8[np.ndarray, "n height width channel"], list[str]]:
-    """Images to use a model on: a name for each, its position or its file; the pixels; what was done to them.
+    """Read images to use a model on: their names (positions or files), their pixels, and notes on what was done.
 
-    `path` is an .npz with `image`, a folder, an image file, or several with commas between them.
+    `path` is an .npz with `image`, a folder, an image file, or several image files separated by commas.
     """
     name = path.rstrip("/")
     if name.lower().endswith(".npz"):
@@ -146,7 +146,7 @@ def _make_split(arrays, prefix, name, scratch=None):
 
 
 class Found(NamedTuple):
-    """The image files of a folder, and what else it holds, in words."""
+    """The image files of a folder, and notes on what else it holds."""
 
     files: list[Path]
     label: list[int]  # -1 without classes
@@ -155,7 +155,7 @@ class Found(NamedTuple):
 
 
 def _read_folder(name, folder, wanted, skip_unreadable):
-    """The splits of a folder: those that its subfolders are named after, else all as one."""
+    """The splits of a folder: one per subfolder that is named after a split, else a single one."""
     parts = _find_parts(name, folder)
     found = {part: _find_images(str(path), path) for part, path in parts.items()}
     label = [_number(one, found["train"].classes, parts[part]) for part, one in found.items()]
@@ -178,14 +178,17 @@ def _read_folder(name, folder, wanted, skip_unreadable):
 
 
 def _number(found, classes, folder):
-    """The labels of the files that were found, as positions in the training images' classes."""
+    """The labels of the found files, as positions in the training images' classes."""
     if odd := [name for name in found.classes if name not in classes] or (not found.classes and classes):
         raise ValueError(f"the training images and those in {folder} do not have the same classes: {some(odd)}")
     return np.array([label if label < 0 else classes.index(found.classes[label]) for label in found.label], np.int32)
 
 
 def _find_parts(name, folder):
-    """{split: folder}, "train" first: subfolders with the names of splits, else the folder itself. Without test, validation is it."""
+    """{split: folder}, "train" first: the subfolders named after splits, else the folder itself.
+
+    Without a test folder, the validation folder is the test set.
+    """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
     subfolders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
@@ -208,7 +211,7 @@ def _find_parts(name, folder):
 
 
 def _find_images(name, folder):
-    """The image files in a folder or in its subfolders, one subfolder a class."""
+    """Find the image files in a folder, or in its subfolders, one per class."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {name}")
     beside, subfolders, ignored = _sort(folder)
@@ -238,7 +241,7 @@ def _find_images(name, folder):
 
 
 def _sort(folder):
-    """A folder's image files, its subfolders, and what else it holds, hidden files and folders among it."""
+    """A folder's image files, its subfolders, and everything else, including hidden files and folders."""
     images, subfolders, others = [], [], []
     for path in sorted(folder.iterdir()):
         if path.name[0] == ".":

@@ -1,6 +1,6 @@
-"""A trained model as a folder in the layout of a model hub: weights, config, model card; programs for other runtimes if asked for.
+"""Export a trained model as a folder in a model hub's layout: weights, config and model card.
 
-Nothing is uploaded, and no path of this machine is written.
+Programs for other runtimes are optional. Nothing is uploaded, and no path of this machine is written.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ def export(
     Args:
         formats: "jax": programs by `jax.export` for CPU, CUDA and TPU, for any batch; "onnx": the same for ONNX runtimes.
 
-    Raises ValueError or OSError if there is no such model, for an unknown format or one that this model or this machine
-    lacks, and for a folder that holds anything else than this export.
+    Raises ValueError or OSError if there is no such model, if a format is unknown or this model or machine does not
+    support it, and if the folder holds anything but this export.
     """
     for name in formats:
         if name not in FORMATS:
@@ -58,7 +58,7 @@ def export(
 
 
 def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str, Any]:
-    """What config.json says: the metadata of the checkpoint, with one seed and without paths, and its test numbers."""
+    """The content of config.json: the checkpoint's metadata for one seed, without paths, and its test numbers."""
     metadata = pretrained.metadata
     config = with_defaults(metadata["config"])
     name = config["data"]["name"]
@@ -82,18 +82,18 @@ def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str
 
 
 def trained_with(environment: Mapping[str, str]) -> dict[str, str]:
-    """The versions that a checkpoint was trained with, as far as it says."""
+    """The versions that a checkpoint was trained with, as far as it records them."""
     return {name: environment[name] for name in versions() if name in environment}
 
 
 def logged_numbers(folder: Path, step: int) -> dict[str, Any]:
-    """The test metrics that a run has logged at a step; {} where its log is gone."""
+    """The test metrics that a run logged at a step; {} if its log is gone."""
     rows = [row for row in read_rows(folder) if row["step"] == step and "test/loss" in row]
     return {name: value for row in rows[-1:] for name, value in row.items() if name.startswith("test/")}
 
 
 def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    """Write a folder at once, or leave it if it holds these files already. Raises OSError if it holds anything else."""
+    """Write a folder atomically; keep it if it already holds these files. Raises OSError if it holds anything else."""
     paths = [folder / name for name in contents]
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not holds(folder, contents):
@@ -117,7 +117,7 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
 
 
 def holds(folder: Path, contents: Mapping[str, bytes]) -> bool:
-    """Whether a folder holds these files, besides a card that someone may have edited and what he generated."""
+    """Whether a folder holds exactly these files, ignoring edits of the card and a folder generated/."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     listed = contents.keys() - {weights.CARD}
     same = all((folder / name).is_file() and (folder / name).read_bytes() == contents[name] for name in listed)
@@ -125,7 +125,7 @@ def holds(folder: Path, contents: Mapping[str, bytes]) -> bool:
 
 
 def umask() -> int:
-    """The process's mask of permissions, which `mkdtemp` does not ask."""
+    """The process's umask, which `mkdtemp` ignores."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -23,7 +23,7 @@ USES = {
 
 
 def model_card(pretrained: Pretrained, metadata: Mapping[str, Any], files: Sequence[str]) -> str:
-    """The card in Markdown, after a block of YAML (in JSON's notation)."""
+    """The card in Markdown, after YAML front matter in JSON notation."""
     config, model = metadata["config"], pretrained.model
     generates = model.decode_raw is not None
     facts = {
@@ -67,7 +67,7 @@ def usage(pretrained: Pretrained, shape: str) -> list[str]:
 
 
 def numbers(metadata: Mapping[str, Any]) -> list[str]:
-    """Rows of a table: the test metrics that are one number, with what they mean."""
+    """Table rows of the scalar test metrics, with their meaning."""
     known = FAMILIES[metadata["config"]["model"]["name"]].METRICS
     rows = []
     for name, value in metadata["metrics"].items():
@@ -79,5 +79,5 @@ def numbers(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def describe(file: str) -> str:
-    """What a file holds."""
+    """What a file contains."""
     return FILES.get(file) or next(text for ending, text in ENDINGS.items() if file.endswith(ending))

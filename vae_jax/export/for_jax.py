@@ -1,4 +1,4 @@
-"""A trained model's functions as programs with their weights: by `jax.export`, for any batch, on CPU, CUDA and TPU."""
+"""Export a trained model's functions with their weights by `jax.export`, for any batch, on CPU, CUDA and TPU."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from vae_jax import generate
 from vae_jax.pretrained import Pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-TOLERANCE = 1e-4  # between a program and the model, relative to the largest value where that is above 1
-BATCHES = (1, 3)  # with which programs are checked
+TOLERANCE = 1e-4  # largest difference from the model, relative to the largest value if that is above 1
+BATCHES = (1, 3)  # batch sizes for which programs are checked
 
 
 class Program(NamedTuple):
@@ -22,19 +22,20 @@ class Program(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
     def examples(self, count: int) -> list[np.ndarray]:
-        """Arguments for a batch, drawn evenly from [0, 1]."""
+        """Arguments for a batch, drawn uniformly from [0, 1]."""
         rng = np.random.default_rng(count)
         return [rng.random((count, *shape), np.float32) for shape in self.shapes]
 
     def output_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of what it gives, without the batch axis."""
+        """The shapes of its outputs, without the batch axis."""
         return [leaf.shape[1:] for leaf in jax.tree.leaves(jax.eval_shape(self.call, *self.examples(1)))]
 
 
 def programs_of(pretrained: Pretrained) -> dict[str, Program]:
     """encoder: image -> mean, logvar; decoder: z -> mean image; classifier: image -> probabilities.
 
-    A conditional model's take the conditions as a second argument: one-hot labels, or images with only the visible part.
+    A conditional model's programs take the conditions as a second argument: one-hot labels, or images with only the
+    visible part.
     """
     model, variables, image = pretrained.model, pretrained.variables, pretrained.image_shape
     condition = () if model.given is None else ({"label": (model.num_classes,), "image": image}[model.condition_on],)
@@ -56,7 +57,7 @@ def programs_of(pretrained: Pretrained) -> dict[str, Program]:
 def jax_programs(pretrained: Pretrained) -> dict[str, bytes]:
     """{file: program}, each checked against the model on this machine.
 
-    Raises ValueError if flatbuffers is missing, and if a program differs from the model.
+    Raises ValueError if flatbuffers is missing, or if a program differs from the model.
     """
     try:
         import flatbuffers  # noqa: F401
@@ -73,7 +74,7 @@ def jax_programs(pretrained: Pretrained) -> dict[str, bytes]:
 
 
 def check_alike(name: str, program: Program, exported: Callable[..., Any]) -> None:
-    """Raise ValueError unless an exported program gives what the model gives, for batches of several sizes."""
+    """Raise ValueError if an exported program's outputs differ from the model's, for batches of several sizes."""
     for count in BATCHES:
         arguments = program.examples(count)
         expected, found = (jax.tree.leaves(call(*arguments)) for call in (jax.jit(program.call), exported))

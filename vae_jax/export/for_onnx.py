@@ -1,4 +1,4 @@
-"""A trained model's networks for ONNX runtimes, written from their description as layers (`nn.description`)."""
+"""Export a trained model's networks for ONNX runtimes from their description as layers (`nn.description`)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from vae_jax.nn.description import Layer
 from vae_jax.pretrained import Pretrained
 
 OPSET = 17
-IR_VERSION = 8  # which runtimes since 2022 read
+IR_VERSION = 8  # readable by runtimes since 2022
 FUNCTIONS = {"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}
 TO_CHANNELS_FIRST, TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 
@@ -19,7 +19,7 @@ TO_CHANNELS_FIRST, TO_CHANNELS_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 def onnx_programs(pretrained: Pretrained) -> dict[str, bytes]:
     """{file: program} of the networks, for any batch, each checked in onnxruntime against the model in float32.
 
-    Raises ValueError if onnx or onnxruntime is missing, for a model that has no description as layers, and if a program
+    Raises ValueError if onnx or onnxruntime is missing, if the model has no description as layers, or if a program
     differs from the model.
     """
     try:
@@ -41,7 +41,7 @@ def onnx_programs(pretrained: Pretrained) -> dict[str, bytes]:
 
 
 def in_float32(pretrained: Pretrained) -> Pretrained:
-    """The same model with layers that compute in float32, as ONNX runtimes do."""
+    """The same model, computing in float32 as ONNX runtimes do."""
     metadata, config = pretrained.metadata, pretrained.config
     exact = {name: "float32" for name in config["model"] if name == "precision"}
     return dataclasses.replace(pretrained, metadata=metadata | {"config": config | {"model": config["model"] | exact}})
@@ -50,7 +50,7 @@ def in_float32(pretrained: Pretrained) -> Pretrained:
 def onnx_model(
     name: str, layers: Sequence[Layer], shape: tuple[int, ...], output_shapes: Sequence[tuple[int, ...]]
 ) -> Any:
-    """The ONNX model of a network whose input is [batch, *shape]; images have their channels last, as in JAX."""
+    """The ONNX model of a network with input [batch, *shape]; images are channels-last, as in JAX."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants = [], []
@@ -104,7 +104,7 @@ def add_layer(node: Any, constant: Any, x: str, layer: Layer) -> str:
 
 
 def add_convolution(node: Any, constant: Any, x: str, layer: Layer) -> str:
-    """A convolution, or its transpose: ONNX defines that as the gradient of a convolution, whose kernel is flipped."""
+    """Append a convolution or a transposed one. ONNX defines the latter as a gradient, so its kernel is flipped."""
     kernel, bias = layer.weights["kernel"], constant(layer.weights["bias"])
     strides = [layer.stride] * 2
     if layer.kind == "conv":

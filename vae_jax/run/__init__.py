@@ -1,1 +1,1 @@
-"""How a run survives: blind to what is trained."""
+"""The machinery of a run: config, devices, checkpoints, logs. It does not know which model is trained."""

@@ -1,7 +1,7 @@
 """Checkpoints of a run, written and read by Orbax, which no other file imports.
 
-A checkpoint holds `state`, which training needs to continue; `variables`, which suffice for inference; and `metadata`: the
-config, the data, which checkpoint is the best so far, and the rows of metrics.jsonl that belong to it.
+A checkpoint holds `state`, which training needs to resume; `variables`, which suffice for inference; and `metadata`:
+the config, a fingerprint of the data, which checkpoint is the best so far, and a digest of the rows of metrics.jsonl.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from vae_jax.run.stored import DIGESTS, absolute, check_same_data, digests, late
 from vae_jax.steps import TrainState
 
 OVERHEAD = 2**20  # bytes of a checkpoint besides its arrays
-FILES = 64  # of a checkpoint, at most, and of Orbax while it writes
+FILES = 64  # most files of a checkpoint and of Orbax while it writes
 BLOCK = bytes(2**16)
 PRIMARY = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="primary")
 
@@ -33,7 +33,7 @@ PRIMARY = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0
 class Checkpoints:
     """The checkpoints of one training: saves them, restores the latest, keeps the latest ones and the best one.
 
-    Only the primary host may create one.
+    Only the primary host may create an instance.
 
     Args:
         folder: local or on gs://; created if missing.
@@ -43,8 +43,8 @@ class Checkpoints:
             there is no best checkpoint.
 
     Attributes:
-        restored: the metadata of the checkpoint that training continues from; None if it starts.
-        kept: the steps of the undamaged checkpoints when training continued.
+        restored: the metadata of the checkpoint that training resumes from; None if it starts anew.
+        kept: the steps of the undamaged checkpoints when training resumed.
         best: {"step", "cost"} of the best checkpoint so far, damaged or not; None if there is none.
         stopped_early: whether the latest checkpoint is the end of a training that ran out of patience.
     """
@@ -58,7 +58,7 @@ class Checkpoints:
         self._folder = absolute(folder)
         self._metadata, self._keep, self._metric = metadata, keep, best
         self._folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self._folder.glob("*.tmp*"):  # of a killed process
+        for leftover in self._folder.glob("*.tmp*"):  # left by a killed process
             leftover.rmtree()
 
     def is_best(self, metrics: dict) -> bool:
@@ -77,7 +77,7 @@ class Checkpoints:
         """The latest state, in the shapes of `like`, as NumPy arrays and the root key; None if there is no checkpoint.
 
         Every damaged checkpoint is reported in one line through `note` and renamed; the latest of the others is restored.
-        Raises OSError if all are damaged, and if the checkpoint is of other data or does not fit `like`.
+        Raises OSError if all are damaged, and if the checkpoint was trained on other data or does not fit `like`.
         """
         kept, damaged = survey(self._folder)
         if damaged and not kept:
@@ -108,7 +108,7 @@ class Checkpoints:
         return state.replace(key=jax.random.wrap_key_data(state.key))
 
     def restore_evaluated(self, step: int, like: TrainState) -> dict:
-        """The variables that were evaluated at `step`, NumPy arrays in the shapes of a state's."""
+        """The variables that were evaluated at `step`, as NumPy arrays in the shapes of the state `like`."""
         return restore_variables(self._folder, step, like.eval_variables)
 
     def _set_aside(self, step):
@@ -123,9 +123,9 @@ class Checkpoints:
         """Write the checkpoint of `step` atomically, then delete those that are no longer kept.
 
         Args:
-            metrics: those of its evaluation, {} if there was none.
-            log: what tells whether the rows up to `step` are complete, as `RunDirectory.log_digest` returns it.
-            stopped_early: whether the training ends here, because it has run out of patience.
+            metrics: the metrics of its evaluation, {} if there was none.
+            log: the digest of the log's rows up to `step`, from `RunDirectory.log_digest`.
+            stopped_early: whether the training ends here because it has run out of patience.
 
         Raises FloatingPointError if a value is not finite, and OSError if the checkpoint cannot be written.
         """
@@ -164,11 +164,11 @@ class Checkpoints:
             path.rmtree()
             return
         with contextlib.suppress(BlockingIOError), locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            # While someone reads it, it stays; a later save deletes it.
+            # A checkpoint that is being read stays; a later save deletes it.
             path.rename(self._folder / f"{step}.deleted.tmp").rmtree()
 
     def _check_room(self, nbytes):
-        """Raise the system's OSError if the disk is full, by writing as many bytes: Orbax would print a hundred lines."""
+        """Write `nbytes` to raise the system's OSError if the disk is full: Orbax would print a hundred lines."""
         if not os.path.isdir(self._folder):  # gs:// is never full
             return
         space = os.statvfs(self._folder)
@@ -180,7 +180,7 @@ class Checkpoints:
 
 
 def load(folder, which: str | int, shapes: Callable[[dict], Any]) -> tuple[dict, dict]:
-    """The metadata of the checkpoint that `select` names, and its variables in the shapes that `shapes(metadata)` gives.
+    """Load the metadata of the checkpoint that `select` chooses, and its variables in the shapes of `shapes(metadata)`.
 
     A training may save and delete checkpoints meanwhile.
     """
@@ -193,11 +193,14 @@ def load(folder, which: str | int, shapes: Callable[[dict], Any]) -> tuple[dict,
         except (ValueError, FileNotFoundError):
             if steps(folder) == before:
                 raise
-            # What was chosen has been deleted: choose again.
+            # The chosen checkpoint has been deleted: choose again.
 
 
 def restore_variables(folder, step: int, like: Any) -> dict:
-    """The evaluated variables of a checkpoint, NumPy arrays in the shapes of `like`. Raises ValueError for damage and misfits."""
+    """Restore a checkpoint's evaluated variables as NumPy arrays in the shapes of `like`.
+
+    Raises ValueError for damage and for variables that do not fit.
+    """
     return _restore(folder, step, "variables", like)
 
 

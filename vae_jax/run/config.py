@@ -1,4 +1,4 @@
-"""A config's sections -> calls. Names and types are checked here, since Linen checks none."""
+"""Turn a config's sections into calls. Names and types are checked here, because Linen checks none."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 import docstring_parser
 import numpy as np
 
-LARGEST = {int: 2**32, float: float(np.finfo(np.float32).max)}  # numbers in a config
+LARGEST = {int: 2**32, float: float(np.finfo(np.float32).max)}  # largest numbers in a config
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -21,15 +21,15 @@ class RunOptions:
     """How a run proceeds; nothing here changes what is trained.
 
     Attributes:
-        steps_per_call: training steps in one call of the compiled program, and in one row of metrics.jsonl.
-        save_every: training steps between two checkpoints; there is also one at the end, and one at each best epoch.
-        keep: how many of the latest checkpoints are kept, besides the best one.
-        figures_every: epochs between two drawings of the figures; they are also drawn after the first and last epoch.
-        likelihood_samples: draws of z from which the summary estimates log p(x) of 1,000 test images of 28x28, or fewer larger
-            ones, at the end; 0: it does not.
-        log_to: also log metrics and figures to "tensorboard", "wandb" or "trackio", or to several with commas between them.
+        steps_per_call: training steps per call of the compiled program, and per row of metrics.jsonl.
+        save_every: training steps between checkpoints; the end of training and each best epoch are also saved.
+        keep: number of latest checkpoints to keep, besides the best one.
+        figures_every: epochs between drawings of the figures; they are also drawn after the first and last epoch.
+        likelihood_samples: draws of z for the summary's final estimate of log p(x), on 1,000 test images of 28x28 or
+            fewer larger ones; 0: no estimate.
+        log_to: also log metrics and figures to "tensorboard", "wandb" or "trackio", or to several, separated by commas.
         profile: write a trace of three calls into the run directory, for TensorBoard or Perfetto.
-        compilation_cache: keep compiled programs in a folder of the user's, so that the next start is faster.
+        compilation_cache: cache compiled programs on disk, so that the next start is faster.
     """
 
     steps_per_call: int = 20
@@ -53,7 +53,7 @@ class RunOptions:
 
 
 def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> Any:
-    """The ConfigDict of a config file: the family's defaults, changed by `base`, then by the chosen variant.
+    """Make the ConfigDict of a config file: the family's defaults, changed by `base`, then by the chosen variant.
 
     `base` and each of `variants` map dotted fields to values. Raises ValueError for an unknown variant.
     """
@@ -69,7 +69,7 @@ def make_config(family: str, base: Mapping, variants: Mapping, variant: str) -> 
 
 
 def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
-    """The fields of a family's config with the defaults that the signatures give them; top-level ones only where they have one."""
+    """The fields of a family's config with the signatures' defaults; only those top-level fields that have one."""
     from vae_jax.families import FAMILIES
 
     config: dict[str, Any] = {"seed": 0, "seeds": 1, "patience": 0}
@@ -83,11 +83,11 @@ def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored config with the defaults of the fields that it lacks, which are younger than it."""
+    """Fill a stored config with the defaults of the fields that were added after it was written."""
     names = [config[section].get("name") for section in ("model", "optimizer")]
     try:
         known = defaults(*names)
-    except KeyError:  # of a family or an optimizer from outside
+    except KeyError:  # a user's own family or optimizer
         return dict(config)
     filled = {
         name: known.get(name, {}) | value if isinstance(value, Mapping) else value for name, value in config.items()
@@ -96,7 +96,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The dotted fields of a config that are not the defaults of its family and optimizer, or that have none."""
+    """The dotted fields of a config that differ from the defaults of its family and optimizer, or have no default."""
     names = {section: {"name": config.get(section, {}).get("name")} for section in ("model", "optimizer")}
     known = flatten(with_defaults(names))
     return {name: value for name, value in flatten(config).items() if known.get(name, ...) != value}
@@ -117,7 +117,7 @@ def signatures(family: Any, optimizer: str = "adam") -> dict[str, list[Callable]
 
 
 def bind(section: str, function: Callable, values: Mapping) -> functools.partial:
-    """`function` with a section's values as keywords and its defaults filled in.
+    """Bind a section's values to `function` as keywords, with its defaults filled in.
 
     Raises ValueError, naming the field, for an unknown, missing or mistyped one.
     """
@@ -137,7 +137,7 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
 
 
 def check_value(field: str, value: Any, annotation: Any) -> None:
-    """Raise ValueError unless a config's value is of the annotated type, and its numbers are neither too large nor too small."""
+    """Raise ValueError unless a config value has the annotated type and no number in it is too large or too small."""
     if not is_a(value, annotation):
         raise ValueError(f"config field {field} is {value!r}, but must be of type {type_name(annotation)}")
     for item in value if isinstance(value, tuple | list) else [value]:
@@ -149,7 +149,7 @@ def check_value(field: str, value: Any, annotation: Any) -> None:
 
 
 def split_fields(function: Callable, values: Mapping) -> tuple[dict, dict]:
-    """A section's values, divided into those that `function` takes and the others."""
+    """Divide a section's values into those that `function` takes and the others."""
     own = {name: values[name] for name in fields(function) if name in values}
     return own, {name: values[name] for name in values if name not in own}
 
@@ -164,7 +164,7 @@ def choose(section: str, choices: Mapping, values: Mapping) -> tuple[Any, dict]:
 
 
 def fields(function: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of `function` that a config sets: `name` and the keyword-only ones, of a type that a config can hold."""
+    """The parameters of `function` that a config sets: `name` and keyword-only ones of a type a config can hold."""
     parameters = inspect.signature(function).parameters
     configurable = (int, float, bool, str, tuple, Mapping)
     return {
@@ -176,24 +176,24 @@ def fields(function: Callable) -> dict[str, inspect.Parameter]:
 
 
 def fill_in(function: Callable, **known: Any) -> Any:
-    """`function` called with those of the known values that its parameters name."""
+    """Call `function` with those known values that its parameters name."""
     wanted = inspect.signature(function).parameters
     return function(**{name: known[name] for name in known if name in wanted})
 
 
 def make_title(family: Any, data_name: str) -> str:
-    """Family and data set, for people; a name that is not UTF-8 is shown with escapes."""
+    """A title that names the family and the data set; a name that is not UTF-8 is escaped."""
     return f"{family.NAME} on {Path(data_name).name}".encode(errors="backslashreplace").decode()
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """A hint for someone who wrote `name`."""
+    """A hint for an unknown `name`: the closest known name, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def is_a(value: Any, annotation: Any) -> bool:
-    """Whether a config's value is of the annotated type; integers are floats too, but booleans are not numbers."""
+    """Whether a config value has the annotated type; integers count as floats, but booleans are not numbers."""
     if get_origin(annotation) is tuple:
         return isinstance(value, tuple | list) and all(is_a(item, get_args(annotation)[0]) for item in value)
     if annotation in (int, float):
@@ -202,7 +202,7 @@ def is_a(value: Any, annotation: Any) -> bool:
 
 
 def as_annotated(value: Any, annotation: Any) -> Any:
-    """A config's value with its integers as floats, and JSON's lists as tuples, where the annotation says so."""
+    """Convert a config value to its annotation: integers to floats, JSON's lists to tuples."""
     if get_origin(annotation) is tuple:
         return tuple(as_annotated(item, get_args(annotation)[0]) for item in value)
     return float(value) if annotation is float else value
@@ -213,7 +213,7 @@ def type_name(annotation: Any) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names -> values, in the form that JSON gives back."""
+    """Map dotted names to values, with lists in place of tuples, as JSON returns them."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -224,10 +224,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """The fields in which `config` differs from the one that a run was started with, as "FIELD is OLD there, NEW here".
+    """List the fields in which `config` differs from a run's `stored` config, as "FIELD is OLD there, NEW here".
 
-    Left out is what a run may change when it continues: section `run`, `data.manual_dir`, and more epochs where the
-    optimizer does not depend on their number. A new batch_size of 0 is the old one. Runs from before there was patience have none.
+    The list leaves out what a resumed run may change: section `run`, `data.manual_dir`, and more epochs if the
+    optimizer does not depend on their number. A new batch_size of 0 means the old one. A config that predates patience
+    has patience 0.
     """
     old, new = ({"patience": 0} | flatten(fields) for fields in (stored, config))
     for flat in (old, new):
@@ -236,7 +237,7 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
                 del flat[name]
     if old.get("optimizer.schedule") == "constant" and not old.get("optimizer.warmup"):
         old["epochs"] = max(old["epochs"], new["epochs"])
-    if new.get("batch_size") == 0:  # it follows from the data, and they are compared elsewhere
+    if new.get("batch_size") == 0:  # it follows from the data, which are compared elsewhere
         new["batch_size"] = old.get("batch_size")
     absent = "absent"
     return [
@@ -247,7 +248,7 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 
 def argument_docs(function: Callable) -> dict[str, str]:
-    """What a docstring says about each argument, in its part "Args:" or "Attributes:"."""
+    """The description of each argument in a docstring's section "Args:" or "Attributes:"."""
     text = inspect.getdoc(function) or ""
     parsed = docstring_parser.parse(text, docstring_parser.DocstringStyle.GOOGLE)
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in parsed.params}

@@ -1,4 +1,4 @@
-"""The config that a config file gives, which shows what is not a default."""
+"""The config that a config file returns; it shows the fields that are not defaults."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from vae_jax.run.config import differing
 
 
 class Config(ConfigDict):
-    """A ConfigDict whose `repr` is one line of the fields that differ from the defaults; `str` has all fields."""
+    """A ConfigDict whose `repr` lists the fields that differ from the defaults in one line; `str` shows all fields."""
 
     def __repr__(self):
         fields = self.to_dict()

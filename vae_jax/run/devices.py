@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vae_jax.run.hosts import gather, raise_on_all_hosts
 
 AXIS = "device"
-# XLA's loops use half of an AVX-512 register unless told otherwise.
+# By default XLA's loops use only half of an AVX-512 register.
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": "512"}
-# YNNPACK is the faster library for gradients of kernels, XLA's own products for the narrow ones of a forward pass.
+# YNNPACK is faster for gradients of kernels; XLA's own products are faster for the narrow ones of a forward pass.
 WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
@@ -68,10 +68,10 @@ class Devices:
         return jax.device_put(tree, NamedSharding(Mesh(np.array(self._local), (AXIS,)), PartitionSpec()))
 
     def compile(self, function: Callable, donate: bool = False, gradients: bool = True) -> Callable:
-        """`call(first, *others)`, which runs `function(first, *others, shard)` on every device at once.
+        """`call(first, *others)` runs `function(first, *others, shard)` on every device at once.
 
-        All arguments but `shard` are replicated, and the results must be. `donate` reuses the first argument's buffers:
-        use only what is returned. Without `gradients` a CPU uses what is faster for a forward pass.
+        All arguments but `shard` are replicated, and the results must be too. `donate` reuses the first argument's
+        buffers: use only what is returned. Without `gradients`, a CPU uses the options that suit a forward pass.
         """
         donated = (0,) if donate else ()
         if self.count == 1:
@@ -105,7 +105,7 @@ class Devices:
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
     def broadcast(self, make: Callable[[], Any], like: Any) -> Any:
-        """The primary host's `make()`, sent to all hosts: arrays in the shapes of `like`, or None.
+        """Send the primary host's `make()` to all hosts: arrays in the shapes of `like`, or None.
 
         If `make` raises ValueError or OSError there, every host raises.
         """
@@ -123,14 +123,14 @@ class Devices:
 
 
 def compiler_options(gradients: bool) -> dict[str, str]:
-    """For `jax.jit` of a whole program with or without gradients: what makes XLA fastest on the CPU; none elsewhere."""
+    """The options of `jax.jit` that make a program with or without gradients fastest on the CPU; none elsewhere."""
     if jax.default_backend() != "cpu":
         return {}
     return WIDE_VECTORS if gradients else WIDE_VECTORS | WITHOUT_YNNPACK
 
 
 def unwrap_keys(tree: Any) -> Any:
-    """Replace typed keys by their integers: JAX does not send typed keys between processes, nor does Orbax save them."""
+    """Replace typed keys by their integers: JAX cannot send typed keys between processes, nor can Orbax save them."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
@@ -139,9 +139,9 @@ def _is_key(leaf):
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in a folder of the user's, unless JAX already has one or the user has no home."""
-    # JAX would write without a checksum where zstandard is installed, and one flipped bit then kills the process.
-    compilation_cache.zstd = compilation_cache.zstandard = None  # zlib, which checks what it reads
+    """Cache compiled programs in the user's home, unless JAX already has a cache or the user has no home."""
+    # With zstandard installed, JAX would write without a checksum, and one flipped bit would kill the process.
+    compilation_cache.zstd = compilation_cache.zstandard = None  # JAX then uses zlib, which verifies a checksum
     home = Path(os.path.expanduser("~"))
     if jax.config.jax_compilation_cache_dir is None and home.is_absolute():
         jax.config.update("jax_compilation_cache_dir", str(home / ".cache" / "vae_jax" / "xla"))

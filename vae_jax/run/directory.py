@@ -30,10 +30,10 @@ FORMAT = 3
 OLD_FORMAT = "was written by an earlier format of vae_jax, which commit af11a1a reads"
 SECTIONS = dict.fromkeys(("data", "model", "objective", "optimizer", "run"), dict)
 FIELDS = SECTIONS | {"best": str}
-FILMED = ("reconstructions", "samples")  # figures whose epochs make a film
-FRAME = 500  # milliseconds of each epoch
-LOGS = "tensorboard"  # the folder of what `run.log_to` writes for it
-LEFTOVERS = {"lock", "config.tmp"}  # of a run killed in its first moment
+FILMED = ("reconstructions", "samples")  # figures that are also animated over the epochs
+FRAME = 500  # milliseconds per epoch
+LOGS = "tensorboard"  # the folder of the event files for TensorBoard
+LEFTOVERS = {"lock", "config.tmp"}  # left by a run killed right after its start
 
 
 def read_config(path: str) -> dict | None:
@@ -45,7 +45,10 @@ def read_config(path: str) -> dict | None:
 
 
 def read_settings(path: str) -> dict | None:
-    """What config.json says, as `RunDirectory` writes it, with the config's own fields in `config`. Raises as `read_config`."""
+    """Read config.json as {"saved": step of the latest checkpoint, "config": the config's fields}.
+
+    Returns None and raises as `read_config` does.
+    """
     folder = epath.Path(path).expanduser()
     if not folder.is_dir() or {entry.name for entry in folder.iterdir()} <= LEFTOVERS:
         return None
@@ -68,11 +71,11 @@ def read_settings(path: str) -> dict | None:
 
 
 class RunDirectory:
-    """The directory of a run, created or continued.
+    """The directory of a run, new or resumed.
 
-    If `path` is on gs://, files go to a temporary folder, `self.path`, and `upload` copies them; no lock then keeps a second
-    process out. Raises OSError if the directory cannot be used, and what `check(stored, config)` raises for the config of
-    the run that it holds.
+    If `path` is on gs://, files go to a temporary folder, `self.path`, and `upload` copies them; no lock then keeps a
+    second process out. Raises OSError if the directory cannot be used, and whatever `check(stored, config)` raises for
+    the stored config of a resumed run.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class RunDirectory:
         self.remote = epath.Path(path) if is_remote(path) else None
         self.path = local_path(tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path)
         self.command, self._config = command, config
-        self._code = code_version()  # that of the start: the files may change during a training
+        self._code = code_version()  # taken at the start: the files may change during training
         with contextlib.ExitStack() as on_error:
             try:
                 self._owned = OwnedDirectory(self.path, "metrics.jsonl")
@@ -111,7 +114,7 @@ class RunDirectory:
         write_atomically(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def mark_saved(self, step: int) -> None:
-        """Record in config.json the step of the latest checkpoint, so that its loss is noticed."""
+        """Record the step of the latest checkpoint in config.json, so that its loss is noticed."""
         first, self._saved = not self._saved, step
         self._write_settings()
         if first:
@@ -128,9 +131,9 @@ class RunDirectory:
         return (self.remote or self.path) / "summary.md"
 
     def rewind(self, step: int, log: dict | None = None) -> bool:
-        """Drop the rows after `step`, where training continues, an incomplete last row, and rows that occur twice.
+        """Drop rows after `step`, where training resumes, an incomplete last row, and duplicate rows.
 
-        `log` is the `log_digest` that was taken at `step`; returns whether the rows are still those.
+        `log` is the `log_digest` that was taken at `step`; returns whether the rows still match it.
         Raises OSError, naming the line, for a damaged row, and if the run's checkpoints are gone.
         """
         rows = [row for row in read_rows(self.remote or self.path) if row["step"] <= step]
@@ -149,17 +152,17 @@ class RunDirectory:
         self._digest = LogDigest(self.history)
 
     def log_digest(self) -> dict:
-        """What a checkpoint stores of the log."""
+        """The digest of the log that a checkpoint stores."""
         return self._digest.value()
 
     def log(self, row: dict) -> None:
-        """Append a row: `step`, `epoch` and metrics such as `train/loss`; this adds the seconds of training so far."""
+        """Append a row of `step`, `epoch` and metrics such as `train/loss`, and add the seconds of training so far."""
         row = self._timed(row, time.time() - self._started)
         self._owned.append(row)
         self._digest.add(row)
 
     def insert(self, row: dict) -> None:
-        """Put a row that was lost in its place; its time is that of the row before it."""
+        """Insert a lost row in its place, with the time of the row before it."""
         before = [other["seconds"] for other in self.history if other["step"] <= row["step"]]
         self._keep([*self.history, self._timed(row, before[-1] if before else 0.0)])
 
@@ -167,7 +170,7 @@ class RunDirectory:
         return {"step": row["step"], "epoch": row["epoch"], "seconds": round(seconds, 2)} | row
 
     def save_figures(self, figures: Mapping[str, Callable], epoch: int) -> None:
-        """Draw each figure and write it to figures/NAME.png; of those in FILMED also figures/NAME.webp, one frame an epoch."""
+        """Draw each figure into figures/NAME.png; those in FILMED also get figures/NAME.webp, one frame per epoch."""
         from PIL import Image
 
         folder = self.path / "figures"
@@ -182,7 +185,7 @@ class RunDirectory:
                 )
 
     def write_summary(self, title: str, numbers: Mapping[str, Any], about: About) -> None:
-        """Write summary.md, and summary.html with its figures in it."""
+        """Write summary.md, and summary.html with the figures embedded."""
         figures = [f"figures/{path.name}" for path in sorted((self.path / "figures").glob("*.png"))]
         seconds = self.history[-1]["seconds"]
         text = summarize(title, numbers, about, self.command, self._code, seconds, figures)
@@ -190,7 +193,7 @@ class RunDirectory:
         write_atomically(self.path / "summary.html", to_html(text, self.path))
 
     def upload(self, part: str = "") -> None:
-        """Copy all files, or those in the folder `part`, to gs://, so that the remote files are of the same moment.
+        """Copy all files, or those in the folder `part`, to gs://, so that the remote files are from the same moment.
 
         Raises OSError if they cannot be copied.
         """

@@ -1,4 +1,4 @@
-"""What decides how a training's numbers are rounded, besides config and data."""
+"""Everything besides config and data that affects how a training's numbers are rounded."""
 
 import contextlib
 import importlib.metadata
@@ -20,13 +20,13 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that decide the numbers."""
+    """The versions of Python and of the libraries that affect the numbers."""
     return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 @cache
 def code_version(package: Path = PACKAGE) -> str:
-    """The version of the package, and where it lies in a git checkout the commit, and whether files of the package differ from it."""
+    """The package's version; in a git checkout also the commit, and whether the package's files differ from it."""
     version = f"vae_jax {importlib.metadata.version('vae_jax')}"
     if not (package.parent / ".git").exists():  # a repository further up is another project's
         return version
@@ -42,7 +42,7 @@ def code_version(package: Path = PACKAGE) -> str:
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Versions, processor, cores, `devices` and settings, each of which changes how sums are rounded."""
+    """Versions, processor, cores, `devices` and settings: each affects how sums are rounded."""
     device = jax.local_devices()[0]
     return versions() | {
         "devices": f"{devices} {device.device_kind} ({device.platform})",
@@ -58,20 +58,20 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def jax_settings() -> list[str]:
-    """The variables JAX_... of this process, but those that change no number or are recorded otherwise."""
+    """The variables JAX_... of this process, except those that change no number or are recorded elsewhere."""
     return [
         f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_") and not HARMLESS.match(name)
     ]
 
 
 def random_numbers() -> str:
-    """JAX's generator, and whether it gives an array's numbers independently of its division."""
+    """JAX's generator, and whether an array's random numbers are independent of its sharding."""
     partitionable = "partitionable" if jax.config.jax_threefry_partitionable else "not partitionable"
     return f"{jax.config.jax_default_prng_impl}, {partitionable}"
 
 
 def check_jax() -> None:
-    """Raise ValueError, in one line, for settings of JAX under which nothing here works."""
+    """Raise ValueError, in one line, for JAX settings under which nothing here works."""
     for name in ("jax_enable_x64", "jax_disable_jit"):
         if getattr(jax.config, name):
             raise ValueError(f"{name.upper()} is set, but training needs it unset")

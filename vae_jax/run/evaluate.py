@@ -1,4 +1,4 @@
-"""A function of each example, mapped over a split on all devices; the results come to the host once."""
+"""Map a per-example function over a split on all devices; the results are copied to the host once."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from vae_jax.run.seeds import first_seed, map_seeds, mean_metrics, reduce_seeds
 from vae_jax.steps import make_eval_step, unchanged
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
-BLOCK = 2**28  # bytes of images that are sent at once; the result does not depend on it either
+BLOCK = 2**28  # bytes of images sent at once; the result does not depend on it either
 
 
 def map_examples(
@@ -30,10 +30,10 @@ def map_examples(
     batch_size: int = BATCH_SIZE,
     devices: Devices | None = None,
 ) -> Callable[[Any, Key[Array, "..."]], Any]:
-    """`call(variables, key)`: the per-example arrays of `function(variables, batch, key)`, [n, ...], on the host.
+    """`call(variables, key)` returns per-example arrays of `function(variables, batch, key)`, [n, ...], on the host.
 
-    The split is sent to the devices, by default to one, in blocks of `BLOCK` bytes of images, and divided over them. With several
-    seeds variables and key have a leading seed axis, and the arrays are [seeds, n, ...].
+    The split is sent in blocks of `BLOCK` bytes of images and divided over the devices, by default one. With several
+    seeds, variables and key have a leading seed axis, and the arrays are [seeds, n, ...].
     """
     devices = devices or Devices(1)
     batches = max(1, BLOCK // (split.image[0].nbytes * batch_size * devices.count))
@@ -55,8 +55,8 @@ def map_blocks(
 ) -> Callable[..., Iterator[Any]]:
     """`blocks(variables, key, start=0)` iterates over the arrays of `map_examples` from example number `start` on.
 
-    A block is what one call of the compiled program computes: at most `batches` batches on each device, whose images are sent for
-    it. The last batches are padded with examples of weight 0, which are cut off again.
+    One call of the compiled program computes one block: at most `batches` batches on each device, sent for this call.
+    The last batches are padded with examples of weight 0, which are cut off again.
     """
     devices = devices or Devices(1)
     size = len(split.label)
@@ -90,12 +90,12 @@ def map_blocks(
 
 
 def cut(values: np.ndarray, most: int, seeds: int) -> np.ndarray:
-    """At most so many examples of an array, whose first axis is that of the seeds if there are several."""
+    """Cut an array to at most `most` examples; with several seeds its first axis is the seeds."""
     return values[:most] if seeds == 1 else values[:, :most]
 
 
 def as_seen(split: Split, how: str, seed: int) -> Split:
-    """A split with the pixels that evaluation gives to the model of a seed: those of `binarize`, as bytes."""
+    """A split with the pixels that the model of a seed sees in evaluation: binarized as `how` says, as bytes."""
     if how == "none":
         return split
 
@@ -122,8 +122,8 @@ def make_evaluate(
 ) -> Callable[[Any, Key[Array, "..."]], tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """`evaluate(variables, key) -> (numbers, arrays)` for every example of a split.
 
-    `numbers` are the means of the objective's metrics and what the probes reduce to, combined over the seeds;
-    `arrays` are what the probes measured, of the first seed. `prepare` is as in `make_train_step`.
+    `numbers` are the means of the objective's metrics and the probes' reduced values, combined over the seeds;
+    `arrays` are the probes' measurements for the first seed. `prepare` is as in `make_train_step`.
     """
     eval_step = make_eval_step(objective)
 

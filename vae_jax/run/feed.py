@@ -1,4 +1,4 @@
-"""The images that a call of the compiled program reads: all of them, on the devices, or those of the call, sent for it.
+"""Feed images to the compiled program: all images stay on the devices, or each call's images are sent for it.
 
 Both ways give the same batches, and so the same bits.
 """
@@ -20,9 +20,9 @@ Feed = Callable[[int, int, int], tuple[Any, ...]]
 
 
 def make_feed(job: Job, devices: Devices, note: Callable[[str], None]) -> Feed:
-    """`feed(epoch, first, count)`: what `run_steps` takes after the state, for `count` steps of an epoch from step `first` on.
+    """`feed(epoch, first, count)` returns what `run_steps` takes after the state, for `count` steps from `first` on.
 
-    All hosts do the same: they send the images for each call if the images of any host are too many for its device.
+    All hosts do the same: they send the images for each call if the images do not fit any one host's device.
     """
     nbytes, device = job.dataset.splits["train"].image.nbytes, jax.local_devices()[0]
     if all(gather(stays_on(device, nbytes))):
@@ -36,17 +36,17 @@ def make_feed(job: Job, devices: Devices, note: Callable[[str], None]) -> Feed:
 
 
 def resident(job: Job, devices: Devices) -> Feed:
-    """Images and labels lie on the devices; the order is sent once an epoch."""
+    """Keep images and labels on the devices; send the order once per epoch."""
     arrays = devices.replicate(job.dataset.splits["train"])
     order = lru_cache(1)(lambda epoch: devices.replicate(job.order(epoch)))
     return lambda epoch, first, count: (order(epoch), first, count, *arrays)
 
 
 def streamed(job: Job, devices: Devices) -> Feed:
-    """The images and labels of a call are read and sent when the call before it has started.
+    """Read and send a call's images and labels once the previous call has started.
 
-    JAX starts a call and returns, so the host reads while the devices compute. The images of all seeds lie one seed after the
-    other. A call of fewer steps is filled up with its last example.
+    JAX starts a call and returns, so the host reads while the devices compute. The images are concatenated over the
+    seeds. A call of fewer steps is padded with its last example.
     """
     image, label = job.dataset.splits["train"]
     order = lru_cache(1)(lambda epoch: np.atleast_2d(job.order(epoch)))
@@ -68,7 +68,7 @@ def streamed(job: Job, devices: Devices) -> Feed:
 def ask_for(image: np.ndarray, rows: np.ndarray) -> None:
     """Ask the system for the rows of a mapped file all at once, so that a disk reads several at a time.
 
-    A row that is read without asking waits for the disk alone, and brings neighbours that nobody needs now.
+    Without asking, each row would wait for the disk alone and bring in neighbours that are not needed now.
     """
     if isinstance(image, np.memmap) and image.filename and hasattr(os, "posix_fadvise"):
         size = image[0].nbytes

@@ -57,13 +57,13 @@ def describe_error(error: Exception) -> str:
 
 
 def describe_os_error(error: OSError) -> str:
-    """The system's message, and the file where it names one."""
+    """The system's message, and the file if it names one."""
     return f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path` when the block ends, so that no reader sees half a file."""
+    """A temporary path that replaces `path` when the block ends, so no reader sees half a file."""
     part = path.with_suffix(".tmp")
     yield part
     os.replace(part, path)
@@ -78,7 +78,7 @@ def write_atomically(path: Path, text: str) -> None:
 def save_figure(figure, path: Path) -> None:
     """Write a PNG through `atomic_file`."""
     with atomic_file(path) as part, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # drawn as a box
         figure.savefig(part, format="png", dpi=110)
 
 
@@ -90,7 +90,7 @@ def as_pillow(pixels: np.ndarray) -> Any:
 
 
 def save_film(frames: Sequence[np.ndarray], path: Path, milliseconds: int = 100) -> None:
-    """Write frames, [height, width, channel] of bytes, as an animated WebP without end, through `atomic_file`."""
+    """Write frames, [height, width, channel] of bytes, as an endlessly looping WebP through `atomic_file`."""
     first, *rest = map(as_pillow, frames)
     how = {"save_all": True, "append_images": rest, "duration": milliseconds, "loop": 0, "quality": 90}
     with atomic_file(path) as part:
@@ -113,9 +113,10 @@ def read_regular(file: Path | epath.Path) -> bytes:
 def read_json_lines(
     file: Path | epath.Path, check: Callable[[dict, dict], None] = lambda row, before: None
 ) -> list[dict]:
-    """The objects in a file of one JSON object per line; an incomplete last line is dropped, a missing file is empty.
+    """Read a file of one JSON object per line; an incomplete last line is dropped, a missing file counts as empty.
 
-    Raises OSError for what is no file, naming the line for a damaged one, and where `check(row, the row before or {})` raises ValueError or KeyError.
+    Raises OSError if it is not a regular file. Raises OSError, naming the line, if a line is damaged or
+    `check(row, previous row or {})` raises ValueError or KeyError.
     """
     try:
         *lines, _ = (read_regular(file) if file.exists() else b"").split(b"\n")
@@ -139,7 +140,7 @@ def json_line(row: dict) -> str:
 
 
 def as_csv(header: list[str], rows: Iterable) -> str:
-    """A table as text."""
+    """A table as CSV text."""
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(header)

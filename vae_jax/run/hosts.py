@@ -57,8 +57,8 @@ def connect(
     """Join the hosts of a run. Call this before anything touches a device.
 
     Args:
-        coordinator: ADDRESS:PORT of the primary host. For None, here and in the next two, the cluster (Cloud TPU, Slurm,
-            Open MPI or Kubernetes) supplies the value.
+        coordinator: ADDRESS:PORT of the primary host. If this or one of the next two is None, the cluster (Cloud TPU,
+            Slurm, Open MPI or Kubernetes) supplies the value.
         hosts: number of hosts.
         host: number of this host, from 0.
         start_timeout: seconds to wait for the other hosts; then the program ends with one line and code 1.
@@ -188,7 +188,7 @@ class Stop:
 class StopOnAllHosts:
     """Whether SIGTERM or Ctrl-C asked any host to stop; all hosts return True from the same call on.
 
-    JAX takes SIGTERM for the notice of a preemption, and the hosts agree on the next call that all of them can reach.
+    JAX treats SIGTERM as a preemption notice, and the hosts agree on the next call that all of them can reach.
     """
 
     signal = signal.SIGTERM

@@ -1,4 +1,4 @@
-"""What a config becomes: all that a training needs."""
+"""The job that a config describes: everything that a training needs."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -23,12 +23,12 @@ from vae_jax.run.evaluate import make_evaluate
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 from vae_jax.run.summary import About
 
-ROUTED = 256  # images whose gradients the summary shows, at most
-FINAL_PIXELS = 1000 * 784  # of the test images at the end: what they take does not grow with the size of an image
+ROUTED = 256  # most images for the summary's table of gradients
+FINAL_PIXELS = 1000 * 784  # of test images for the final probes, so their cost does not grow with the image size
 
 
 class Job(NamedTuple):
-    """All that the loop needs; `session.build` makes it."""
+    """Everything that the loop needs; `session.build` makes it."""
 
     title: str
     seeds: range
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     init: Callable  # key -> variables
     objective: Objective
     probes: Probes
-    final_probes: Probes | None  # of the first test images at the end
+    final_probes: Probes | None  # run on the first test images at the end
     prepare: Callable  # as in `make_train_step`
     decodes_per_example: int
     optimizer: optax.GradientTransformation
@@ -47,17 +47,17 @@ class Job(NamedTuple):
     best: tuple[str, str] | None  # the metric that marks the best checkpoint, and which direction is better
     baselines: Callable[[], Mapping[str, float]]
     ledger: Callable[[Mapping[str, Any], str], Mapping[str, Any]]  # numbers, split -> what they measure
-    figures: Callable  # as `Family.make_figures` returns
+    figures: Callable  # the result of `Family.make_figures`
     metadata: dict  # stored with each checkpoint
     run: RunOptions
-    groups: tuple[str, ...] = ()  # networks with an optimizer each
+    groups: tuple[str, ...] = ()  # networks, each with its own optimizer
     terms: tuple[str, ...] = ()  # metrics whose gradients the summary shows by network
     metrics: Mapping[str, Metric] = {}  # the family's
     patience: int = 0  # epochs without improvement of `best` after which the training ends; 0: never
 
     @property
     def steps_per_epoch(self) -> int:
-        """Training batches are full; the examples left over differ from epoch to epoch."""
+        """Only full batches are trained on; the examples left over differ from epoch to epoch."""
         return len(self.dataset.splits["train"].label) // self.batch_size
 
     @property
@@ -66,7 +66,7 @@ class Job(NamedTuple):
 
     @property
     def steps_per_call(self) -> int:
-        """Steps in one call of the compiled program, at most: a call ends with the epoch."""
+        """The most steps in one call of the compiled program; a call ends with the epoch at the latest."""
         return min(self.run.steps_per_call, self.steps_per_epoch)
 
     def map_seeds(self, function: Callable, seeded: int) -> Callable:
@@ -74,7 +74,7 @@ class Job(NamedTuple):
         return map_seeds(function, seeded, len(self.seeds))
 
     def root(self):
-        """The root key; with several seeds one for each, [seeds]."""
+        """The root key; with several seeds, one key per seed, [seeds]."""
         if len(self.seeds) == 1:
             return jax.random.key(self.seeds[0])
         return root_keys(self.seeds)
@@ -88,7 +88,7 @@ class Job(NamedTuple):
         return orders[0] if len(orders) == 1 else np.stack(orders)
 
     def evaluate_finally(self, variables: Any, key: Any, devices: Devices) -> dict[str, Any]:
-        """What the final probes measure on the first test images."""
+        """Run the final probes on the first test images."""
         if self.final_probes is None:
             return {}
         image, label = self.dataset.splits["test"]
@@ -99,8 +99,10 @@ class Job(NamedTuple):
         return {f"test/{name}": value for name, value in numbers.items()}
 
     def make_route(self) -> Callable[[Any], list[str]]:
-        """`route(variables)`: a table in Markdown, of the first seed: which term of the loss trains which network, on the images
-        with which training starts. [] for a family of one network."""
+        """`route(variables)` returns a Markdown table of which loss term trains which network, for the first seed.
+
+        It is measured on the images with which training starts. It is [] for a family of one network.
+        """
         if not self.terms:
             return lambda variables: []
         own = self._replace(seeds=self.seeds[:1])
@@ -121,7 +123,7 @@ class Job(NamedTuple):
         return route
 
     def about(self) -> About:
-        """What the summary says of metrics, data and layers; the objective is traced once, and nothing is computed."""
+        """The summary's facts about metrics, data and layers; the objective is traced once, and nothing is computed."""
 
         def evaluate(variables, image, label):
             rows = jnp.arange(BATCH)
@@ -150,7 +152,10 @@ class Job(NamedTuple):
 
 
 def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int) -> int:
-    """The batch size, chosen by the number of images where it is 0. Raises ValueError for data that do not suffice."""
+    """Check the data and return the batch size; 0 chooses it by the number of images.
+
+    Raises ValueError if the data do not suffice.
+    """
     family.check_data(dataset)
     batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
     check_batches(dataset, batch_size)
@@ -162,7 +167,7 @@ def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int)
 
 
 def describe_data(dataset: Dataset) -> dict:
-    """What a model must know of the data it is made for."""
+    """What a model must know about its data."""
     return {"image_shape": dataset.image_shape, "num_classes": dataset.num_classes}
 
 
@@ -177,7 +182,7 @@ def fingerprint(dataset: Dataset) -> dict:
 
 
 def describe_batches(dataset: Dataset, batch_size: int) -> dict:
-    """What an objective may ask about the batches that it will see."""
+    """What an objective may ask about its batches."""
     size = len(dataset.splits["train"].label)
     return {
         "train_size": size,
@@ -190,7 +195,7 @@ def describe_batches(dataset: Dataset, batch_size: int) -> dict:
 def describe_numbers(
     family: Family, known: Mapping, dataset: Dataset, pixel_mean: np.ndarray, numbers: Mapping, split: str
 ) -> dict[str, Any]:
-    """The family's ledger of the numbers of a split."""
+    """The family's ledger for the numbers of a split."""
     spread = mean_square_distance(dataset.splits[split].image, pixel_mean)
     of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary, "variance": spread}
     return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})

@@ -1,4 +1,4 @@
-"""A directory that one process owns, with a log of JSON lines; the rows of a run's log, metrics.jsonl."""
+"""A directory that one process owns, with a log of JSON lines; reading the log of a run, metrics.jsonl."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from etils import epath
 
 from vae_jax.run.files import json_line, read_json_lines, write_atomically
 
-LARGEST = 1e300  # in metrics.jsonl; the limit also refuses NaN and infinity
+LARGEST = 1e300  # largest number in metrics.jsonl; the limit also refuses NaN and infinity
 
 
 class OwnedDirectory:
@@ -27,7 +27,7 @@ class OwnedDirectory:
         path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as on_error:
             lock = path / "lock"
-            if lock.exists() and not lock.is_file():  # a pipe would be waited for
+            if lock.exists() and not lock.is_file():  # opening a pipe would block
                 raise OSError(f"{lock} is no file: delete it")
             self._lock = on_error.enter_context(open(lock, "w"))
             try:

@@ -15,7 +15,7 @@ from vae_jax.run.directory import LOGS
 from vae_jax.run.files import describe_error, write_atomically
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-ID = "log_id"  # the file in the run directory by which a resumed run is the same run to a tracker
+ID = "log_id"  # file in the run directory with the id by which a tracker recognises a resumed run
 
 
 class Run(NamedTuple):
@@ -35,7 +35,7 @@ class Run(NamedTuple):
 
 
 class TensorBoard:
-    """Event files in the run directory; what an interrupted process logged beyond its checkpoint is purged."""
+    """Event files in the run directory; entries that an interrupted process logged after its checkpoint are purged."""
 
     def __init__(self, module: Any, run: Run):
         self._writer = module.SummaryWriter(str(run.path / LOGS), purge_step=run.step + 1)
@@ -55,7 +55,7 @@ class TensorBoard:
 
 
 class Tracker:
-    """A run of W&B or of Trackio, which have one interface; a resumed run continues it, W&B's by its id, Trackio's by its name."""
+    """A run of W&B or Trackio, which share one interface. A resumed run continues it: W&B by id, Trackio by name."""
 
     def __init__(self, module: Any, run: Run):
         name, key = (run.remote or run.path.resolve()).name, run_id(run)
@@ -77,7 +77,7 @@ class Tracker:
 
 
 class Loggers:
-    """All loggers of a run. One that fails is reported once, through `note`, and left out: no logger ends a training."""
+    """All loggers of a run. One that fails is reported once through `note` and dropped: no logger ends a training."""
 
     def __init__(self, log_to: str, run: Run, note: Callable[[str], None]):
         self._note, self._open = note, {}
@@ -86,12 +86,12 @@ class Loggers:
             self._try(name, lambda: self._open.update({name: with_run(module, run)}))  # noqa: B023
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """The numbers of a row of metrics.jsonl; lists are left out."""
+        """Log the numbers of a row of metrics.jsonl; lists are left out."""
         numbers = {name: value for name, value in row.items() if "/" in name and not isinstance(value, list)}
         self._each(lambda logger: logger.log(row["step"], numbers))
 
     def show(self, step: int, folder: Path) -> None:
-        """The figures in a folder."""
+        """Log the figures in a folder."""
         pictures = {f"figures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
         self._each(lambda logger: logger.show(step, pictures))
 
@@ -111,9 +111,9 @@ class Loggers:
 
 
 def import_loggers(log_to: str) -> dict[str, Any]:
-    """{name: module} of the loggers named in `run.log_to`, with commas between them.
+    """{name: module} of the loggers named in `run.log_to`, separated by commas.
 
-    Raises ValueError for an unknown name, and for one whose package is not installed.
+    Raises ValueError for an unknown name, and for a logger whose package is not installed.
     """
     modules = {}
     for name in filter(None, (part.strip() for part in log_to.split(","))):
@@ -130,7 +130,7 @@ def import_loggers(log_to: str) -> dict[str, Any]:
 
 
 def run_id(run: Run) -> str:
-    """Eight characters that stay with the run directory, drawn at the first call."""
+    """An id of eight characters that stays with the run directory, drawn at the first call."""
     file = (run.remote or run.path) / ID
     if not file.exists():
         write_atomically(run.path / ID, secrets.token_hex(4))

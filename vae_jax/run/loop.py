@@ -34,11 +34,11 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     devices: Devices | None = None,
 ) -> TrainState:
-    """Train to the end, from the latest checkpoint where there is one. Returns the last state, on the devices.
+    """Train to the end, from the latest checkpoint if there is one. Returns the last state, on the devices.
 
-    By default it uses one device; on several the numbers are the same but for rounding. When `stop()` is true after a
-    call of the compiled program, the state is saved and returned early. On several hosts all call this, with
-    `hosts.NotPrimary` in place of what only the primary host has, and a `stop` on which they agree.
+    The default is one device; several devices give the same numbers up to rounding. If `stop()` is true after a call of
+    the compiled program, the state is saved and returned early. Every host must call this, with `hosts.NotPrimary` in
+    place of what only the primary host has, and with a `stop` on which all hosts agree.
 
     Raises FloatingPointError, naming step and metric, when a metric is not finite.
     """
@@ -66,7 +66,7 @@ class Loop:
             return self.train_from(state, stop)
 
     def open_loggers(self, step: int) -> Any:
-        """What `run.log_to` names."""
+        """Open the loggers that `run.log_to` names."""
         if not self.devices.is_primary:
             return NotPrimary()
         run = Run(self.directory.path, self.directory.remote, self.job.metadata["config"], step)
@@ -107,7 +107,7 @@ class Loop:
         return state
 
     def restore(self) -> TrainState:
-        """The latest checkpoint's state, or the initial one; logs that follow it are dropped."""
+        """Restore the latest checkpoint's state, or make the initial one; drop later rows of the log."""
         job, devices, make_state = self.job, self.devices, self.programs.make_state
         shapes = jax.eval_shape(make_state, job.root())
         state = devices.broadcast(lambda: self.checkpoints.restore(shapes, self.progress.note), shapes)
@@ -122,7 +122,7 @@ class Loop:
         return state
 
     def repair_log(self, shapes: TrainState, state: TrainState, log: dict | None) -> None:
-        """Log again the evaluations that metrics.jsonl has lost, where their checkpoints are kept; report what was done."""
+        """Log again evaluations that metrics.jsonl has lost, if their checkpoints are kept; report what was done."""
         directory, devices = self.directory, self.devices
         evaluated = {row["step"] for row in directory.history if "test/loss" in row}
         lost = [step for step in self.checkpoints.kept if step % self.per_epoch == 0 and step not in evaluated]
@@ -142,7 +142,7 @@ class Loop:
             )
 
     def read(self, end: int, count: int, history: dict[str, Total]) -> None:
-        """Log the metrics of the `count` steps before `end`; this waits until the device has come so far."""
+        """Log the metrics of the `count` steps before `end`; waits until the device has computed them."""
         totals = {
             f"train/{name}": [np.float64(part)[..., :count].reshape(-1, count).sum(axis=0) for part in pair]
             for name, pair in jax.device_get(history).items()
@@ -168,7 +168,7 @@ class Loop:
         self.loggers.log(row)
 
     def end_epoch(self, epoch: int, state: TrainState) -> tuple[dict[str, Any], bool]:
-        """Log and draw what belongs to the end of an epoch.
+        """Evaluate, log and draw at the end of an epoch.
 
         Returns the metrics of the splits that are not trained on, and whether the training has run out of patience.
         """
@@ -199,13 +199,13 @@ class Loop:
         return tested, ended
 
     def epochs_since_best(self, epoch: int, tested: dict) -> int:
-        """Epochs that have passed at the end of `epoch` since the metric `best` improved; 0 where nothing is the best."""
+        """Epochs since the metric `best` last improved, at the end of `epoch`; 0 if there is no best checkpoint."""
         if self.job.best is None or self.checkpoints.best is None or self.checkpoints.is_best(tested):
             return 0
         return epoch - self.checkpoints.best["step"] // self.per_epoch
 
     def evaluate(self, variables: Any, key: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The metrics of the splits that are not trained on, and what the probes measured on each."""
+        """The metrics of the splits that are not trained on, and the probes' measurements on each."""
         tested, arrays = {}, {}
         for split, evaluate in self.programs.evaluations.items():
             numbers, arrays[split] = evaluate(variables, key)
@@ -228,7 +228,7 @@ class Loop:
         return means
 
     def draw(self, epoch: int, state: TrainState, arrays: dict[str, np.ndarray]) -> None:
-        """Draw the figures, of the first seed."""
+        """Draw the figures for the first seed."""
         job, variables = self.job, self.devices.local_copy(state.eval_variables)
         figures = job.figures(
             first_seed(variables, job.seeds),
@@ -240,7 +240,7 @@ class Loop:
         self.loggers.show(epoch * self.per_epoch, self.directory.path / "figures")
 
     def summarize(self, epoch: int, state: TrainState, found: dict) -> None:
-        """Write the summary of what was `found` in training and on the other splits."""
+        """Write the summary of the metrics `found` in training and on the other splits."""
         step = epoch * self.per_epoch
         numbers = {"epochs": epoch, "steps": step, "devices": self.devices.count}
         tested = {name: value for name, value in found.items() if not name.startswith("train/")}
@@ -267,7 +267,7 @@ class Loop:
 
 
 def advice(step: int) -> str:
-    """What to change after a number that is not finite. Before the first update the learning rate cannot be the cause."""
+    """What to change after a non-finite number. Before the first update, the learning rate cannot be the cause."""
     if step > 1:
         return "try a lower optimizer.learning_rate"
     return "no update had been made, so try smaller numbers in the sections objective and model"

@@ -1,4 +1,4 @@
-"""Memory checks, made before memory is taken."""
+"""Memory checks, made before memory is allocated."""
 
 import math
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 import jax
 import psutil
 
-STAY = 0.5  # of a device's memory: images that take more are sent for each call, since activations need the rest
+STAY = 0.5  # share of a device's memory; larger images are sent for each call, because activations need the rest
 
 
 class TooLarge(ValueError):
-    """Something that memory cannot hold.
+    """Raised for something that memory cannot hold.
 
     Attributes:
-        nbytes: what it needs.
+        nbytes: the bytes that it needs.
     """
 
     nbytes = 0
 
 
 def free(device: Any = None) -> tuple[int, str]:
-    """The bytes of a device's memory, or the host's free ones if the device names no limit, and the name of the place.
+    """A device's memory in bytes, or the host's free memory if the device names no limit, and the name of the place.
 
     Args:
         device: None means the host.
@@ -30,7 +30,7 @@ def free(device: Any = None) -> tuple[int, str]:
 
 
 def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> None:
-    """Raise TooLarge, a ValueError, if `nbytes` exceed the memory that `free` gives.
+    """Raise TooLarge, a ValueError, if `nbytes` exceeds the memory that `free` returns.
 
     Args:
         what: subject of the message, such as "three copies of mnist".
@@ -49,15 +49,15 @@ def gib(nbytes: int) -> str:
 
 
 def stays_on(device: Any, nbytes: int) -> bool:
-    """Whether training images of so many bytes lie on the device all the time."""
+    """Whether training images of `nbytes` bytes stay on the device throughout training."""
     return nbytes <= STAY * free(device)[0]
 
 
 def check_fits(job: Any, device: Any) -> None:
     """Raise ValueError if a training surely exceeds the device's memory.
 
-    It holds the training images, or those of two calls; for each seed four copies of the weights (gradients and Adam's two
-    averages among them); and four bytes for each pixel that the decoder makes of its share of a batch.
+    A training holds the training images, or those of two calls; four copies of the weights per seed (including
+    gradients and Adam's two averages); and four bytes per pixel decoded from the device's share of a batch.
     """
     shapes = jax.eval_shape(job.init, jax.random.key(0))
     seeds, pixels = len(job.seeds), math.prod(job.dataset.image_shape)

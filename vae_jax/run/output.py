@@ -36,11 +36,11 @@ class Output:
 
 
 def survive_closed_streams() -> None:
-    """Let standard output and error drop what cannot be written, and show what their encoding cannot express as escapes."""
+    """Let standard output and error drop what cannot be written, and escape what their encoding cannot express."""
     for number, name in [(0, "stdin"), (1, "stdout"), (2, "stderr")]:
         try:
             os.fstat(number)
-        except OSError:  # the next file opened would get this number, and with it what C++ libraries print
+        except OSError:  # the next opened file would get this number, and receive what C++ libraries print
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
         if number:
             stream = getattr(sys, name) or open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def folder() -> Path:
-    """Where they lie."""
+    """The folder that contains them."""
     installed = PACKAGE / "presets"
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
 
@@ -22,14 +22,14 @@ def names() -> list[str]:
 
 
 def load_preset(name: str) -> SimpleNamespace:
-    """What the file of a preset defines."""
+    """Run a preset's file and return what it defines."""
     return SimpleNamespace(**runpy.run_path(str(folder() / f"{name}.py")))
 
 
 def expand(argv: list[str]) -> list[str]:
-    """The command line with the path of a preset in place of its name: `--config=vae:digits` works in any folder.
+    """Replace the name of a preset in the command line by its path: `--config=vae:digits` works in any folder.
 
-    Raises FileNotFoundError for a name that is neither a preset's nor a file's.
+    Raises FileNotFoundError for a name that is neither a preset nor a file.
     """
     expanded = list(argv)
     for i, argument in enumerate(argv):
@@ -42,7 +42,7 @@ def expand(argv: list[str]) -> list[str]:
 
 
 def path_of(value: str) -> str:
-    """A value of --config with the path of a preset in place of its name, and anything else as it is."""
+    """Replace the name of a preset in a value of --config by its path; anything else is returned as it is."""
     name, colon, variant = value.partition(":")
     if not name or name.endswith(".py") or os.path.basename(name) != name or os.path.isfile(name):
         return value

@@ -11,7 +11,7 @@ PROFILED = range(1, 4)  # calls since the start; the first one compiles
 
 
 class Profile:
-    """A trace of a few calls of the compiled program, written to the folder `path`; with None there is none."""
+    """Write a trace of a few calls of the compiled program to the folder `path`; None writes none."""
 
     def __init__(self, path: Path | None, note: Callable[[str], None]):
         self._path, self._note = path, note

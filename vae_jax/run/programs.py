@@ -11,12 +11,12 @@ from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 
 class Programs(NamedTuple):
-    """What is compiled for a job on some devices.
+    """The compiled programs of a job on some devices.
 
     Attributes:
         make_state: root key -> the initial state.
-        run_steps: as `steps.make_run_steps` returns it.
-        evaluations: of each split that is not trained on, as `evaluate.make_evaluate` returns it.
+        run_steps: the result of `steps.make_run_steps`.
+        evaluations: for each split that is not trained on, the result of `evaluate.make_evaluate`.
     """
 
     make_state: Callable
@@ -25,7 +25,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(job: Job, devices: Devices) -> Programs:
-    """The programs of a job; each is compiled at its first call."""
+    """Make the programs of a job; each is compiled at its first call."""
 
     def make_state(root):
         return init_state(job.init(root), job.optimizer, root, job.ema_decay)

@@ -29,7 +29,7 @@ class Progress:
         self._tested = ""
 
     def skip(self, images: int) -> None:
-        """Count images that an earlier process trained on; they do not count for the speed."""
+        """Count images that an earlier process trained on; they do not count towards the speed."""
         self._left -= images
         self._bar.update(images)
         self._bar.unpause()
@@ -39,12 +39,12 @@ class Progress:
         self._bar.write(f"vae_jax: {text}", file=sys.stderr)
 
     def doing(self, what: str) -> None:
-        """Show in the bar what goes on until the next training images are counted."""
+        """Show the current activity in the bar until the next training images are counted."""
         self._bar.set_postfix_str(what)
 
     @contextlib.contextmanager
     def reported(self, what: str) -> Iterator[None]:
-        """Show the block as `doing`, report any failure of it, and go on: no picture is worth a training."""
+        """Show the block as the current activity; report a failure and go on: no picture is worth a training."""
         self.doing(what)
         try:
             yield
@@ -60,7 +60,7 @@ class Progress:
         self._bar.update(images)
 
     def epoch_done(self, epoch: int, metrics: dict, last: bool = False) -> None:
-        """Show an epoch's metrics, `train/loss` and `test/loss` among them; those of the first and the last one always."""
+        """Show an epoch's metrics, including `train/loss` and `test/loss`; always for the first and the last epoch."""
         self._tested = f", test {metrics['test/loss']:.2f}"
         now = time.time()
         if self._bar.disable and (now - self._printed > self.PAUSE or last or epoch == 1):

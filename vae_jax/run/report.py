@@ -9,9 +9,9 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 NUMBER = re.compile(r"[-+]?[\d.,]+( ?%)?( ± [\d.]+( ?%)?)?")
-# The space between a number and its interval or percent sign, at which no line may break.
+# The space between a number and its interval or percent sign: no line may break there.
 GAP = re.compile(r"(?:^|(?<=\d)) (?=[±%])|(?<=±) ")
-LONG = 24  # characters from which a cell counts as a sentence
+LONG = 24  # a cell with more characters counts as a sentence
 
 
 def markdown_table(cells: list[list[str]]) -> str:

@@ -17,10 +17,10 @@ def root_keys(seeds: range):
 
 
 def map_seeds(function: Callable, seeded: int, seeds: int) -> Callable:
-    """Map `function` over a leading seed axis of its first `seeded` arguments and of its results; for one seed `function` itself.
+    """Map `function` over a leading seed axis of its first `seeded` arguments and of its results.
 
-    This is `jax.vmap`, but on the CPU one seed runs after the other in the same program: that is faster there, and each
-    seed ends with the bits it has alone.
+    For one seed the result is `function` itself. This is `jax.vmap`, but on the CPU the seeds run one after the other
+    in the same program: that is faster there, and each seed ends with the bits that it has alone.
     """
 
     if seeds == 1:
@@ -41,7 +41,7 @@ def first_seed(tree: Any, seeds: range) -> Any:
 
 
 def mean_metrics(arrays: dict[str, Any]) -> dict[str, float]:
-    """The mean of each metric over the examples; of a pair `(value, weight)` the weighted mean.
+    """The mean of each metric over the examples, weighted for a pair `(value, weight)`.
 
     A metric whose weights are all 0 is left out.
     """
@@ -57,7 +57,7 @@ def mean_metrics(arrays: dict[str, Any]) -> dict[str, float]:
 
 
 def reduce_seeds(reduce: Callable[[Any], dict[str, Any]], arrays: Any, seeds: range) -> dict[str, Any]:
-    """`reduce(arrays)`; with several seeds, whose arrays have a leading seed axis, as `combine_seeds` gives it."""
+    """`reduce(arrays)`; several seeds, on the arrays' leading axis, are reduced one by one and combined."""
     if len(seeds) == 1:
         return reduce(arrays)
     each = [reduce(jax.tree.map(itemgetter(i), arrays)) for i in range(len(seeds))]
@@ -65,14 +65,14 @@ def reduce_seeds(reduce: Callable[[Any], dict[str, Any]], arrays: Any, seeds: ra
 
 
 def combine_seeds(each: Sequence[dict[str, Any]], seeds: range) -> dict[str, Any]:
-    """The mean of each seed's numbers, with the half-width of its 95 % interval (Student's t) and the seeds' own.
+    """Average numbers over the seeds; adds the half-width of the 95 % interval (Student's t) and each seed's number.
 
-    Beside `loss` there are then `loss/interval`, `loss/seed0`, `loss/seed1`, ...
+    Besides `loss` there are then `loss/interval`, `loss/seed0`, `loss/seed1`, ...
     """
     metrics = {}
     for name in each[0]:
         values = [numbers[name] for numbers in each if name in numbers]
-        if len(values) < len(each):  # it has a meaning for some seeds only
+        if len(values) < len(each):  # it is defined for some seeds only
             continue
         metrics[name], metrics[f"{name}/interval"] = mean_and_interval(values)
         metrics |= {f"{name}/seed{seed}": v for seed, v in zip(seeds, values)}

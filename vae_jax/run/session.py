@@ -1,4 +1,4 @@
-"""A config -> the job that it describes -> a training in a run directory."""
+"""Build the job that a config describes, and train it in a run directory."""
 
 import itertools
 import shlex
@@ -44,10 +44,11 @@ from vae_jax.run.stored import check_same_data, survey
 
 
 def build(config: Mapping[str, Any]) -> Job:
-    """The job that a config describes.
+    """Build the job that a config describes.
 
     Each section is passed by keyword to one signature: `data.load`, the family's `make` and `make_objective`, the
-    optimizer's, `RunOptions`. The config in its metadata has the batch size that was chosen for 0. Raises ValueError or OSError, in one line that names the field, for anything wrong.
+    optimizer's, `RunOptions`. The config in the job's metadata has the chosen batch size in place of 0. Raises
+    ValueError or OSError, in one line that names the field, for anything wrong.
     """
     job = bind("", make_job, config)()
     return job._replace(metadata=job.metadata | {"config": {**config, "batch_size": job.batch_size}})
@@ -70,15 +71,15 @@ def make_job(
     """`build` with the config's fields as arguments.
 
     Args:
-        seed: of initial weights, noise and order of the examples; a run is a function of it.
-        seeds: how many seeds, from `seed` on, are trained together in one program.
+        seed: seed of initial weights, noise and order of the examples; it determines the run.
+        seeds: number of seeds, from `seed` on, that are trained together in one program.
         epochs: passes over the training images.
-        batch_size: images in one training step; 0: 64, or a quarter of the training images where they are fewer than 256.
-        best: the validation metric that marks the best checkpoint, where data.validation holds images out.
-        patience: epochs without a better value of that metric after which the training ends; 0: it never ends early.
+        batch_size: images per training step; 0: 64, or a quarter of the training images if there are fewer than 256.
+        best: the validation metric that selects the best checkpoint, if there are validation images.
+        patience: epochs without a better value of that metric after which training ends; 0: it never ends early.
     """
     check_counts(seed, seeds, epochs, batch_size, patience)
-    # Every section is checked before the first one acts: a slip in the last is reported before data are read.
+    # Check every section before using the first one: an error in the last is reported before data are read.
     bound = bind_sections(data, model, objective, optimizer, run)
     family = bound.family
     better = direction_of(best, family)
@@ -130,7 +131,7 @@ class Sections(NamedTuple):
 
 
 def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: Mapping, run: Mapping) -> Sections:
-    """Check names, types and what ranges need no data. Raises ValueError, naming the field."""
+    """Check names, types, and the ranges that do not depend on data. Raises ValueError, naming the field."""
     family, of_model = choose("model", FAMILIES, model)
     of_average, rest = split_fields(ema, optimizer)
     make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
@@ -161,7 +162,7 @@ def check_counts(seed: int, seeds: int, epochs: int, batch_size: int, patience: 
 
 
 def direction_of(best: str, family: Family) -> str:
-    """Which direction of the metric `best` is better. Raises ValueError for a metric that the family does not have."""
+    """The better direction of the metric `best`. Raises ValueError if the family has no such metric to rank by."""
     known = {name: metric.better for name, metric in family.METRICS.items()}
     known = {name: better for name, better in known.items() if better}
     if best not in known:
@@ -170,7 +171,7 @@ def direction_of(best: str, family: Family) -> str:
 
 
 def describe() -> list[tuple[str, str]]:
-    """Every config field, and what the function that takes it says about it."""
+    """Every config field, with its description by the function that takes it."""
     names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
     functions = [("", make_job)]
     for family, optimizer in itertools.product(FAMILIES.values(), OPTIMIZERS):
@@ -199,15 +200,15 @@ class Outcome(NamedTuple):
     """How a training ended."""
 
     step: int
-    steps: int  # those of a whole training, or as many as an early stop took
+    steps: int  # of the full training, or of one that ran out of patience
     summary: Any  # the path of summary.md
-    signal: int = 0  # the one that stopped it early
+    signal: int = 0  # the signal that stopped it, 0 for none
 
 
 def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[], Any]) -> Outcome | None:
-    """Train, or continue, in a run directory; None if the training there is finished already.
+    """Start or resume a training in a run directory; returns None if the training there is already finished.
 
-    On several hosts all call this. `make_stop()` gives `hosts.Stop` or its like once the training is about to start.
+    Every host must call this. `make_stop()` returns a `hosts.Stop` or similar; it is called just before the training.
     Raises ValueError or OSError, in one line, for bad input and for a directory that cannot be used, and
     FloatingPointError for numbers that are not finite.
     """
@@ -235,7 +236,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
             enable_compilation_cache()
         stop = make_stop()
         state = train(job, directory, checkpoints, progress, stop, devices)
-        # This also waits: a host that left while the primary still saves would end it.
+        # This also waits: a host that exits while the primary still saves would end the primary.
         stopped_early = hosts.gather(checkpoints.stopped_early)[0]
     except OSError as error:
         if error.strerror is None:  # ours, which already names the way out
@@ -252,7 +253,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
 
 
 def is_finished(job: Job, workdir: str, folder) -> bool:
-    """Whether a run's latest checkpoint is that of its last step, and nothing is damaged that a start would mend.
+    """Whether a run has reached its last step or run out of patience, with nothing damaged that a start would repair.
 
     Raises ValueError or OSError if its checkpoints belong to another config or to other data.
     """
@@ -268,7 +269,7 @@ def is_finished(job: Job, workdir: str, folder) -> bool:
 
 
 def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> tuple:
-    """The run directory, its checkpoints, and the progress shown."""
+    """Open the run directory, its checkpoints and the progress display."""
     command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
     check = partial(check_same_config, workdir)
     directory = RunDirectory(workdir, config, command, check)
@@ -281,7 +282,7 @@ def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> t
 
 
 def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
-    """Raise ValueError, naming the fields that differ, if the run in the work directory has another config."""
+    """Raise ValueError, naming the differing fields, if the run in the work directory has another config."""
     if changed := changes(stored, config):
         raise ValueError(
             f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"

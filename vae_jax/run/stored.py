@@ -1,7 +1,8 @@
-"""Checkpoints as files: which there are, whether they are whole, and what they say of themselves.
+"""Checkpoints as files: find them, verify them, and read their metadata.
 
-A checkpoint is a folder named by its step. It lists the SHA-256 of its files, since Orbax does not detect a flipped bit. It
-gets its name when the list is complete, and loses it before it is deleted: such a folder is whole, or it was damaged.
+A checkpoint is a folder named by its step. It lists the SHA-256 of its files, because Orbax does not detect a flipped
+bit. It gets its name once the list is complete and loses it before it is deleted, so a folder with such a name is
+either complete or damaged.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from vae_jax.run.directory import OLD_FORMAT, read_settings
 from vae_jax.run.files import describe_error, read_regular
 
 DIGESTS = "sha256.json"
-DATA = ("image_shape", "num_classes", "data")  # of the metadata: what must be the same when a training continues
+DATA = ("image_shape", "num_classes", "data")  # metadata that must not change when a training resumes
 
 
 def steps(folder) -> list[int]:
@@ -28,7 +29,7 @@ def steps(folder) -> list[int]:
 
 
 def latest_saved(folder) -> int:
-    """The step of the latest checkpoint that a run has saved, as its config.json says; 0 where that does not say."""
+    """The step of the latest checkpoint that a run has saved, from its config.json; 0 if that does not say."""
     with contextlib.suppress(OSError):
         return (read_settings(str(epath.Path(folder).parent)) or {}).get("saved", 0)
     return 0
@@ -75,7 +76,7 @@ def select(folder, which: str | int = "") -> dict:
 
 
 def survey(folder) -> tuple[dict[int, dict], dict[int, str]]:
-    """{step: metadata} of the undamaged checkpoints and {step: what is wrong} of the others, both latest first."""
+    """{step: metadata} of the undamaged checkpoints and {step: problem} of the others, both latest first."""
     kept, damaged = {}, {}
     for step in steps(folder):
         try:
@@ -86,9 +87,9 @@ def survey(folder) -> tuple[dict[int, dict], dict[int, str]]:
 
 
 def read_metadata(folder, step: int) -> dict:
-    """The metadata of a checkpoint, all of whose files are as they were saved.
+    """Verify all files of a checkpoint and return its metadata.
 
-    Raises ValueError, naming the file, for damage, and OSError where this user may not read.
+    Raises ValueError, naming the file, for damage, and OSError if this user may not read it.
     """
     path = absolute(folder) / str(step)
     if (path / "about").exists():
@@ -114,7 +115,7 @@ def read_metadata(folder, step: int) -> dict:
 
 
 def check_same_data(stored: dict, metadata: dict) -> None:
-    """Raise OSError if a checkpoint was trained on other data than those that `metadata` describe."""
+    """Raise OSError if a checkpoint was trained on other data than `metadata` describes."""
     for name in DATA:
         if stored.get(name) != json.loads(json.dumps(metadata.get(name))):
             raise OSError(
@@ -124,18 +125,18 @@ def check_same_data(stored: dict, metadata: dict) -> None:
 
 @contextlib.contextmanager
 def locked(path, kind: int) -> Iterator[None]:
-    """Lock a local folder, for reading or for deleting. Raises FileNotFoundError if it has gone."""
+    """Lock a local folder, for reading or for deleting. Raises FileNotFoundError if it is gone."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, kind)
-        os.stat(path)  # who deletes it renames it first
+        os.stat(path)  # a process that deletes it renames it first
         yield
     finally:
         os.close(descriptor)
 
 
 def absolute(folder):
-    """The absolute path, which Orbax needs. `resolve` would make a gs:// path a local one."""
+    """The absolute path, which Orbax needs. `resolve` would turn a gs:// path into a local one."""
     path = epath.Path(folder)
     return path if path.is_absolute() else path.resolve()
 
@@ -146,7 +147,7 @@ def digests(path):
 
 
 def _names(path):
-    """The files of a checkpoint, without the list of SHA-256, as paths in it."""
+    """The relative paths of a checkpoint's files, without the list of SHA-256."""
     return {str(file.relative_to(path)) for file in _files(path)} - {DIGESTS}
 
 

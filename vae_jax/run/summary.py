@@ -1,4 +1,4 @@
-"""summary.md: what a run has found, how to repeat it, and what was trained."""
+"""summary.md: the results of a run, how to repeat it, and what was trained."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 class About(NamedTuple):
-    """What a summary says beside the numbers.
+    """What a summary contains besides the numbers.
 
     Attributes:
         metrics: what the family's metrics mean.
-        images: how many there are in each split.
+        images: the number of images in each split.
         layers: the table of `nn.layer_table`.
         routing: lines in Markdown: which term of the loss trains which network.
     """
@@ -38,7 +38,7 @@ def summarize(
     seconds: float,
     figures: Sequence[str],
 ) -> str:
-    """The page, with pictures at the paths `figures`; `code` is what `environment.code_version` gives."""
+    """The page in Markdown, with pictures at the paths `figures`; `code` is from `environment.code_version`."""
     facts, (minutes, rest) = environment(numbers["devices"]), divmod(round(seconds), 60)
     said = [
         f"command: `{command}`",
@@ -65,7 +65,7 @@ def summarize(
 
 
 def rows(numbers: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[list[str]]:
-    """Name, value with its interval where there is one, and unit of each number; tables are left out."""
+    """Name, value (with its interval if there is one) and unit of each number; tables are left out."""
     found = []
     for name, value in numbers.items():
         if name.endswith("/interval") or np.ndim(value) > 1:
@@ -78,7 +78,7 @@ def rows(numbers: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[list
 
 
 def unit(name: str, metrics: Mapping[str, Metric]) -> str:
-    """The unit of a number such as "test/loss", with an arrow in the direction that is better; "" where neither is known."""
+    """The unit of a number such as "test/loss", with an arrow in the better direction; "" if neither is known."""
     metric = metrics.get(name.partition("/")[2])
     if metric is None:
         return ""

@@ -1,7 +1,8 @@
-"""Trained models as folders of safetensors, from which nothing is executed, checked against their SHA-256; two are in the box.
+"""Trained models as safetensors folders, verified by SHA-256 and read without executing anything; two are bundled.
 
-A folder holds `model.safetensors`, `config.json` (all but the weights), `README.md` (the model card) and `sha256.json`, which
-lists the SHA-256 of the others except the card, which people may edit. `vae_jax.export` writes such folders.
+A folder holds `model.safetensors`, `config.json` (all but the weights), `README.md` (the model card) and `sha256.json`.
+The latter lists the SHA-256 of the other files except the card, which people may edit. `vae_jax.export` writes such
+folders.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FIELDS = {"step": int, "image_shape": list, "num_classes": int, "data": dict, "config": dict, "metrics": dict}
 FOLDER = Path(__file__).parent
 CLASSIFIER = "mnist-classifier"
-# The weights in the box: the post's models, trained on MNIST by configs/vae.py and configs/classifier.py, seed 0.
+# The bundled weights: the post's models, trained on MNIST by configs/vae.py and configs/classifier.py, seed 0.
 SHA256 = {
     "mnist-vae": "5bd029ac5720f010b2579192fab35b741ef9e9014341123146a93e5436711464",
     CLASSIFIER: "6f314da78619211cfa05dde5b69ff2ff35bcc4d7bd2c8e3adca210e59f1826e8",
@@ -33,7 +34,7 @@ SHA256 = {
 
 
 def resolve(workdir: str) -> str:
-    """The folder that a work directory means: that of a model in the box, for its name, unless such a path exists here."""
+    """The folder of a work directory: the name of a bundled model means its folder, unless such a path exists here."""
     if workdir not in SHA256:
         return workdir
     if os.path.lexists(workdir):
@@ -43,19 +44,19 @@ def resolve(workdir: str) -> str:
 
 
 def in_box(folder: str | Path) -> bool:
-    """Whether a folder is that of a model in the box."""
+    """Whether a folder is that of a bundled model."""
     return Path(folder).parent == FOLDER
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder holds an exported model, or what is left of one; no run directory has these files."""
+    """Whether a folder holds an exported model, or the remains of one; no run directory has these files."""
     return (folder / WEIGHTS).exists() or (folder / DIGESTS).exists()
 
 
 def read(folder: Path) -> tuple[dict, Variables]:
-    """The metadata and the variables of an exported model.
+    """Read the metadata and the variables of an exported model.
 
-    Raises ValueError, naming the file, for a folder that is not as it was written, and for another format.
+    Raises ValueError, naming the file, if the folder is not as it was written or has another format.
     """
     from safetensors.numpy import load
 
@@ -82,12 +83,15 @@ def read(folder: Path) -> tuple[dict, Variables]:
 
 
 def has(values: dict, kinds: dict[str, type]) -> bool:
-    """Whether a dictionary has these entries, each of its type."""
+    """Whether a dictionary has these entries with these types."""
     return all(isinstance(values.get(name), kind) for name, kind in kinds.items())
 
 
 def read_listed(folder: Path, way_out: str) -> dict[str, bytes]:
-    """The files that sha256.json lists, of which only weights and config must be there. Raises ValueError unless they are as written."""
+    """Read the files that sha256.json lists; only weights and config must exist.
+
+    Raises ValueError unless the files are as they were written.
+    """
     name = DIGESTS
     contents = {}
     try:
@@ -111,7 +115,7 @@ def read_listed(folder: Path, way_out: str) -> dict[str, bytes]:
 
 
 def save(variables: Any) -> bytes:
-    """Variables as safetensors, each named by its path, "params/conv1/kernel"."""
+    """Serialize variables as safetensors, each named by its path, such as "params/conv1/kernel"."""
     from safetensors.numpy import save
 
     flat = flatten_dict(variables, sep="/")
@@ -119,5 +123,5 @@ def save(variables: Any) -> bytes:
 
 
 def pinned_classifier() -> tuple[Model, Variables]:
-    """The classifier in whose features images are compared: the post's, trained on MNIST."""
+    """The classifier used to compare images by their features: the post's, trained on MNIST."""
     return classifier.make((28, 28, 1), 10), read(FOLDER / CLASSIFIER)[1]
