@@ -30,8 +30,8 @@ from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import atomic_file, local_path
+from vae_jax.run.job import fingerprint
 from vae_jax.run.log import OwnedDirectory
-from vae_jax.run.session import fingerprint
 
 SWEPT = 10_000  # images perturbed at each noise scale of the sweep
 

@@ -23,7 +23,7 @@ from vae_jax.run.files import local_path, save_figure, write_atomically
 from vae_jax.run.log import read_rows
 from vae_jax.run.report import markdown_table
 
-UNTOLD = ("run.", "data.manual_dir")  # fields that affect no number
+IGNORED = ("run.", "data.manual_dir")  # fields that affect no number
 DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition", "objective.samples")
 MOST_LABELLED = 12  # most runs that a legend can name
 WAY_OUT = ": name another with --workdir"  # advice for a training run, removed from its error messages
@@ -47,7 +47,7 @@ def read_run(folder: Path, name: str) -> Run:
     if not rows:
         raise ValueError(f"the run in {folder} has no numbers yet")
     flat = flatten(with_defaults(config))
-    return Run(name, {key: value for key, value in flat.items() if not key.startswith(UNTOLD)}, rows)
+    return Run(name, {key: value for key, value in flat.items() if not key.startswith(IGNORED)}, rows)
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:

@@ -27,8 +27,8 @@ from vae_jax.batch import Dataset
 from vae_jax.evaluation.latents import linear_probe
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path
+from vae_jax.run.job import fingerprint
 from vae_jax.run.log import OwnedDirectory
-from vae_jax.run.session import fingerprint
 
 NEIGHBOURS = 10  # of each image in the graph
 SPREADING = 0.99  # weight of the neighbours: alpha of Zhou et al. 2004, section 4
@@ -50,7 +50,7 @@ FAMILIES = {
     "conditional VAE, Bayes' rule": Family("conditional", "configs/conditional.py:dense", few=False),
 }
 # name: (method of `Spectrum`, its arguments); each computes all draws at once
-TOGETHER: dict[str, tuple[str, dict[str, bool]]] = {
+METHODS: dict[str, tuple[str, dict[str, bool]]] = {
     "classifier": ("classifier", {}),
     "classifier, pseudo-labels": ("classifier", {"pseudo_labels": True}),
     "linear probe, pixels": ("probe", {"codes": False}),
@@ -59,8 +59,8 @@ TOGETHER: dict[str, tuple[str, dict[str, bool]]] = {
     "label spreading, VAE's codes": ("spread", {"codes": True}),
     "classifier, shifted": ("classifier", {"augmented": True}),
     "classifier, shifted, pseudo-labels": ("classifier", {"augmented": True, "pseudo_labels": True}),
-    "classifier, shifted, labels spread over pixels": ("taught", {"codes": False}),
-    "classifier, shifted, labels spread over VAE's codes": ("taught", {"codes": True}),
+    "classifier, shifted, labels spread over pixels": ("classifier_of_spread", {"codes": False}),
+    "classifier, shifted, labels spread over VAE's codes": ("classifier_of_spread", {"codes": True}),
 }
 
 
@@ -114,7 +114,7 @@ class Spectrum:
         models = [self._spread(labels, draw, codes) for draw in self._draws]
         return {"accuracy": [float(model.score(test, self._test.label)) for model in models]}
 
-    def taught(self, labels: int, codes: bool) -> dict:
+    def classifier_of_spread(self, labels: int, codes: bool) -> dict:
         """Train the classifier on all images, shifted and rotated, with the labels that spreading gives them."""
         label = np.stack([self._spread(labels, draw, codes).transduction_ for draw in self._draws])
         everything = [np.arange(len(self._train.label))] * len(self._draws)
@@ -176,8 +176,8 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
     """Compute the missing results of the chosen methods, then write the summary of all available results."""
     spectrum = Spectrum(study.path, settings, dataset, manual_dir)
     for method in chosen:
-        if method in TOGETHER:
-            name, arguments = TOGETHER[method]
+        if method in METHODS:
+            name, arguments = METHODS[method]
             compute = functools.partial(getattr(spectrum, name), **arguments)
             for labels in settings["labels"]:
                 compute_once(study, method, compute, labels=labels)
@@ -207,7 +207,7 @@ def main() -> None:
     }
     for labels in settings["labels"]:
         data.hide_labels(dataset.splits["train"], labels, 0, dataset.num_classes)
-    methods = {**TOGETHER, **FAMILIES}
+    methods = {**METHODS, **FAMILIES}
     if unknown := set(given.methods) - {*methods}:
         raise ValueError(f"--methods has {', '.join(sorted(unknown))}, but must be some of: {'; '.join(methods)}")
     study = open_study(local_path(given.workdir), settings)

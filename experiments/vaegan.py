@@ -33,8 +33,8 @@ from vae_jax.pretrained import in_batches
 from vae_jax.run import session
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path, save_figure
+from vae_jax.run.job import fingerprint
 from vae_jax.run.report import markdown_table
-from vae_jax.run.session import fingerprint
 
 TITLES = {"vae": "VAE", "sharp_vae": "VAE, beta 0.25", "vaegan": "VAE/GAN", "gan": "GAN"}
 # The fields that each method changes in the VAE/GAN's config. The sharp VAE has the VAE/GAN's beta.

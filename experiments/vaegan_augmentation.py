@@ -24,8 +24,8 @@ from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path
+from vae_jax.run.job import fingerprint
 from vae_jax.run.report import markdown_table
-from vae_jax.run.session import fingerprint
 
 COMPARED = {
     "c": ARMS["c"],

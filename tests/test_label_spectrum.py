@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import label_report as report
-from experiments.label_spectrum import FAMILIES, TOGETHER, Spectrum
+from experiments.label_spectrum import FAMILIES, METHODS, Spectrum
 from vae_jax.batch import Dataset, Split
 
 SETTINGS = {"data": "mnist", "draws": 3, "labels": [2, 4], "epochs": 1, "steps": 5, "batch_size": 8, "vae_epochs": 1}
@@ -101,7 +101,7 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
 
 
 def test_methods_with_a_generative_model_are_known():
-    names = [name for name in (*TOGETHER, *FAMILIES) if report.is_generative(name)]
+    names = [name for name in (*METHODS, *FAMILIES) if report.is_generative(name)]
     expected = (
         "linear probe, VAE's codes; label spreading, VAE's codes; classifier, shifted, labels spread over VAE's codes; "
     )

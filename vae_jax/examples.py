@@ -12,7 +12,7 @@ from vae_jax.batch import Dataset, Split
 from vae_jax.pretrained import Pretrained, load
 from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
-from vae_jax.run.session import fingerprint
+from vae_jax.run.job import fingerprint
 
 
 class Examples(NamedTuple):

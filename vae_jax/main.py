@@ -75,7 +75,7 @@ TABLE = (  # kind, name, default, help
     (string, "input", None, INPUT),
     (switch, "tsne", False, "For encode: also a map of the codes by t-SNE, coloured by label."),
     (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
-    (switch, "all", False, "For traverse: also the latents that carry less than 0.05 nats."),
+    (switch, "all", False, "For traverse: also the latents that carry next to nothing."),
     (string, "output", None, "For export: the folder. Default: generated/export-stepSTEP in the run directory."),
     (items, "formats", None, "For export: programs beside the weights, jax (by jax.export), onnx, or both."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),

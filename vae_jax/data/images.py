@@ -70,7 +70,6 @@ def fit_array(
     image: UInt8[np.ndarray, "n height width channel"], wanted: Preparation, done: Counter
 ) -> UInt8[np.ndarray, "n h w c"]:
     """Prepare images that are given as an array in the same way as files."""
-
     n, height, width, channels = image.shape
     colour = wanted.colour if wanted.colour != "auto" else ("grey" if channels == 1 else "colour")
     result = wanted.size or height, wanted.size or width, 1 if colour == "grey" else 3

@@ -69,11 +69,13 @@ def jax_programs(pretrained: Pretrained) -> dict[str, bytes]:
         arguments = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in program.shapes]
         exported = jax.export.export(jax.jit(program.call), platforms=PLATFORMS)(*arguments)
         contents[f"{name}.jaxexport"] = bytes(exported.serialize())
-        check_alike(f"{name}.jaxexport", program, jax.export.deserialize(bytearray(contents[f"{name}.jaxexport"])).call)
+        check_agreement(
+            f"{name}.jaxexport", program, jax.export.deserialize(bytearray(contents[f"{name}.jaxexport"])).call
+        )
     return contents
 
 
-def check_alike(name: str, program: Program, exported: Callable[..., Any]) -> None:
+def check_agreement(name: str, program: Program, exported: Callable[..., Any]) -> None:
     """Raise ValueError if an exported program's outputs differ from the model's, for batches of several sizes."""
     for count in BATCHES:
         arguments = program.examples(count)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_jax.export.for_jax import check_alike, programs_of
+from vae_jax.export.for_jax import check_agreement, programs_of
 from vae_jax.nn.description import Layer
 from vae_jax.pretrained import Pretrained
 
@@ -36,7 +36,7 @@ def onnx_programs(pretrained: Pretrained) -> dict[str, bytes]:
         contents[f"{name}.onnx"] = model.SerializeToString(deterministic=True)
         session = onnxruntime.InferenceSession(contents[f"{name}.onnx"], providers=["CPUExecutionProvider"])
         (source,) = session.get_inputs()
-        check_alike(f"{name}.onnx", programs[name], lambda x, run=session.run, key=source.name: run(None, {key: x}))
+        check_agreement(f"{name}.onnx", programs[name], lambda x, run=session.run, key=source.name: run(None, {key: x}))
     return contents
 
 
