@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import run_job
 
 import vae_jax
-from configs import sparse_labels as config_file
 from vae_jax import data
 from vae_jax.batch import Batch, Split, example_keys
 from vae_jax.families import sparse_labels
 from vae_jax.objectives import marginalize_label
-from vae_jax.run import session
 from vae_jax.steps import init_state, make_train_step
 
 
@@ -201,16 +198,3 @@ def test_a_metric_of_the_labelled_counts_them_alone(model, variables):
 def test_bad_fields_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.slow
-def test_a_trained_model_predicts_and_generates(tmp_path):
-    config = config_file.get_config("smoke").to_dict()
-    config["model"] |= {"network": "mlp", "hidden": (16,), "latent_dim": 4}
-    job = session.build(config)._replace(figures=lambda *_: {})
-    _, directory = run_job(job, config, tmp_path)
-    assert "train/accuracy" in directory.history[0] and "test/bound" in directory.history[-1]
-    model = vae_jax.load(str(tmp_path))
-    image = model.sample(3, label=[0, 1, 2])
-    label, probability = model.predict(image)
-    assert image.shape == (3, 28, 28, 1) and label.shape == probability.shape == (3,)

@@ -1,5 +1,6 @@
 """M2 and M1 + M2: closed forms of two classes with linear-Gaussian parts, and which network learns from which term."""
 
+import importlib
 import math
 
 import jax
@@ -10,7 +11,6 @@ import scipy.stats
 from small_run import run_job
 
 import vae_jax
-from configs import semisupervised as config_file
 from vae_jax.batch import Batch, example_keys
 from vae_jax.families import conditional, semisupervised, stacked, vae
 from vae_jax.likelihoods import HALF_LOG_2PI, Likelihood, align
@@ -264,14 +264,10 @@ def test_data_without_classes_and_a_likelihood_of_one_reconstruction(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["semisupervised", "stacked"])
+@pytest.mark.parametrize("name", ["sparse_labels", "semisupervised", "stacked"])
 def test_a_trained_model_predicts_and_generates(name, tmp_path):
-    config = config_file.get_config("smoke").to_dict()
-    if name == "stacked":
-        from configs import stacked as own
-
-        config = own.get_config("smoke").to_dict()
-    config["model"] |= {"hidden": (16,), "latent_dim": 4}
+    config = importlib.import_module(f"configs.{name}").get_config("smoke").to_dict()
+    config["model"] |= {"network": "mlp", "hidden": (16,), "latent_dim": 4}
     job = session.build(config)._replace(figures=lambda *_: {})
     _, directory = run_job(job, config, tmp_path)
     assert "train/accuracy" in directory.history[0] and "test/bound" in directory.history[-1]
