@@ -130,7 +130,7 @@ def train_in_loop(implementation: Implementation, work: Work) -> Callable[[], No
     state = implementation.state(optimizer)
     train_step = make_train_step(implementation.objective, optimizer)
     run_steps = make_run_steps(train_step, work.batch_size, work.steps)
-    run_steps = Devices(1).compile(run_steps, donate=True)
+    run_steps = Devices(1).compile(run_steps, training=True)
     order = np.arange(len(work.image), dtype=np.int32)
     order, image, label = jax.device_put((order, work.image, work.label))
 

@@ -74,8 +74,8 @@ def not_a_number(step, name):
     def multiply(tree):
         return jax.tree.map(lambda leaf: leaf * jnp.nan, tree)
 
-    def compile_broken(devices, function, donate=False):
-        call = compile_(devices, function, donate)
+    def compile_broken(devices, function, training=False):
+        call = compile_(devices, function, training)
 
         def broken(*arguments):
             state, history = call(*arguments)
@@ -85,7 +85,7 @@ def not_a_number(step, name):
                 return state.replace(params=multiply(state.params), ema=multiply(state.ema)), history
             return state, history | {name: multiply(history[name])}
 
-        return broken if donate else call  # only training donates its state
+        return broken if training else call
 
     devices.Devices.compile = compile_broken
 

@@ -51,7 +51,7 @@ def ten_steps(job, devices, axis_name):
     state = devices.replicate(jax.jit(job.map_seeds(make_state, 1))(job.root()))
     train_step = make_train_step(job.objective, job.optimizer, axis_name)
     run_steps = make_run_steps(train_step, job.batch_size, 5, devices.count)
-    run_steps = devices.compile(job.map_seeds(run_steps, 2), donate=True)
+    run_steps = devices.compile(job.map_seeds(run_steps, 2), training=True)
     image, label = devices.replicate(job.dataset.splits["train"])
     for epoch in (1, 2):
         order = devices.replicate(job.order(epoch))
@@ -198,8 +198,8 @@ def test_compiler_options_are_for_cpus_and_change_no_number(monkeypatch):
 
     x = jax.random.normal(jax.random.key(0), (64, 64))
     expected = jax.value_and_grad(loss)(x)
-    for gradients in (False, True):
-        compiled = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options(gradients))
+    for training in (False, True):
+        compiled = jax.jit(jax.value_and_grad(loss), compiler_options=compiler_options(training))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), compiled(x), expected)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compiler_options(gradients=True) == {}
+    assert compiler_options(training=True) == {}

@@ -67,18 +67,18 @@ class Devices:
             return jax.device_put(tree, self._local[0])
         return jax.device_put(tree, NamedSharding(Mesh(np.array(self._local), (AXIS,)), PartitionSpec()))
 
-    def compile(self, function: Callable, donate: bool = False, gradients: bool = True) -> Callable:
+    def compile(self, function: Callable, training: bool = False) -> Callable:
         """`call(first, *others)` runs `function(first, *others, shard)` on every device at once.
 
-        All arguments but `shard` are replicated, and the results must be too. `donate` reuses the first argument's
-        buffers: use only what is returned. Without `gradients`, a CPU uses the options that suit a forward pass.
+        All arguments but `shard` are replicated, and the results must be too. `training` says that the program computes
+        gradients, and reuses the first argument's buffers: use only what is returned.
         """
-        donated = (0,) if donate else ()
+        donated = (0,) if training else ()
         if self.count == 1:
             return jax.jit(
                 lambda first, *others: function(first, *others, 0),
                 donate_argnums=donated,
-                compiler_options=compiler_options(gradients),
+                compiler_options=compiler_options(training),
             )
         mapped = jax.pmap(
             lambda first, others, shard: function(first, *others, shard),
@@ -122,11 +122,11 @@ class Devices:
         return jax.tree.map(lambda leaf, shape: jax.random.wrap_key_data(leaf) if _is_key(shape) else leaf, sent, like)
 
 
-def compiler_options(gradients: bool) -> dict[str, str]:
-    """The options of `jax.jit` that make a program with or without gradients fastest on the CPU; none elsewhere."""
+def compiler_options(training: bool) -> dict[str, str]:
+    """The options of `jax.jit` that make a training, or a program without gradients, fastest on the CPU; none elsewhere."""
     if jax.default_backend() != "cpu":
         return {}
-    return WIDE_VECTORS if gradients else WIDE_VECTORS | WITHOUT_YNNPACK
+    return WIDE_VECTORS if training else WIDE_VECTORS | WITHOUT_YNNPACK
 
 
 def unwrap_keys(tree: Any) -> Any:

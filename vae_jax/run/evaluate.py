@@ -76,7 +76,7 @@ def map_blocks(
             arrays = lax.all_gather(arrays, devices.axis_name, tiled=True)
         return arrays
 
-    compiled = devices.compile(map_seeds(run, 2, seeds), gradients=False)
+    compiled = devices.compile(map_seeds(run, 2, seeds))
 
     def blocks(variables, key, start=0):
         for first in range(start, size, block):

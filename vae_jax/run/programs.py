@@ -36,6 +36,6 @@ def make_programs(job: Job, devices: Devices) -> Programs:
     run_steps = make_run_steps(train_step, job.batch_size, job.steps_per_call, devices.count)
     return Programs(
         jax.jit(job.map_seeds(make_state, 1)),
-        devices.compile(job.map_seeds(run_steps, 2), donate=True),
+        devices.compile(job.map_seeds(run_steps, 2), training=True),
         {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"},
     )
