@@ -15,7 +15,7 @@ from absl import flags
 
 import vae_jax
 from experiments import arms, launch
-from experiments.arms import ARMS, Arm
+from experiments.arms import ARMS
 from experiments.augmentation import Learner, redraw_images, write_half_a
 from experiments.augmentation_report import accuracy_tables
 from experiments.study import compute_once, open_study
@@ -29,8 +29,10 @@ from vae_jax.run.report import markdown_table
 
 COMPARED = {
     "c": ARMS["c"],
-    "h": Arm("as c + drawn from A by a sharp VAE, pseudo-labelled", "drawn from A", True, True),
-    "j": Arm("as c + drawn from A by a VAE/GAN, pseudo-labelled", "drawn by a VAE/GAN from A", True, True),
+    "h": ARMS["h"]._replace(label="as c + drawn from A by a sharp VAE, pseudo-labelled"),
+    "j": ARMS["h"]._replace(
+        label="as c + drawn from A by a VAE/GAN, pseudo-labelled", extra="drawn by a VAE/GAN from A"
+    ),
     "i": ARMS["i"],
 }
 PAIRS = {
