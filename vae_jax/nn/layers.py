@@ -25,8 +25,8 @@ def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     return x.astype(dtype)
 
 
-def _all_rounded(*arrays, dtype):
-    return [rounded(array, dtype) for array in arrays]
+def _all_rounded(*args: Any, dtype: Any = None, inexact: bool = True) -> list[Any]:  # the signature is Flax's
+    return [rounded(array, dtype) for array in args]
 
 
 def dense(features: int, dtype: Any, name: str) -> nn.Dense:
