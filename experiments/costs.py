@@ -18,8 +18,7 @@ from vae_jax.run import session
 from vae_jax.run.config import make_config
 from vae_jax.run.devices import Devices
 from vae_jax.run.feed import resident
-from vae_jax.run.job import Job
-from vae_jax.run.programs import make_programs
+from vae_jax.run.job import Job, make_programs
 from vae_jax.run.report import markdown_table
 
 BASE = {"data.name": "digits", "epochs": 1, "batch_size": 128, "best": "bound"}

@@ -13,7 +13,7 @@ from absl import app
 from small_mnist import url_infos
 
 from vae_jax import main
-from vae_jax.run import checkpoint, devices, directory, programs
+from vae_jax.run import checkpoint, devices, directory, job
 
 
 def without_optimizer(step):
@@ -41,7 +41,7 @@ def raises(step):
 
 def slow(step):
     """A compiled program that prints "waiting" and then takes half a minute."""
-    make = programs.make_train_step
+    make = job.make_train_step
 
     def wait(now):
         if now + 1 == step:
@@ -61,7 +61,7 @@ def slow(step):
 
         return slowed
 
-    programs.make_train_step = make_slow
+    job.make_train_step = make_slow
 
 
 def not_a_number(step, name):

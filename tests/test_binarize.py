@@ -104,7 +104,7 @@ def test_training_evaluation_and_load_see_the_same_test_images(trained):
         mean, logvar = model.encode(image)
         kl = model.model.prior.kl({}, jnp.asarray(mean), jnp.asarray(logvar)).sum(axis=1)
         assert float(kl.mean()) == pytest.approx(directory.history[-1]["test/kl"], rel=1e-4)
-    _, stored = examples.load_with_split(str(path), config, "", "test")
+    _, stored = examples.load_examples(str(path), config, "", "test", None)
     np.testing.assert_array_equal(stored.image, binary.image)
 
 

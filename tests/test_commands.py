@@ -90,6 +90,8 @@ def test_sample(run):
     path, config, _, _ = run
     found = arrays(commands.sample(path, config, "latest", 7, 3))
     np.testing.assert_array_equal(found["image"], vae_jax.load(path, "latest").sample(7, 3))
+    with pytest.raises(ValueError, match="--labels does not go with --prior=gmm"):
+        commands.sample(path, config, "latest", 7, 3, "gmm", labels=[3])
 
 
 @pytest.mark.slow

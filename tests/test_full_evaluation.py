@@ -94,7 +94,7 @@ def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkey
     file = next(full_path(run[0]).glob("*.jsonl"))
     whole = file.read_text()
     row = {name: values[:30] for name, values in json.loads(whole).items()}
-    file.write_text(json.dumps(row) + "\n")
+    file.write_text(json.dumps(row) + "\n" + whole[:50])  # the process was killed while it wrote a line
     monkeypatch.setattr(full_evaluation, "generated_numbers", lambda subject: ({}, None))
     again = commands.evaluate(*run, "latest", **QUICK)
     first, second = map(json.loads, file.read_text().splitlines())

@@ -10,8 +10,9 @@ import pytest
 import vae_jax
 from vae_jax import data
 from vae_jax.batch import Batch, Split, example_keys
-from vae_jax.families import sparse_labels
+from vae_jax.families import semisupervised, sparse_labels
 from vae_jax.objectives import marginalize_label
+from vae_jax.run.job import check_data
 from vae_jax.steps import init_state, make_train_step
 
 
@@ -75,7 +76,7 @@ def test_a_batch_holds_so_many_labelled_images_and_each_image_once():
 )
 def test_batches_that_cannot_be_filled(fields, message):
     with pytest.raises(ValueError, match=message):
-        data.check_batches(data.load(name="digits", **fields), 64)
+        check_data(semisupervised, data.load(name="digits", **fields), batch_size=64, patience=0)
 
 
 def test_the_label_summed_out_is_the_evidence_at_the_exact_posterior():

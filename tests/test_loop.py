@@ -332,12 +332,8 @@ def test_a_directory_that_holds_something_else_or_is_in_use_is_refused(tmp_path)
         RunDirectory(str(tmp_path / "run"), {}, "")
     directory.close()
     RunDirectory(str(tmp_path / "run"), config, "").close()
-
-    def check(stored, config):
-        raise ValueError("another run")
-
-    with pytest.raises(ValueError, match="another run"):
-        RunDirectory(str(tmp_path / "run"), config, "", check=check)
+    with pytest.raises(ValueError, match=r"holds another run \(seed is 0 there, 77 here\): name another with"):
+        RunDirectory(str(tmp_path / "run"), config | {"seed": 77}, "")
     with pytest.raises(OSError, match="is not empty and has no config.json of a run"):
         read_config(str(tmp_path))
     for text in ("{", "{}", "[1]", "[" * 100_000):

@@ -15,7 +15,7 @@ from small_run import run_job
 import vae_jax
 from configs import vae
 from vae_jax import batch, commands, data, examples, families
-from vae_jax.batch import mean_image
+from vae_jax.batch import Dataset, Split, mean_image
 from vae_jax.data.images import SMALLEST
 from vae_jax.evaluation import baselines
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_baselines, mean_square_distance
@@ -24,6 +24,8 @@ from vae_jax.nn.networks import fitting_features
 from vae_jax.pretrained import Pretrained
 from vae_jax.run import session
 from vae_jax.run.config import changes
+from vae_jax.run.directory import check_same_config
+from vae_jax.run.job import check_data
 
 
 def load(folder, **fields):
@@ -244,7 +246,9 @@ def test_the_validation_images_of_tensorflow_datasets_are_used(monkeypatch):
 
 @pytest.mark.parametrize("count,batch", [(1, 1), (3, 1), (8, 2), (24, 6), (255, 63), (256, 64), (10_000, 64)])
 def test_the_batch_fits_the_images(count, batch):
-    assert data.fitting_batch(count) == batch
+    image = np.zeros((count, 8, 8, 1), np.uint8)
+    dataset = Dataset({"train": Split(image, np.zeros(count, np.int32))}, 1, True)
+    assert check_data(families.vae, dataset, batch_size=0, patience=0) == batch
 
 
 @pytest.mark.parametrize(
@@ -369,7 +373,7 @@ def test_the_batch_size_is_stored_as_it_was_chosen(run):
     assert stored["batch_size"] == config["batch_size"] == 4  # of 16 training images
     again = own_config(files[0].parent)
     assert again["batch_size"] == 0 and changes(stored, {**stored, **again, "model": stored["model"]}) == []
-    session.check_same_config(str(path), stored, {**stored, "batch_size": 0})
+    check_same_config(str(path), stored, {**stored, "batch_size": 0})
     assert changes(stored, {**stored, "batch_size": 5}) == ["batch_size is 4 there, 5 here"]
     summary = (path / "summary.md").read_text()
     assert "| what was done to the images | " in summary and "20 scaled and cropped to 16x16" in summary
@@ -452,7 +456,7 @@ def test_bad_input(run, tmp_path):
 def test_a_model_of_labels_takes_no_images_without_them(monkeypatch):
     vae = Pretrained({}, {})
     vars(vae)["model"] = types.SimpleNamespace(condition_on="label", decode_raw=True)
-    monkeypatch.setattr(examples, "load_able", lambda *_: vae)
+    monkeypatch.setattr(examples, "load_able", lambda *_, **needed: vae)
     with pytest.raises(ValueError, match="--input gives images without labels, but this model is conditioned on them"):
         examples.load_examples("run", {}, "", "test", "a.png")
 

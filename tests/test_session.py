@@ -548,7 +548,7 @@ def test_images_stay_on_a_device_that_they_fill_to_one_half():
 
 def test_a_job_is_built_only_if_it_fits_on_the_first_device(config, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**20), Device(2**40)])
-    with pytest.raises(ValueError, match="small GPU has 0.1 GiB free: take a smaller model or batch, or fewer seeds"):
+    with pytest.raises(ValueError, match="small GPU has 0.1 GiB: take a smaller model or batch, or fewer seeds"):
         session.build(config)
 
 

@@ -32,10 +32,7 @@ from vae_jax.run.files import as_csv, atomic_file, local_path, save_figure, save
 from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
-USED = {
-    "nats": 0.05,
-    "variance": 0.01,
-}  # least use for a traversal to show a latent; the variance threshold is from Burda et al. 2016
+USED = {"nats": 0.05, "variance": 0.01}  # least use for a traversal to show a latent; variance: Burda et al. 2016
 
 
 def evaluate(
@@ -60,7 +57,7 @@ def evaluate(
     job = build(config)
     check_trained_on(metadata["data"], job.metadata["data"])
     if full or own is not None:
-        vae = check_able(of_seed(workdir, metadata, variables), workdir, "encode", "encoder")
+        vae = check_able(of_seed(workdir, metadata, variables), workdir, encode="encoder")
     if own is not None:
         examples = read_unlabelled(vae, own)
         split = examples.file
@@ -73,8 +70,8 @@ def evaluate(
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
-        found |= verdict(found | ledger, split, job.baselines())
-    return found | ledger | job.baselines()
+    judged = verdict(found | ledger, split, job.baselines()) if full else {}
+    return found | ledger | job.baselines() | judged
 
 
 def sample(
@@ -92,10 +89,12 @@ def sample(
     `files` writes one PNG per image instead. A model that is conditioned on labels takes the given labels in turn.
     """
     if prior == "model":
-        vae = load_able(workdir, checkpoint, "decode_raw", "decoder")
+        vae = load_able(workdir, checkpoint, decode_raw="decoder")
         given = {} if labels is None else {"label": np.resize(np.array(labels), count)}
         image, lines, of = vae.sample(count, seed, **given), [], "the prior"
     else:
+        if labels is not None:
+            raise ValueError("--labels does not go with --prior=gmm, which is for models without labels")
         vae, dataset = load_with_data(workdir, config, checkpoint)
         gmm, lines = fit_prior(vae, dataset)
         z = gmm.sample(vae.variables, jax.random.key(seed), count)
@@ -244,7 +243,7 @@ def encode(
 
 def predict(workdir: str, checkpoint: str, own: str) -> list[Any]:
     """Write a CSV of file, label and probability for the user's own images."""
-    classifier = load_able(workdir, checkpoint, "probabilities", "classes")
+    classifier = load_able(workdir, checkpoint, probabilities="classes")
     examples = read_own(classifier, own)
     label, probability = classifier.predict(examples.image)
     rows = zip(examples.names, label, (f"{value:.6f}" for value in probability))

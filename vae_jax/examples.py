@@ -42,11 +42,11 @@ def load_examples(
 ) -> tuple[Pretrained, Examples]:
     """Load a run's model, with encoder and decoder, and a split of its data or the images at the path `own`."""
     if own is None:
-        vae, examples = load_with_split(workdir, config, checkpoint, split)
-        names = [str(i) for i in range(len(examples.label))]
-        return vae, Examples(*examples, title=split, file=split, names=names)
-    vae = load_able(workdir, checkpoint, "encode", "encoder")
-    vae.check_has("decode_raw", "decoder")
+        vae, dataset = load_with_data(workdir, config, checkpoint)
+        seen = as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
+        names = [str(i) for i in range(len(seen.label))]
+        return vae, Examples(*seen, title=split, file=split, names=names)
+    vae = load_able(workdir, checkpoint, encode="encoder", decode_raw="decoder")
     examples = read_unlabelled(vae, own)
     seen = as_seen(Split(examples.image, examples.label), vae.config["data"]["binarize"], vae.config["seed"])
     return vae, examples._replace(image=seen.image)
@@ -81,30 +81,24 @@ def read_own(model: Pretrained, path: str) -> Examples:
     )
 
 
-def load_able(workdir: str, checkpoint: str, function: str, what: str) -> Pretrained:
-    """`load` and `check_able`."""
-    return check_able(load(workdir, checkpoint), workdir, function, what)
+def load_able(workdir: str, checkpoint: str, **needed: str) -> Pretrained:
+    """Load a model that has the functions that a mode needs: {function: what it is called}."""
+    return check_able(load(workdir, checkpoint), workdir, **needed)
 
 
-def check_able(pretrained: Pretrained, workdir: str, function: str, what: str) -> Pretrained:
-    """Return the model. Raises ValueError if it lacks the function that a mode needs."""
+def check_able(pretrained: Pretrained, workdir: str, **needed: str) -> Pretrained:
+    """Return the model. Raises ValueError if it lacks a function that a mode needs."""
     try:
-        pretrained.check_has(function, what)
+        for function, what in needed.items():
+            pretrained.check_has(function, what)
     except ValueError as error:
         raise ValueError(f"this mode does not fit the run in {workdir}: {error}") from None
     return pretrained
 
 
-def load_with_split(workdir: str, config: dict, checkpoint: str, split: str) -> tuple[Pretrained, Split]:
-    """Load a run's model, with encoder and decoder, and a split of its data as the model sees it."""
-    vae, dataset = load_with_data(workdir, config, checkpoint)
-    return vae, as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
-
-
 def load_with_data(workdir: str, config: dict, checkpoint: str) -> tuple[Pretrained, Dataset]:
     """Load a run's model, with encoder and decoder, and the data that it was trained on."""
-    vae = load_able(workdir, checkpoint, "encode", "encoder")
-    vae.check_has("decode_raw", "decoder")
+    vae = load_able(workdir, checkpoint, encode="encoder", decode_raw="decoder")
     dataset = bind("data", data.load, config["data"])()
     check_trained_on(vae.data, fingerprint(dataset))
     return vae, dataset
@@ -124,11 +118,7 @@ def choose_split(dataset: Dataset, split: str) -> Split:
 
 
 def choose_images(
-    examples: Split | Examples,
-    split: str,
-    count: int,
-    images: list[int] | None,
-    labels: list[int] | None,
+    examples: Split | Examples, split: str, count: int, images: list[int] | None, labels: list[int] | None
 ) -> np.ndarray:
     """Choose `count` positions in a split: the given ones, the first image of each given label, or the first ones."""
     if images is not None and labels is not None:

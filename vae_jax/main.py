@@ -152,9 +152,9 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     from vae_jax import commands, weights
     from vae_jax.loading import stored_config
     from vae_jax.run.config import fill_in
+    from vae_jax.run.directory import check_same_config
     from vae_jax.run.environment import check_jax
     from vae_jax.run.files import check_local
-    from vae_jax.run.session import check_same_config
 
     check_jax()
     count = COUNTS.get(mode) if FLAGS.count is None else FLAGS.count

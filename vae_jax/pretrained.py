@@ -156,11 +156,6 @@ class Pretrained:
         `evaluation.likelihood` says how to judge whether to trust it. An image's noise depends only on its position. A
         conditional model gives log p(image | label), or log p(hidden pixels | visible pixels).
         """
-        log_w = self.log_weights(image, samples, log_mean_exp, label)
-        return log_w - np.prod(self.image_shape) * self.model.likelihood.constant
-
-    def log_weights(self, image, samples: int, reduce: Callable = np.asarray, label=None) -> Any:
-        """`reduce` of log p(x, z_k) - log q(z_k | x) without the likelihood's constant, [n, samples]."""
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
         self.check_has_density()
@@ -174,8 +169,8 @@ class Pretrained:
             rows = np.minimum(index, len(seen) - 1)
             batch = Batch(jnp.asarray(seen[rows]), jnp.asarray(label[rows]), weight=index, index=index)
             log_w = measure(self.variables, batch, example_keys(root, None, index))
-            parts.append(reduce(np.asarray(log_w)[: len(seen) - start]))
-        return np.concatenate(parts)
+            parts.append(log_mean_exp(np.asarray(log_w)[: len(seen) - start]))
+        return np.concatenate(parts) - np.prod(self.image_shape) * self.model.likelihood.constant
 
     @property
     def _sees_images(self) -> bool:

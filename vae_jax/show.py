@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from vae_jax.figures import mosaic
+from vae_jax.run.files import as_pillow
+
 COLUMNS, ROWS, GAP = 8, 2, 2
 
 
@@ -46,12 +49,8 @@ def describe_in_html(pretrained: Any) -> str:
 
 def png(images: np.ndarray) -> str:
     """Tile images in [0, 1], [n, height, width, channel], on white; returns the picture as a data URI."""
-    from PIL import Image
-
     framed = np.pad(images, ((0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=1.0)
-    rows = framed.reshape(ROWS, COLUMNS, *framed.shape[1:])
-    picture = np.concatenate([np.concatenate([*row], axis=1) for row in rows], axis=0)
-    pixels = np.round(255 * picture).astype(np.uint8)
+    pixels = np.round(255 * mosaic(framed, COLUMNS)).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="PNG")
+    as_pillow(pixels).save(file, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -7,6 +7,7 @@ from jaxtyping import Int
 
 from vae_jax.batch import BINARIZE, Dataset, Split
 from vae_jax.data.cache import cached
+from vae_jax.data.images import COLOURS, SMALLEST
 from vae_jax.data.images import Preparation as Preparation
 from vae_jax.data.named import DATASETS, MNIST_FAMILY, find_tfds, load_tfds
 from vae_jax.data.own import SPLIT_SEED as SPLIT_SEED
@@ -55,8 +56,11 @@ def load(
         raise ValueError(f"data.manual_dir is {manual_dir!r}, but only {', '.join(MNIST_FAMILY)} are read from there")
     if binarize not in BINARIZE:
         raise ValueError(f"data.binarize is {binarize!r}, but must be one of {', '.join(BINARIZE)}")
-    prepare = Preparation(size, colour).check()
-    splits, notes = load_prepared(name, manual_dir, prepare, skip_unreadable, validation)
+    if size and size < SMALLEST:
+        raise ValueError(f"data.size is {size}, but must be 0, for images of one size, or at least {SMALLEST}")
+    if colour not in COLOURS:
+        raise ValueError(f"data.colour is {colour!r}, but must be one of {', '.join(COLOURS)}")
+    splits, notes = load_prepared(name, manual_dir, Preparation(size, colour), skip_unreadable, validation)
     if binarize != "none" and splits["train"].image.shape[-1] != 1:
         raise ValueError(
             f"data.binarize is {binarize!r}, but the images of {name} are coloured: only grey ones can be binary"
@@ -185,28 +189,3 @@ def rounds(
         whole = len(index) // each * each
         rows.extend(rng.permutation(index)[:whole].reshape(-1, each))
     return np.stack(rows[:count])
-
-
-def labelled_share(dataset: Dataset, batch_size: int) -> float:
-    """The mean share of labelled examples in a batch."""
-    if dataset.labelled_per_batch:
-        return dataset.labelled_per_batch / batch_size
-    return float(np.mean(dataset.splits["train"].label >= 0))
-
-
-def fitting_batch(count: int) -> int:
-    """The batch size for `count` training images: at most 64, and at least four steps per epoch."""
-    return max(1, min(64, count // 4))
-
-
-def check_batches(dataset: Dataset, batch_size: int) -> None:
-    """Raise ValueError if there are fewer training images, labelled or unlabelled, than one batch takes."""
-    label = dataset.splits["train"].label
-    size, each, known = len(label), dataset.labelled_per_batch, int(np.sum(label >= 0))
-    if batch_size > size:
-        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
-    rest = size - known
-    if each and not (0 < each <= known and 0 < batch_size - each <= rest):
-        raise ValueError(
-            f"data.labelled_per_batch is {each}, but a batch of {batch_size} needs at most {known} labelled and {rest} unlabelled images"
-        )

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vae_jax.batch import Split
-from vae_jax.run.files import describe_os_error
+from vae_jax.run.files import explained
 from vae_jax.run.memory import gib
 
 FORMAT = 1
 LEVELS = ("*", "*/*", "*/*/*")  # `rglob` does not follow links to folders
 WAY_OUT = "name another folder by XDG_CACHE_HOME, or take fewer or smaller images"
 Read = Callable[[Path | None], tuple[dict[str, Split], list[str]]]
-
-
-class Shelf(MutableMapping):
-    """A dict of byte arrays, stored in an anonymous temporary file that is deleted with it."""
-
-    def __init__(self, folder: Path):
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._places: dict[int, tuple[int, tuple[int, ...]]] = {}
-
-    def __del__(self):
-        self._file.close()
-
-    def __setitem__(self, key: int, array: UInt8[np.ndarray, "..."]) -> None:
-        self._places[key] = self._file.seek(0, os.SEEK_END), array.shape
-        self._file.write(np.ascontiguousarray(array))
-
-    def __getitem__(self, key: int) -> UInt8[np.ndarray, "..."]:
-        start, shape = self._places[key]
-        self._file.seek(start)
-        return np.frombuffer(self._file.read(int(np.prod(shape))), np.uint8).reshape(shape)
-
-    def __delitem__(self, key: int) -> None:
-        del self._places[key]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
 
 
 def store(rows: Iterable[np.ndarray], shape: tuple[int, ...], scratch: Path | None) -> UInt8[np.ndarray, "..."]:
@@ -98,7 +69,8 @@ def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> 
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vae_jax" / "images"
     name = f"{source.stem[:40]}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     folder = root / name
-    try:
+    failed = f"memory cannot hold the images of {source}, and they cannot be kept in {root}"
+    with explained(failed, WAY_OUT):
         root.mkdir(parents=True, exist_ok=True)
         with open(root / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -107,15 +79,9 @@ def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> 
                 part = root / f"{name}.tmp"
                 shutil.rmtree(part, ignore_errors=True)  # left by a killed process: this one has the lock
                 check_disk(source, root, nbytes)
-                say(f"{source} {why}: its images are decoded into {folder}")
+                print(f"vae_jax: {source} {why}: its images are decoded into {folder}", file=sys.stderr, flush=True)
                 write(folder, part, found, read)
             return open_splits(folder)
-    except OSError as error:
-        if error.strerror is None:  # ours
-            raise
-        raise OSError(
-            f"memory cannot hold the images of {source}, and they cannot be kept in {root} ({describe_os_error(error)}): {WAY_OUT}"
-        ) from error
 
 
 def check_disk(source: Path, root: Path, nbytes: int) -> None:
@@ -126,10 +92,6 @@ def check_disk(source: Path, root: Path, nbytes: int) -> None:
             f"memory cannot hold the images of {source}, and the disk of {root} has {gib(room)} free of the {gib(nbytes)} that "
             f"decoding takes: {WAY_OUT}"
         )
-
-
-def say(text: str) -> None:
-    print(f"vae_jax: {text}", file=sys.stderr, flush=True)
 
 
 def listing(source: Path) -> str:

@@ -1,16 +1,18 @@
 """Convert images of any size, colour and format to uint8 pixels of one size and colour, with notes on what was done."""
 
+import io
 import math
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 
-from vae_jax.data.cache import Shelf, store
+from vae_jax.data.cache import store
 from vae_jax.run.files import as_pillow
 from vae_jax.run.memory import check_memory
 
@@ -31,14 +33,6 @@ class Preparation(NamedTuple):
     size: int = 0
     colour: str = "auto"
     scratch: Path | None = None  # folder for files used in place of memory
-
-    def check(self) -> "Preparation":
-        """Return self. Raises ValueError for an unknown colour, and for a size below 8 other than 0."""
-        if self.size and self.size < SMALLEST:
-            raise ValueError(f"data.size is {self.size}, but must be 0, for images of one size, or at least {SMALLEST}")
-        if self.colour not in COLOURS:
-            raise ValueError(f"data.colour is {self.colour!r}, but must be one of {', '.join(COLOURS)}")
-        return self
 
 
 def check_size(what: str, nbytes: int, scratch: Path | None = None) -> None:
@@ -119,50 +113,60 @@ def read_files(
     Grey images among coloured ones become coloured. Raises ValueError, naming the files, for images of different sizes,
     and for files that cannot be read unless `skip_unreadable` leaves them out.
     """
-    images: MutableMapping[int, np.ndarray] = Shelf(wanted.scratch) if wanted.scratch else {}
+    shapes: dict[int, tuple[int, ...]] = {}  # of those read
     problems: dict[int, ValueError] = {}
     done: Counter = Counter()
     check_size(name, len(files) * wanted.size**2 * (1 if wanted.colour == "grey" else 3), wanted.scratch)
-    for i, path in enumerate(files):
-        try:
-            images[i] = read_image(path, wanted, done)
-        except ValueError as error:
-            problems[i] = error
-        if len(images) == 1 and not wanted.size:
-            check_size(name, len(files) * next(iter(images.values())).size, wanted.scratch)
-    bad = [files[i] for i in problems]
-    if problems and not (skip_unreadable and images):
-        reason = next(iter(problems.values()))
-        others = f"; {len(bad) - 1} others of {len(files)} neither: {some(bad[1:])}" if bad[1:] else ""
-        raise ValueError(f"cannot read the image {bad[0]}: {reason}{others}: {way_out}")
-    pixels = same_shape(files, images, done, wanted.scratch)
+    with tempfile.TemporaryFile(dir=wanted.scratch) if wanted.scratch else io.BytesIO() as stream:
+        for i, path in enumerate(files):
+            try:
+                pixels = read_image(path, wanted, done)
+            except ValueError as error:
+                problems[i] = error
+                continue
+            if not shapes and not wanted.size:
+                check_size(name, len(files) * pixels.size, wanted.scratch)
+            shapes[i] = pixels.shape
+            stream.write(pixels)
+        bad = [files[i] for i in problems]
+        if problems and not (skip_unreadable and shapes):
+            reason = next(iter(problems.values()))
+            others = f"; {len(bad) - 1} others of {len(files)} neither: {some(bad[1:])}" if bad[1:] else ""
+            raise ValueError(f"cannot read the image {bad[0]}: {reason}{others}: {way_out}")
+        stream.seek(0)
+        image = same_shape(files, shapes, stream, done, wanted.scratch)
     notes = [f"{count} {what}" for what, count in sorted(done.items())]
     if bad:
         notes.append(f"{len(bad)} of {len(files)} left out, which cannot be read ({some(bad)})")
-    return [*images], pixels, notes
+    return [*shapes], image, notes
 
 
 def same_shape(
-    files: Sequence[Path], images: Mapping[int, np.ndarray], done: Counter, scratch: Path | None
+    files: Sequence[Path],
+    shapes: Mapping[int, tuple[int, ...]],
+    stream: io.BufferedIOBase,
+    done: Counter,
+    scratch: Path | None,
 ) -> UInt8[np.ndarray, "n height width channel"]:
-    """Stack the images into one array; grey images become coloured if any is coloured."""
-    first = next(iter(images))
-    coloured = any(pixels.shape[2] == 3 for pixels in images.values())
-    shape = *images[first].shape[:2], 3 if coloured else 1
+    """Stack the images of a stream into one array; grey images become coloured if any is coloured."""
+    first = next(iter(shapes))
+    coloured = any(shape[2] == 3 for shape in shapes.values())
+    common = *shapes[first][:2], 3 if coloured else 1
 
     def rows():
-        for i, pixels in images.items():
-            if pixels.shape[:2] != shape[:2]:
-                sizes = (f"{one.shape[1]}x{one.shape[0]}" for one in (pixels, images[first]))
+        for i, shape in shapes.items():
+            if shape[:2] != common[:2]:
+                sizes = (f"{one[1]}x{one[0]}" for one in (shape, shapes[first]))
                 raise ValueError(
                     f"{files[i]} is {next(sizes)}, but {files[first]} is {next(sizes)}: bring all images to one size, "
                     "which --config.data.size=64 does"
                 )
-            if coloured and pixels.shape[2] == 1:
+            if coloured and shape[2] == 1:
                 done["made colour"] += 1
-            yield np.broadcast_to(pixels, shape)
+            pixels = np.frombuffer(stream.read(math.prod(shape)), np.uint8)
+            yield np.broadcast_to(pixels.reshape(shape), common)
 
-    return store(rows(), (len(images), *shape), scratch)
+    return store(rows(), (len(shapes), *common), scratch)
 
 
 def some(paths: Sequence[Path | str]) -> str:

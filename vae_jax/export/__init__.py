@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from vae_jax.export.for_onnx import onnx_programs
 from vae_jax.pretrained import Pretrained, load
 from vae_jax.run.config import with_defaults
 from vae_jax.run.environment import versions
-from vae_jax.run.files import describe_os_error, local_path
+from vae_jax.run.files import explained, local_path
 from vae_jax.run.log import read_rows
 from vae_jax.run.stored import DIGESTS
 
@@ -66,6 +65,7 @@ def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str
         "manual_dir": "",
         "name": Path(name).name if os.path.isabs(os.path.expanduser(name)) else name,
     }
+    recorded = metadata.get("environment", {})
     numbers = metadata.get("metrics")
     if numbers is None:
         numbers = logged_numbers(local_path(workdir), pretrained.step) if config["seeds"] == 1 else {}
@@ -77,13 +77,8 @@ def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str
         **{name: metadata[name] for name in ("step", "image_shape", "num_classes", "data")},
         "metrics": numbers,
         "config": config | {"data": data, "seed": config["seed"] if seed is None else seed, "seeds": 1},
-        "versions": metadata.get("versions") or trained_with(metadata.get("environment", {})),
+        "versions": metadata.get("versions") or {name: recorded[name] for name in versions() if name in recorded},
     }
-
-
-def trained_with(environment: Mapping[str, str]) -> dict[str, str]:
-    """The versions that a checkpoint was trained with, as far as it records them."""
-    return {name: environment[name] for name in versions() if name in environment}
 
 
 def logged_numbers(folder: Path, step: int) -> dict[str, Any]:
@@ -99,20 +94,15 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
         if not holds(folder, contents):
             raise FileExistsError(f"{folder} holds something else than this export: name another with --output")
         return paths
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with explained("cannot write the export", "name another folder with --output"):
+        part = folder.parent / f".{folder.name}-{os.getpid()}"
+        part.mkdir(parents=True)
         try:
             for name, content in contents.items():
                 (part / name).write_bytes(content)
-            part.chmod(0o777 & ~umask())
             os.replace(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the export ({describe_os_error(error)}): name another folder with --output"
-        ) from error
     return paths
 
 
@@ -122,10 +112,3 @@ def holds(folder: Path, contents: Mapping[str, bytes]) -> bool:
     listed = contents.keys() - {weights.CARD}
     same = all((folder / name).is_file() and (folder / name).read_bytes() == contents[name] for name in listed)
     return same and names <= contents.keys() | {"generated"}
-
-
-def umask() -> int:
-    """The process's umask, which `mkdtemp` ignores."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

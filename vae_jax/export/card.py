@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from vae_jax import weights
 from vae_jax.families import FAMILIES
 from vae_jax.pretrained import Pretrained
 
-FILES = {
-    weights.WEIGHTS: "the weights, named by their paths",
-    weights.CONFIG: "everything else: the training's config, the shape of an image, test numbers, versions",
-}
-ENDINGS = {
+HOLDS = {
+    ".safetensors": "the weights, named by their paths",
+    ".json": "everything else: the training's config, the shape of an image, test numbers, versions",
     ".jaxexport": "a program for `jax.export.deserialize`, on CPU, CUDA and TPU, weights included",
     ".onnx": "the same for ONNX runtimes",
 }
@@ -54,7 +52,12 @@ def model_card(pretrained: Pretrained, metadata: Mapping[str, Any], files: Seque
     ]
     if rows := numbers(metadata):
         lines += [f"On {data.get('test', 0):,} test images:", "", "| number | value |", "|---|---|", *rows, ""]
-    lines += ["| file | what it holds |", "|---|---|", *(f"| `{name}` | {describe(name)} |" for name in files), ""]
+    lines += [
+        "| file | what it holds |",
+        "|---|---|",
+        *(f"| `{name}` | {HOLDS[Path(name).suffix]} |" for name in files),
+        "",
+    ]
     lines.append(f"Versions in training: {', '.join(map(' '.join, metadata['versions'].items()))}.")
     return "\n".join(lines) + "\n"
 
@@ -76,8 +79,3 @@ def numbers(metadata: Mapping[str, Any]) -> list[str]:
             meaning = metric.meaning.replace("|", r"\|")
             rows.append(f"| {name}: {meaning}, {metric.unit} | {value:.4g} |")
     return rows
-
-
-def describe(file: str) -> str:
-    """What a file contains."""
-    return FILES.get(file) or next(text for ending, text in ENDINGS.items() if file.endswith(ending))

@@ -27,7 +27,7 @@ from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.pretrained import WEIGHED
 from vae_jax.run.devices import compiler_options
 from vae_jax.run.evaluate import map_blocks
-from vae_jax.run.files import json_line, read_json_lines
+from vae_jax.run.files import json_line, read_json_lines, write_atomically
 
 SIMULATED = 128  # images drawn from the model for `sandwich`
 
@@ -86,6 +86,7 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
     blocks = map_blocks(measure, few, batch_size=WEIGHED, devices=subject.devices)
     rows = read_json_lines(path)
     done = sum(len(row["nll"]) for row in rows)
+    write_atomically(path, "".join(map(json_line, rows)))  # without a line that a killed process left incomplete
     label = f"likelihood of {count:,} images, {samples:,} samples each"
     with open(path, "a", encoding="utf-8") as file, progress(label, count, done) as bar:
         for log_w in blocks(vae.variables, subject.root, done):

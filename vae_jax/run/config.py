@@ -139,19 +139,14 @@ def bind(section: str, function: Callable, values: Mapping) -> functools.partial
 def check_value(field: str, value: Any, annotation: Any) -> None:
     """Raise ValueError unless a config value has the annotated type and no number in it is too large or too small."""
     if not is_a(value, annotation):
-        raise ValueError(f"config field {field} is {value!r}, but must be of type {type_name(annotation)}")
+        wanted = annotation if get_args(annotation) else annotation.__name__
+        raise ValueError(f"config field {field} is {value!r}, but must be of type {wanted}")
     for item in value if isinstance(value, tuple | list) else [value]:
         largest = LARGEST.get(type(item), math.inf)
         if isinstance(item, int | float) and abs(item) > largest:
             raise ValueError(f"config field {field} is {str(item)[:24]}, but must be at most {largest:.10g} in size")
         if isinstance(item, float) and 0 < abs(item) < SMALLEST:
             raise ValueError(f"config field {field} is {item}, but must be 0 or at least {SMALLEST:.3g} in size")
-
-
-def split_fields(function: Callable, values: Mapping) -> tuple[dict, dict]:
-    """Divide a section's values into those that `function` takes and the others."""
-    own = {name: values[name] for name in fields(function) if name in values}
-    return own, {name: values[name] for name in values if name not in own}
 
 
 def choose(section: str, choices: Mapping, values: Mapping) -> tuple[Any, dict]:
@@ -206,10 +201,6 @@ def as_annotated(value: Any, annotation: Any) -> Any:
     if get_origin(annotation) is tuple:
         return tuple(as_annotated(item, get_args(annotation)[0]) for item in value)
     return float(value) if annotation is float else value
-
-
-def type_name(annotation: Any) -> str:
-    return str(annotation) if get_args(annotation) else annotation.__name__
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vae_jax.run.config import changes
 from vae_jax.run.environment import code_version
 from vae_jax.run.files import (
     describe_error,
@@ -70,21 +71,22 @@ def read_settings(path: str) -> dict | None:
     return {"saved": saved, "config": config}
 
 
+def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
+    """Raise ValueError, naming the differing fields, if the run in the work directory has another config."""
+    if changed := changes(stored, config):
+        raise ValueError(
+            f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
+        )
+
+
 class RunDirectory:
     """The directory of a run, new or resumed.
 
     If `path` is on gs://, files go to a temporary folder, `self.path`, and `upload` copies them; no lock then keeps a
-    second process out. Raises OSError if the directory cannot be used, and whatever `check(stored, config)` raises for
-    the stored config of a resumed run.
+    second process out. Raises OSError if the directory cannot be used, and ValueError if it holds a run with another config.
     """
 
-    def __init__(
-        self,
-        path: str,
-        config: Mapping,
-        command: str,
-        check: Callable[[dict, Mapping], None] = lambda stored, config: None,
-    ):
+    def __init__(self, path: str, config: Mapping, command: str):
         self.remote = epath.Path(path) if is_remote(path) else None
         self.path = local_path(tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path)
         self.command, self._config = command, config
@@ -95,7 +97,7 @@ class RunDirectory:
                 on_error.callback(self._owned.close)
                 stored = read_settings(path)
                 if stored is not None:
-                    check(stored["config"], config)
+                    check_same_config(path, stored["config"], config)
                 self._saved = int(stored["saved"]) if stored else 0
                 self._write_settings()
                 (self.path / "figures").mkdir(exist_ok=True)

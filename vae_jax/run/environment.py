@@ -44,30 +44,19 @@ def code_version(package: Path = PACKAGE) -> str:
 def environment(devices: int) -> dict[str, str]:
     """Versions, processor, cores, `devices` and settings: each affects how sums are rounded."""
     device = jax.local_devices()[0]
+    settings = (name for name in os.environ if name.startswith("JAX_") and not HARMLESS.match(name))
+    partitionable = "partitionable" if jax.config.jax_threefry_partitionable else "not partitionable"
     return versions() | {
         "devices": f"{devices} {device.device_kind} ({device.platform})",
         "processor": processor(),
         "CPU cores": " ".join(
             [str(cores()), *(f"{name}={os.environ[name]}" for name in THREADS if name in os.environ)]
         ),
-        "random numbers": random_numbers(),
+        "random numbers": f"{jax.config.jax_default_prng_impl}, {partitionable}",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
-        "JAX settings": " ".join(sorted(jax_settings())),
+        "JAX settings": " ".join(f"{name}={os.environ[name]}" for name in sorted(settings)),
         "matmul precision": str(jax.config.jax_default_matmul_precision or "default"),
     }
-
-
-def jax_settings() -> list[str]:
-    """The variables JAX_... of this process, except those that change no number or are recorded elsewhere."""
-    return [
-        f"{name}={value}" for name, value in os.environ.items() if name.startswith("JAX_") and not HARMLESS.match(name)
-    ]
-
-
-def random_numbers() -> str:
-    """JAX's generator, and whether an array's random numbers are independent of its sharding."""
-    partitionable = "partitionable" if jax.config.jax_threefry_partitionable else "not partitionable"
-    return f"{jax.config.jax_default_prng_impl}, {partitionable}"
 
 
 def check_jax() -> None:

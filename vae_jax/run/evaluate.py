@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -84,14 +83,10 @@ def map_blocks(
             weight, index = (index < size).astype(np.float32), np.minimum(index, size - 1)
             sent = devices.replicate((split.image[index], split.label[index], weight, index))
             arrays = jax.device_get(compiled(variables, key, sent))
-            yield jax.tree.map(partial(cut, most=size - first, seeds=seeds), arrays)
+            kept = np.s_[: size - first] if seeds == 1 else np.s_[:, : size - first]
+            yield jax.tree.map(itemgetter(kept), arrays)
 
     return blocks
-
-
-def cut(values: np.ndarray, most: int, seeds: int) -> np.ndarray:
-    """Cut an array to at most `most` examples; with several seeds its first axis is the seeds."""
-    return values[:most] if seeds == 1 else values[:, :most]
 
 
 def as_seen(split: Split, how: str, seed: int) -> Split:
@@ -136,13 +131,7 @@ def make_evaluate(
         metrics, measured = arrays
         return mean_metrics(metrics) | probes.reduce(measured, split)
 
-    measured = map_examples(
-        measure,
-        split,
-        len(seeds),
-        max(1, BATCH_SIZE // max(1, decodes_per_example)),
-        devices,
-    )
+    measured = map_examples(measure, split, len(seeds), max(1, BATCH_SIZE // max(1, decodes_per_example)), devices)
 
     def evaluate(variables, key):
         arrays = measured(variables, key)

@@ -14,7 +14,7 @@ import numpy as np
 from vae_jax.run.devices import Devices
 from vae_jax.run.hosts import gather
 from vae_jax.run.job import Job
-from vae_jax.run.memory import free, gib, stays_on
+from vae_jax.run.memory import available, gib, stays_on
 
 Feed = Callable[[int, int, int], tuple[Any, ...]]
 
@@ -27,11 +27,8 @@ def make_feed(job: Job, devices: Devices, note: Callable[[str], None]) -> Feed:
     nbytes, device = job.dataset.splits["train"].image.nbytes, jax.local_devices()[0]
     if all(gather(stays_on(device, nbytes))):
         return resident(job, devices)
-    room, place = free(device)
-    note(
-        f"the training images take {gib(nbytes)}, and {place} has {gib(room)} free: they stay on the host, which sends those of "
-        "each call"
-    )
+    _, said = available(device)
+    note(f"the training images take {gib(nbytes)}, and {said}: they stay on the host, which sends those of each call")
     return streamed(job, devices)
 
 

@@ -62,6 +62,17 @@ def describe_os_error(error: OSError) -> str:
 
 
 @contextlib.contextmanager
+def explained(what: str, way_out: str) -> Iterator[None]:
+    """Name what failed and the way out if the system raises OSError in the block; ours, without strerror, do so already."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        raise OSError(f"{what} ({describe_os_error(error)}): {way_out}") from error
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path that replaces `path` when the block ends, so no reader sees half a file."""
     part = path.with_suffix(".tmp")

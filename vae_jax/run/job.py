@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from vae_jax.batch import Dataset, Split, example_keys, make_batch
-from vae_jax.data import check_batches, epoch_order, fitting_batch, labelled_share
+from vae_jax.data import epoch_order
 from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.evaluation.gradients import gradient_routing, routing_table
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE
@@ -22,6 +22,7 @@ from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import make_evaluate
 from vae_jax.run.seeds import first_seed, map_seeds, root_keys
 from vae_jax.run.summary import About
+from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 ROUTED = 256  # most images for the summary's table of gradients
 FINAL_PIXELS = 1000 * 784  # of test images for the final probes, so their cost does not grow with the image size
@@ -151,14 +152,47 @@ class Job(NamedTuple):
         )
 
 
+class Programs(NamedTuple):
+    """The compiled programs of a job on some devices; each is compiled at its first call."""
+
+    make_state: Callable  # root key -> the initial state
+    run_steps: Callable  # the result of `steps.make_run_steps`
+    evaluations: dict[str, Callable]  # for each split that is not trained on, the result of `make_evaluate`
+
+
+def make_programs(job: Job, devices: Devices) -> Programs:
+    """Make the programs of a job."""
+
+    def make_state(root):
+        return init_state(job.init(root), job.optimizer, root, job.ema_decay)
+
+    train_step = make_train_step(
+        *(job.objective, job.optimizer, devices.axis_name, job.ema_decay, job.prepare, job.groups)
+    )
+    run_steps = make_run_steps(train_step, job.batch_size, job.steps_per_call, devices.count)
+    return Programs(
+        jax.jit(job.map_seeds(make_state, 1)),
+        devices.compile(job.map_seeds(run_steps, 2), training=True),
+        {name: job.evaluate_on(name, devices) for name in job.dataset.splits if name != "train"},
+    )
+
+
 def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int) -> int:
-    """Check the data and return the batch size; 0 chooses it by the number of images.
+    """Check the data and return the batch size; 0 chooses at most 64, and at least four steps per epoch.
 
     Raises ValueError if the data do not suffice.
     """
     family.check_data(dataset)
-    batch_size = batch_size or fitting_batch(len(dataset.splits["train"].label))
-    check_batches(dataset, batch_size)
+    label, each = dataset.splits["train"].label, dataset.labelled_per_batch
+    size, known = len(label), int(np.sum(label >= 0))
+    batch_size = batch_size or max(1, min(64, size // 4))
+    if batch_size > size:
+        raise ValueError(f"batch_size is {batch_size}, but there are {size} training images: give at most {size}")
+    rest = size - known
+    if each and not (0 < each <= known and 0 < batch_size - each <= rest):
+        raise ValueError(
+            f"data.labelled_per_batch is {each}, but a batch of {batch_size} needs at most {known} labelled and {rest} unlabelled images"
+        )
     if patience and "validation" not in dataset.splits:
         raise ValueError(
             f"patience is {patience}, which needs validation images: give data.validation, or leave patience at 0"
@@ -182,12 +216,12 @@ def fingerprint(dataset: Dataset) -> dict:
 
 
 def describe_batches(dataset: Dataset, batch_size: int) -> dict:
-    """What an objective may ask about its batches."""
-    size = len(dataset.splits["train"].label)
+    """What an objective may ask about its batches; `labelled_share` is the mean share of labelled examples in a batch."""
+    label, each = dataset.splits["train"].label, dataset.labelled_per_batch
     return {
-        "train_size": size,
-        "steps_per_epoch": size // batch_size,
-        "labelled_share": labelled_share(dataset, batch_size),
+        "train_size": len(label),
+        "steps_per_epoch": len(label) // batch_size,
+        "labelled_share": each / batch_size if each else float(np.mean(label >= 0)),
         "binarize": dataset.binarize,
     }
 

@@ -125,7 +125,10 @@ def import_loggers(log_to: str) -> dict[str, Any]:
             package = f"{PACKAGES[name]}, which is not installed: pip install {PACKAGES[name]}"
             raise ValueError(f"{name} in run.log_to needs {package}") from None
         if getattr(modules[name], "__file__", None) is None:  # W&B leaves a folder of this name where it was run
-            raise ValueError(f"{name} in run.log_to needs its package, not the folder {name} here: pip install {name}")
+            package = PACKAGES[name]
+            raise ValueError(
+                f"{name} in run.log_to needs its package, not the folder {package} here: pip install {package}"
+            )
     return modules
 
 

@@ -17,10 +17,9 @@ from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
 from vae_jax.run.feed import make_feed
 from vae_jax.run.hosts import NotPrimary, gather, raise_on_all_hosts
-from vae_jax.run.job import Job
+from vae_jax.run.job import Job, make_programs
 from vae_jax.run.loggers import Loggers, Run
 from vae_jax.run.profile import Profile
-from vae_jax.run.programs import make_programs
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed
 from vae_jax.steps import Total, TrainState
@@ -230,12 +229,7 @@ class Loop:
     def draw(self, epoch: int, state: TrainState, arrays: dict[str, np.ndarray]) -> None:
         """Draw the figures for the first seed."""
         job, variables = self.job, self.devices.local_copy(state.eval_variables)
-        figures = job.figures(
-            first_seed(variables, job.seeds),
-            arrays,
-            self.directory.history,
-            job.baselines(),
-        )
+        figures = job.figures(first_seed(variables, job.seeds), arrays, self.directory.history, job.baselines())
         self.directory.save_figures(figures, epoch)
         self.loggers.show(epoch * self.per_epoch, self.directory.path / "figures")
 

@@ -10,38 +10,36 @@ STAY = 0.5  # share of a device's memory; larger images are sent for each call, 
 
 
 class TooLarge(ValueError):
-    """Raised for something that memory cannot hold.
+    """Raised for something that memory cannot hold, because it needs `nbytes`."""
 
-    Attributes:
-        nbytes: the bytes that it needs.
-    """
-
-    nbytes = 0
+    def __init__(self, message: str, nbytes: int):
+        super().__init__(message)
+        self.nbytes = nbytes
 
 
-def free(device: Any = None) -> tuple[int, str]:
-    """A device's memory in bytes, or the host's free memory if the device names no limit, and the name of the place.
+def available(device: Any = None) -> tuple[int, str]:
+    """A device's memory in bytes, or the host's free memory if the device names no limit, and the same in words.
 
     Args:
         device: None means the host.
     """
-    limit = (device.memory_stats() or {}).get("bytes_limit") if device else None
-    return (limit, device.device_kind) if limit else (psutil.virtual_memory().available, "this machine")
+    if limit := (device.memory_stats() or {}).get("bytes_limit") if device else None:
+        return limit, f"{device.device_kind} has {gib(limit)}"
+    room = psutil.virtual_memory().available
+    return room, f"this machine has {gib(room)} free"
 
 
 def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> None:
-    """Raise TooLarge, a ValueError, if `nbytes` exceeds the memory that `free` returns.
+    """Raise TooLarge, a ValueError, if `nbytes` exceeds the memory that `available` returns.
 
     Args:
         what: subject of the message, such as "three copies of mnist".
         way_out: what the user can do.
         device: None means the host.
     """
-    limit, place = free(device)
+    limit, said = available(device)
     if nbytes > limit:
-        error = TooLarge(f"{what} need {gib(nbytes)} of memory, but {place} has {gib(limit)} free: {way_out}")
-        error.nbytes = nbytes
-        raise error
+        raise TooLarge(f"{what} need {gib(nbytes)} of memory, but {said}: {way_out}", nbytes)
 
 
 def gib(nbytes: int) -> str:
@@ -50,7 +48,7 @@ def gib(nbytes: int) -> str:
 
 def stays_on(device: Any, nbytes: int) -> bool:
     """Whether training images of `nbytes` bytes stay on the device throughout training."""
-    return nbytes <= STAY * free(device)[0]
+    return nbytes <= STAY * available(device)[0]
 
 
 def check_fits(job: Any, device: Any) -> None:

@@ -4,6 +4,7 @@ import itertools
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -17,24 +18,12 @@ from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
 from vae_jax.run.checkpoint import Checkpoints
-from vae_jax.run.config import (
-    RunOptions,
-    argument_docs,
-    bind,
-    changes,
-    choose,
-    fields,
-    fill_in,
-    make_title,
-    nearest,
-    signatures,
-    split_fields,
-)
+from vae_jax.run.config import RunOptions, argument_docs, bind, choose, fields, fill_in, make_title, nearest, signatures
 from vae_jax.run.devices import Devices, enable_compilation_cache
-from vae_jax.run.directory import FIELDS, RunDirectory, read_config
+from vae_jax.run.directory import SECTIONS, RunDirectory, check_same_config, read_config
 from vae_jax.run.environment import environment
 from vae_jax.run.evaluate import as_seen
-from vae_jax.run.files import check_reachable, describe_os_error
+from vae_jax.run.files import check_reachable, explained
 from vae_jax.run.job import Job, check_data, describe_batches, describe_data, describe_numbers, fingerprint
 from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import train
@@ -133,8 +122,8 @@ class Sections(NamedTuple):
 def bind_sections(data: Mapping, model: Mapping, objective: Mapping, optimizer: Mapping, run: Mapping) -> Sections:
     """Check names, types, and the ranges that do not depend on data. Raises ValueError, naming the field."""
     family, of_model = choose("model", FAMILIES, model)
-    of_average, rest = split_fields(ema, optimizer)
-    make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, rest)
+    make_optimizer, of_optimizer = choose("optimizer", OPTIMIZERS, optimizer)
+    of_average = {name: of_optimizer.pop(name) for name in fields(ema) if name in of_optimizer}
     groups = getattr(family, "GROUPS", ())
     make_optimizer = partial(fill_in, bind("optimizer", make_optimizer, of_optimizer), groups=groups)
     make_optimizer(steps=1, batch_size=1)  # checks the ranges
@@ -172,28 +161,18 @@ def direction_of(best: str, family: Family) -> str:
 
 def describe() -> list[tuple[str, str]]:
     """Every config field, with its description by the function that takes it."""
+    docs = argument_docs(make_job)
+    described = {name: docs[name] for name, taken in fields(make_job).items() if taken.annotation is not Mapping}
     names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
-    functions = [("", make_job)]
-    for family, optimizer in itertools.product(FAMILIES.values(), OPTIMIZERS):
-        for section, takers in signatures(family, optimizer).items():
-            functions += [(section, function) for function in takers]
-    described = {}
-    for section, function in functions:
+    for section in SECTIONS:
         if section in names:
-            choices = ", ".join(names[section])
-            described.setdefault(f"{section}.name", f"one of {choices}")
-        docs = argument_docs(function)
-        for name, parameter in fields(function).items():
-            if parameter.annotation is not Mapping:
-                field = f"{section}.{name}" if section else name
-                described.setdefault(field, docs.get(name, ""))
-    return sorted(described.items(), key=lambda item: section_order(item[0]))
-
-
-def section_order(field: str) -> int:
-    """Top-level fields first, then the sections in their order."""
-    section, _, name = field.partition(".")
-    return 1 + [*FIELDS].index(section) if name else 0
+            described[f"{section}.name"] = f"one of {', '.join(names[section])}"
+        for family, optimizer in itertools.product(FAMILIES.values(), OPTIMIZERS):
+            for function in signatures(family, optimizer)[section]:
+                docs = argument_docs(function)
+                for name in fields(function):
+                    described.setdefault(f"{section}.{name}", docs.get(name, ""))
+    return [*described.items()]
 
 
 class Outcome(NamedTuple):
@@ -231,23 +210,18 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
         if devices.is_primary:
             writers = open_run(job, workdir, folder, config, devices.count)
     directory, checkpoints, progress = writers
-    try:
+    failed = f"cannot continue in the work directory {workdir}"
+    with (
+        closing(directory),
+        closing(progress),
+        explained(failed, "the same command continues once it can be written to"),
+    ):
         if job.run.compilation_cache:
             enable_compilation_cache()
         stop = make_stop()
         state = train(job, directory, checkpoints, progress, stop, devices)
         # This also waits: a host that exits while the primary still saves would end the primary.
         stopped_early = hosts.gather(checkpoints.stopped_early)[0]
-    except OSError as error:
-        if error.strerror is None:  # ours, which already names the way out
-            raise
-        raise OSError(
-            f"cannot continue in the work directory {workdir} ({describe_os_error(error)}): "
-            "the same command continues once it can be written to"
-        ) from error
-    finally:
-        progress.close()
-        directory.close()
     step = int(state.step.max())
     return Outcome(step, step if stopped_early else job.steps, directory.summary, stop.signal)
 
@@ -271,19 +245,10 @@ def is_finished(job: Job, workdir: str, folder) -> bool:
 def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> tuple:
     """Open the run directory, its checkpoints and the progress display."""
     command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
-    check = partial(check_same_config, workdir)
-    directory = RunDirectory(workdir, config, command, check)
+    directory = RunDirectory(workdir, config, command)
     metadata = job.metadata | {"environment": environment(devices)}
     checkpoints = Checkpoints(folder, metadata, job.run.keep, job.best)
     progress = Progress(job.steps * job.batch_size * len(job.seeds), job.epochs)
     if job.dataset.notes:
         progress.note(f"the images of {config['data']['name']}: {'; '.join(job.dataset.notes)}")
     return directory, checkpoints, progress
-
-
-def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
-    """Raise ValueError, naming the differing fields, if the run in the work directory has another config."""
-    if changed := changes(stored, config):
-        raise ValueError(
-            f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
-        )
