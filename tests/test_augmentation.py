@@ -172,6 +172,10 @@ def test_the_figure_names_its_arms():
     assert len(above) == len(below) == len(SETTINGS["percentages"])
     names = [label.get_text().split(":")[0] for label in (*above[0].get_yticklabels(), *below[0].get_yticklabels())]
     assert names == [*ARMS, *arms.PAIRS]
+    assert report.GENERATED != report.REAL
+    for axes in above:
+        colors = {name: bars.lines[0].get_color() for name, bars in zip(ARMS, axes.containers)}
+        assert colors == {name: report.GENERATED if name in "dfgh" else report.REAL for name in ARMS}
 
 
 def test_noise_is_chosen_by_the_mean_over_seeds():

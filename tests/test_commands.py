@@ -73,7 +73,21 @@ def test_evaluate_takes_own_images_as_one_more_split(run, tmp_path):
     own = {name.partition("/")[2]: v for name, v in found.items() if name.startswith("mine-")}
     expected = {name: history[-1][f"test/{name}"] for name in ("loss", "kl", "bound", "active_units", "kl_by_latent")}
     assert own.items() >= expected.items()
-    assert not any(name.startswith(("test/", "input/")) for name in found)
+    assert (
+        not any(name.startswith(("test/", "input/")) for name in found) and "what was done to the images" not in found
+    )
+    found = commands.evaluate(path, config, "latest", "test", own=folder_of_two(tmp_path))
+    assert found["what was done to the images"].endswith("1 skipped, which are hidden or no images (note.txt)")
+
+
+def folder_of_two(tmp_path):
+    """The path of a folder with two images and a text."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.zeros((28, 28), np.uint8)).save(folder / f"{name}.png")
+    (folder / "note.txt").write_text("x")
+    return str(folder)
 
 
 @pytest.mark.slow
@@ -86,12 +100,14 @@ def test_evaluate_repeats_the_numbers_of_each_seed(tmp_path):
     assert found.items() >= expected.items()
 
 
-def test_sample(run):
+def test_sample(run, tmp_path):
     path, config, _, _ = run
     found = arrays(commands.sample(path, config, "latest", 7, 3))
     np.testing.assert_array_equal(found["image"], vae_jax.load(path, "latest").sample(7, 3))
-    with pytest.raises(ValueError, match="--labels does not go with --prior=gmm"):
+    with pytest.raises(ValueError, match="--labels and --input do not go with --prior=gmm"):
         commands.sample(path, config, "latest", 7, 3, "gmm", labels=[3])
+    with pytest.raises(ValueError, match="--input\\) is given, but this model does not complete images"):
+        commands.sample(path, config, "latest", 7, 3, own=folder_of_two(tmp_path))
 
 
 @pytest.mark.slow

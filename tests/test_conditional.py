@@ -268,6 +268,11 @@ def test_a_loaded_model_completes_images(tmp_path):
     changed[:, :, 14:] = 0  # the hidden half tells nothing
     np.testing.assert_array_equal(vae.sample(3, image=changed), completed)
     assert vae.log_likelihood(image, samples=3).shape == (3,)
+    np.savez(tmp_path / "mine.npz", image=np.round(255 * image[..., 0]).astype(np.uint8))
+    picture, drawn = commands.sample(str(tmp_path), vae.config, "latest", 5, 0, own=str(tmp_path / "mine.npz"))
+    assert "-mine-" in picture.name
+    left = np.load(drawn)["image"][:, :, :14]
+    np.testing.assert_allclose(left, np.resize(image, (5, 28, 28, 1))[:, :, :14], atol=0.5 / 255 + 1e-6)
     with pytest.raises(ValueError, match="this model completes images: give image="):
         vae.sample(3)
     with pytest.raises(ValueError, match="this model is not conditioned on labels"):

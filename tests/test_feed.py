@@ -19,7 +19,7 @@ from small_run import run_job
 from configs import vae
 from vae_jax import data
 from vae_jax.data import cache
-from vae_jax.run import memory, session
+from vae_jax.run import feed, memory, session
 from vae_jax.run.devices import Devices
 from vae_jax.run.feed import ask_for, make_feed
 from vae_jax.run.log import read_rows
@@ -89,6 +89,26 @@ def test_a_set_twice_as_large_as_memory_trains_to_the_same_bits(images, tmp_path
     assert err.count(message) == 2 and "decoded" not in err
     same_bits(streamed, state)
     assert rows_of(tmp_path / "streamed") == rows_of(tmp_path / "resident")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", ["device", "host"])
+def test_a_small_device_or_a_small_host_alone_changes_no_bit(images, tmp_path, cap, monkeypatch, capsys, small):
+    """A set in memory is streamed to a small device; one in files stays on a device that is large enough."""
+    job, config = make_job(images)
+    state, _ = run_job(job, config, tmp_path / "resident")
+    if small == "host":
+        cap(IMAGES * 64 // 2)
+        job, config = make_job(images)
+        monkeypatch.undo()
+    else:
+        monkeypatch.setattr(feed, "stays_on", lambda device, nbytes: False)
+        job, config = make_job(images)
+    assert isinstance(job.dataset.splits["train"].image, np.memmap) == (small == "host")
+    other, _ = run_job(job, config, tmp_path / "other")
+    assert ("they stay on the host" in capsys.readouterr().err) == (small == "device")
+    same_bits(other, state)
+    assert rows_of(tmp_path / "other") == rows_of(tmp_path / "resident")
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vae_jax import figures
+from vae_jax.run.files import save_film
 
 HISTORY = [
     {
@@ -40,6 +42,18 @@ def test_a_film_shows_the_rows_side_by_side_and_goes_there_and_back():
     for frame, i in zip(frames, [0, 1, 2, 3, 2, 1]):
         expected = np.round(255 * figures.mosaic(image[:, i], 2, margin=1, fill=0.5))
         np.testing.assert_array_equal(frame[::3, ::3], expected)
+
+
+def test_a_film_is_saved_frame_by_frame_and_loops(tmp_path):
+    frames = [np.full((20, 30, 3), value, np.uint8) for value in (0, 120, 255)]
+    save_film(frames, tmp_path / "film.webp", milliseconds=70)
+    with Image.open(tmp_path / "film.webp") as film:
+        assert film.n_frames == 3 and film.info["loop"] == 0 and film.size == (30, 20)
+        for i, frame in enumerate(frames):
+            film.seek(i)
+            film.load()
+            assert film.info["duration"] == 70
+            np.testing.assert_allclose(np.asarray(film.convert("RGB")), frame, atol=3)
 
 
 def test_training_curve_shows_the_rows_and_the_baselines(tmp_path):

@@ -141,15 +141,17 @@ def test_nothing_is_skipped_silently(tmp_path):
         for i in range(4):
             save(tmp_path / name / f"{i}.png", np.full((8, 8), i))
     save(tmp_path / "cats" / "old" / "0.png", np.zeros((8, 8)))
+    save(tmp_path / "2023" / "january" / "0.png", np.zeros((8, 8)))
+    (tmp_path / "2023" / "plan.txt").write_text("x")
     (tmp_path / "birds").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "dogs" / ".DS_Store").write_text("x")
     dataset, _ = load(tmp_path)
     assert dataset.num_classes == 2
     assert dataset.notes == (
-        "2 skipped, which are hidden or no images (notes.txt, .DS_Store)",
+        "3 skipped, which are hidden or no images (notes.txt, plan.txt, .DS_Store)",
         "no class made of folders without images: 1 (birds)",
-        "folders below a class left out: 1 (old)",
+        "folders inside subfolders left out: 2 (january, old)",
     )
 
 

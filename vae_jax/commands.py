@@ -71,7 +71,8 @@ def evaluate(
             vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
     judged = verdict(found | ledger, split, job.baselines()) if full else {}
-    return found | ledger | job.baselines() | judged
+    notes = {"what was done to the images": "; ".join(examples.notes)} if own is not None and examples.notes else {}
+    return found | ledger | job.baselines() | notes | judged
 
 
 def sample(
@@ -83,25 +84,33 @@ def sample(
     prior: str = "model",
     labels: list[int] | None = None,
     files: bool = False,
+    own: str | None = None,
 ) -> list[Any]:
     """Write images decoded from the prior as a grid and as .npz; "gmm" also gives the test bound under both priors.
 
-    `files` writes one PNG per image instead. A model that is conditioned on labels takes the given labels in turn.
+    `files` writes one PNG per image instead. A conditional model takes the given labels, or the images to complete at the
+    path `own`, in turn.
     """
+    condition = ""
     if prior == "model":
-        vae = load_able(workdir, checkpoint, decode_raw="decoder")
-        given = {} if labels is None else {"label": np.resize(np.array(labels), count)}
-        image, lines, of = vae.sample(count, seed, **given), [], "the prior"
-    else:
+        vae, given, lines, of = load_able(workdir, checkpoint, decode_raw="decoder"), {}, [], "the prior"
         if labels is not None:
-            raise ValueError("--labels does not go with --prior=gmm, which is for models without labels")
+            given["label"] = np.resize(np.array(labels), count)
+            condition += f"-labels{'-'.join(map(str, labels))}"
+        if own is not None:
+            examples = read_own(vae, own)
+            given["image"] = np.resize(examples.image, (count, *vae.image_shape))
+            condition, lines = f"{condition}-{examples.file}", [*examples.notes]
+        image = vae.sample(count, seed, **given)
+    else:
+        if labels is not None or own is not None:
+            raise ValueError("--labels and --input do not go with --prior=gmm: a mixture takes no condition")
         vae, dataset = load_with_data(workdir, config, checkpoint)
         gmm, lines = fit_prior(vae, dataset)
         z = gmm.sample(vae.variables, jax.random.key(seed), count)
         image, of = vae.decode(z), "a mixture fitted to the posteriors"
     title = f"{count} images decoded from {of}: {vae.title}"
-    name = f"sample-step{vae.step}-count{count}-seed{seed}" + ("" if prior == "model" else f"-{prior}")
-    name += "" if labels is None else f"-labels{'-'.join(map(str, labels))}"
+    name = f"sample-step{vae.step}-count{count}-seed{seed}{condition}" + ("" if prior == "model" else f"-{prior}")
     if files:
         return [*save_each(workdir, name, image), *lines]
     return save(workdir, name, figures.image_grid(image, title), image=image) + lines

@@ -62,8 +62,9 @@ def read_unlabelled(vae: Pretrained, path: str) -> Examples:
 def read_own(model: Pretrained, path: str) -> Examples:
     """Read images, prepared like those that the model was trained on. Raises ValueError if they do not fit it."""
     height, width, channels = model.image_shape
-    wanted = data.Preparation(model.config["data"].get("size", 0), "grey" if channels == 1 else "colour")
-    names, image, notes = data.read_images(path, wanted)
+    section = model.config["data"]
+    wanted = data.Preparation(section.get("size", 0), "grey" if channels == 1 else "colour")
+    names, image, notes = data.read_images(path, wanted, section.get("skip_unreadable", False))
     if image.shape[1:] != model.image_shape:
         raise ValueError(
             f"{path} does not fit the model: images of {image.shape[2]}x{image.shape[1]}, but it takes {width}x{height}, "

@@ -16,7 +16,7 @@ from vae_jax.run.presets import expand
 MODES = {  # mode -> the flags that it takes besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
     "evaluate": "checkpoint split full samples count prior input",
-    "sample": "checkpoint count sample_seed prior labels files",
+    "sample": "checkpoint count sample_seed prior labels input files",
     "reconstruct": "checkpoint split count input",
     "interpolate": "checkpoint split count images labels input",
     "traverse": "checkpoint split count images labels input all",
@@ -36,7 +36,8 @@ PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture 
 FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
 images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
 INPUT = """Your own images, prepared as those of the training were: a folder, image files with commas between them, or an .npz with
-`image`. For predict, and in place of --split for evaluate, reconstruct, interpolate, traverse and encode."""
+`image`. For predict, for sample of a model that completes images, and in place of --split for evaluate, reconstruct, interpolate,
+traverse and encode."""
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS

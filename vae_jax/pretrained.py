@@ -192,10 +192,10 @@ class Pretrained:
         labels = self._labels(count, label)
         if not self._sees_images:
             if image is not None:
-                raise ValueError("image is given, but this model does not complete images: leave it out")
+                raise ValueError("image (or --input) is given, but this model does not complete images: leave it out")
             return np.asarray(self.model.condition(None, labels)) if self.model.condition_on else None
         if image is None:
-            raise ValueError("this model completes images: give image=, whose visible part it keeps")
+            raise ValueError("this model completes images: give image= (or --input), whose visible part it keeps")
         image = self._as_seen(image)
         if len(image) not in (1, count):
             raise ValueError(f"there are {len(image)} images, but must be 1 or {count}")

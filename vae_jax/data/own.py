@@ -78,7 +78,7 @@ def fit_splits(splits: list[Split], wanted: Preparation) -> tuple[list[Split], l
 
 
 def read_images(
-    path: str, wanted: Preparation
+    path: str, wanted: Preparation, skip_unreadable: bool = False
 ) -> tuple[list[str], UInt8[np.ndarray, "n height width channel"], list[str]]:
     """Read images to use a model on: their names (positions or files), their pixels, and notes on what was done.
 
@@ -96,7 +96,7 @@ def read_images(
     missing = [str(file) for file in files if not file.exists()]
     if missing:
         raise ValueError(f"there is no file {', '.join(missing)}")
-    _, image, notes = read_files(files, path, wanted, False, "give one that can be read")
+    _, image, notes = read_files(files, path, wanted, skip_unreadable, "give one that can be read")
     names = [str(file.relative_to(folder)) if folder else str(file) for file in files]
     return names, image, notes + ignored
 
@@ -223,20 +223,20 @@ def _find_images(name, folder):
             raise ValueError(
                 f"{name} holds images both beside its subfolders ({beside[0].name}) and in them: give each a subfolder, or none"
             )
-        if not own:
-            empty.append(path)
-            continue
-        found.files.extend(own)
-        found.label.extend([len(found.classes)] * len(own))
-        found.classes.append(path.name)
         deeper, ignored = deeper + below, ignored + others
+        if own:
+            found.files.extend(own)
+            found.label.extend([len(found.classes)] * len(own))
+            found.classes.append(path.name)
+        elif not below:
+            empty.append(path)
     if not found.files:
         raise ValueError(f"{name} holds no {KINDS} files, neither itself nor in one subfolder a class")
     found.notes.extend(_ignored(ignored))
     if empty:
         found.notes.append(f"no class made of folders without images: {len(empty)} ({some(empty)})")
     if deeper:
-        found.notes.append(f"folders below a class left out: {len(deeper)} ({some(deeper)})")
+        found.notes.append(f"folders inside subfolders left out: {len(deeper)} ({some(deeper)})")
     return found
 
 
