@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from program import QUICK
 
 from experiments import arms, vaegan_augmentation
 from experiments import augmentation_report as report
@@ -199,7 +200,7 @@ def test_the_conditions_tell_how_the_noise_was_chosen(percentages, percentage):
 @pytest.mark.slow
 def test_the_real_study(tmp_path):
     """From nothing to its summary on the bundled digits; a second start computes nothing."""
-    env = os.environ | {"XLA_FLAGS": ""}  # one device
+    env = os.environ | {"XLA_FLAGS": QUICK}  # one device
 
     def run(command, check=True):
         return subprocess.run(command, check=check, capture_output=True, text=True, env=env)
