@@ -19,7 +19,7 @@ from small_run import run_job, small_job
 
 import vae_jax
 from vae_jax import commands, figures, main
-from vae_jax.arguments import check_integer
+from vae_jax.pretrained.arguments import check_integer
 from vae_jax.run import session
 from vae_jax.run.environment import differences, environment
 from vae_jax.run.output import Output

@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 from small_run import run_job, small_job
 
 import vae_jax
-from vae_jax import commands, data, examples
+from vae_jax import commands, data
 from vae_jax.batch import BINARIZE, Batch, binarize, example_keys
+from vae_jax.commands import examples
 from vae_jax.families import vae
 from vae_jax.run import session
 from vae_jax.run.evaluate import as_seen

@@ -10,7 +10,8 @@ from small_run import run_job, small_job
 
 import vae_jax
 from configs import classifier
-from vae_jax import commands, examples
+from vae_jax import commands
+from vae_jax.commands import examples
 from vae_jax.run import session
 
 

@@ -17,8 +17,8 @@ from configs import classifier, vae
 from vae_jax import commands, export, weights
 from vae_jax.export import for_jax
 from vae_jax.families import FAMILIES
-from vae_jax.loading import stored_config
 from vae_jax.pretrained import Pretrained
+from vae_jax.pretrained.loading import stored_config
 from vae_jax.run import session
 from vae_jax.run.config import changes, defaults
 

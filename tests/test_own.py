@@ -14,8 +14,9 @@ from small_run import run_job
 
 import vae_jax
 from configs import vae
-from vae_jax import batch, commands, data, examples, families
+from vae_jax import batch, commands, data, families
 from vae_jax.batch import Dataset, Split, mean_image
+from vae_jax.commands import examples
 from vae_jax.data.images import SMALLEST
 from vae_jax.evaluation import baselines
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_vae_baselines, mean_square_distance

@@ -151,7 +151,7 @@ def train(config: dict, workdir: str) -> None:
 def use(mode: str, config: dict | None, workdir: str) -> None:
     """Run a mode on a trained model and print its results. Raises ValueError or OSError for bad input."""
     from vae_jax import commands, weights
-    from vae_jax.loading import stored_config
+    from vae_jax.pretrained.loading import stored_config
     from vae_jax.run.config import fill_in
     from vae_jax.run.directory import check_same_config
     from vae_jax.run.environment import check_jax

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vae_jax import generate, show, weights
-from vae_jax.arguments import check_images, check_integer, check_labels, check_latents
+from vae_jax import generate, weights
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
-from vae_jax.loading import load_variables, make_model
+from vae_jax.pretrained import show
+from vae_jax.pretrained.arguments import check_images, check_integer, check_labels, check_latents
+from vae_jax.pretrained.loading import load_variables, make_model
 from vae_jax.priors import Prior
 from vae_jax.run.config import make_title
 

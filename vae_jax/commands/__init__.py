@@ -10,9 +10,7 @@ import numpy as np
 
 from vae_jax import figures, generate, weights
 from vae_jax.batch import Split
-from vae_jax.evaluation.latents import tsne_plane
-from vae_jax.evaluation.verdict import verdict
-from vae_jax.examples import (
+from vae_jax.commands.examples import (
     check_able,
     check_trained_on,
     choose_images,
@@ -23,11 +21,13 @@ from vae_jax.examples import (
     read_own,
     read_unlabelled,
 )
+from vae_jax.evaluation.latents import tsne_plane
+from vae_jax.evaluation.verdict import verdict
 from vae_jax.export import export as export_model
 from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
-from vae_jax.loading import load_variables
 from vae_jax.pretrained import of_seed
+from vae_jax.pretrained.loading import load_variables
 from vae_jax.run.files import as_csv, atomic_file, local_path, save_figure, save_film, save_image, write_atomically
 from vae_jax.run.session import build
 
