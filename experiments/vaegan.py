@@ -4,10 +4,12 @@
 
 Trains each method for the same number of steps, one run directory for each method and seed, then compares images from the prior and
 reconstructions with the test images. Each finished measurement is one line of results.jsonl, so the same command resumes an
-interrupted comparison.
+interrupted comparison. The runs of a seed whose four lines are there are no longer needed, except for the picture, which
+shows the first seed with all its runs.
 """
 
 import functools
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,11 @@ class Comparison:
         self._of_test = self._featurize(self._test)
         self._real = manifold(self._of_test)
 
+    def folder(self, method: str, seed: int) -> Path:
+        return self._workdir / f"{method}-seed{seed}"
+
     def load(self, method: str, seed: int) -> Any:
-        return vae_jax.load(str(self._workdir / f"{method}-seed{seed}"))
+        return vae_jax.load(str(self.folder(method, seed)))
 
     def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Compare samples from the prior, and reconstructions if the method trains an encoder, with the test images.
@@ -89,7 +94,7 @@ class Comparison:
                 "classifier_error": half_squared(self._of_test, self._featurize(again)),
                 "discriminator_error": half_squared(look(self._test), look(again)),
             }
-        last = launch.last_test(self._workdir / f"{method}-seed{seed}")
+        last = launch.last_test(self.folder(method, seed))
         return numbers | {"training_seconds": last["seconds"], "kl": last["test/kl"]}
 
     def floor(self) -> dict[str, Any]:
@@ -177,19 +182,23 @@ def main() -> None:
     comparison = Comparison(study.path, dataset, count)
     compute_once(study, "floor", comparison.floor)
     compute_once(study, "speed", functools.partial(speeds, base))
-    for seed in range(given.seeds):
-        for method, changed in METHODS.items():
-            fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | changed
-            command = launch.make_command(base, study.path / f"{method}-seed{seed}", fields, given.manual_dir)
-            launch.run(command)
-            compute_once(study, "model", comparison.measure, method=method, seed=seed)
+
+    def train_and_measure(method, seed):
+        fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | METHODS[method]
+        launch.run(launch.make_command(base, comparison.folder(method, seed), fields, given.manual_dir))
+        return comparison.measure(method, seed)
+
+    for seed, method in itertools.product(range(given.seeds), METHODS):
+        compute_once(study, "model", train_and_measure, method=method, seed=seed)
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs, {seeds}"
-    models = {method: comparison.load(method, 0) for method in TITLES}
-    save_figure(draw(models, dataset, title), study.path / "vaegan.png")
     note = f"{count} images each. Errors are half squared ones, of reconstructions of the mean code."
-    picture = "![Samples and reconstructions](vaegan.png)"
-    launch.write_summary(study.path, title, markdown_table(table(study.rows)), note, picture)
+    page = [markdown_table(table(study.rows)), note]
+    if complete := [s for s in range(given.seeds) if all(comparison.folder(name, s).exists() for name in TITLES)]:
+        models = {method: comparison.load(method, complete[0]) for method in TITLES}
+        save_figure(draw(models, dataset, title), study.path / "vaegan.png")
+        page.append("![Samples and reconstructions](vaegan.png)")
+    launch.write_summary(study.path, title, *page)
 
 
 if __name__ == "__main__":
