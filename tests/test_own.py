@@ -3,6 +3,7 @@
 import csv
 import json
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -167,6 +168,10 @@ def test_unreadable_files_are_named_counted_and_refused_or_left_out(tmp_path):
     assert (
         len(image) == 8 and dataset.notes[-1] == "2 of 10 left out, which cannot be read (photo100.heic, photo101.jpg)"
     )
+    (tmp_path / "a.heic").write_bytes(b"x")
+    names, pixels, _ = data.read_images(name, data.Preparation(16), skip_unreadable=True)
+    assert [Path(file).stem for file in names] == [f"photo{i:03}" for i in range(8)] and len(pixels) == 8
+    (tmp_path / "a.heic").unlink()
     for path in tmp_path.glob("photo00*"):
         path.unlink()
     refused("cannot read the image .*photo100.heic", name=name, size=16, skip_unreadable=True)

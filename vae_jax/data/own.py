@@ -96,8 +96,8 @@ def read_images(
     missing = [str(file) for file in files if not file.exists()]
     if missing:
         raise ValueError(f"there is no file {', '.join(missing)}")
-    _, image, notes = read_files(files, path, wanted, skip_unreadable, "give one that can be read")
-    names = [str(file.relative_to(folder)) if folder else str(file) for file in files]
+    kept, image, notes = read_files(files, path, wanted, skip_unreadable, "give one that can be read")
+    names = [str(files[i].relative_to(folder)) if folder else str(files[i]) for i in kept]
     return names, image, notes + ignored
 
 
