@@ -49,7 +49,6 @@ def evaluate(
     """The metrics of a checkpoint on a split, as training logs them, and the baselines of the training images.
 
     The images at the path `own`, if given, form another split, named after the path and their hash.
-
     `full` adds the numbers of `full_evaluation` and a verdict in words. With the prior "gmm", a mixture replaces the
     model's prior in these numbers.
     """
@@ -65,12 +64,12 @@ def evaluate(
     choose_split(job.dataset, split)
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
-    found, ledger = {"step": metadata["step"]} | named, job.ledger(named, split)
+    found, ledger, judged = {"step": metadata["step"]} | named, job.ledger(named, split), {}
     if full:
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
-    judged = verdict(found | ledger, split, job.baselines()) if full else {}
+        judged = verdict(found | ledger, split, job.baselines())
     notes = {"what was done to the images": "; ".join(examples.notes)} if own is not None and examples.notes else {}
     return found | ledger | job.baselines() | notes | judged
 
@@ -91,16 +90,17 @@ def sample(
     `files` writes one PNG per image instead. A conditional model takes the given labels, or the images to complete at the
     path `own`, in turn.
     """
-    condition = ""
     if prior == "model":
-        vae, given, lines, of = load_able(workdir, checkpoint, decode_raw="decoder"), {}, [], "the prior"
+        vae, of = load_able(workdir, checkpoint, decode_raw="decoder"), "the prior"
+        given, lines, named = {}, [], ""
         if labels is not None:
             given["label"] = np.resize(np.array(labels), count)
-            condition += f"-labels{'-'.join(map(str, labels))}"
+            named += f"-labels{'-'.join(map(str, labels))}"
         if own is not None:
             examples = read_own(vae, own)
             given["image"] = np.resize(examples.image, (count, *vae.image_shape))
-            condition, lines = f"{condition}-{examples.file}", [*examples.notes]
+            named += f"-{examples.file}"
+            lines += examples.notes
         image = vae.sample(count, seed, **given)
     else:
         if labels is not None or own is not None:
@@ -108,9 +108,9 @@ def sample(
         vae, dataset = load_with_data(workdir, config, checkpoint)
         gmm, lines = fit_prior(vae, dataset)
         z = gmm.sample(vae.variables, jax.random.key(seed), count)
-        image, of = vae.decode(z), "a mixture fitted to the posteriors"
+        image, of, named = vae.decode(z), "a mixture fitted to the posteriors", f"-{prior}"
     title = f"{count} images decoded from {of}: {vae.title}"
-    name = f"sample-step{vae.step}-count{count}-seed{seed}{condition}" + ("" if prior == "model" else f"-{prior}")
+    name = f"sample-step{vae.step}-count{count}-seed{seed}{named}"
     if files:
         return [*save_each(workdir, name, image), *lines]
     return save(workdir, name, figures.image_grid(image, title), image=image) + lines
