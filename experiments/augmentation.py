@@ -22,15 +22,13 @@ from absl import flags
 import vae_jax
 from experiments import arms, augmentation_report, launch
 from experiments.arms import ARMS, SCALES, SHARES, SWEEP, Arm
-from experiments.study import compute_once, open_study
+from experiments.study import compute_once, open_study, settings_of
 from experiments.trainer import Trainer
 from vae_jax import data, generate
 from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label
 from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
-from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import atomic_file, local_path
-from vae_jax.run.job import fingerprint
 from vae_jax.run.log import OwnedDirectory
 
 SWEPT = 10_000  # images perturbed at each noise scale of the sweep
@@ -200,10 +198,7 @@ def make_settings(given: flags.FlagValues, dataset: Dataset) -> dict:
         raise ValueError(f"{given.data} has unlabelled images, but the study needs a label for each")
     size = len(arms.halves(dataset.splits["train"])[1].label)
     classes = dataset.num_classes
-    return {
-        "format": FORMAT,
-        "data": given.data,
-        "images": fingerprint(dataset),
+    return settings_of(given.data, dataset) | {
         "percentages": arms.check_percentages(given.percentages, size, classes),
         "seeds": given.seeds,
         "steps": given.steps,

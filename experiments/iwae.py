@@ -3,8 +3,8 @@
     python -m experiments.iwae --workdir=runs/iwae [--samples=1,5,50] [--epochs=60] [--seeds=3]
 
 Network, data and evaluation are the paper's: 5,000 samples on all 10,000 test images. The training is shorter and modern: batches
-of 128, shuffled, and a one-cycle schedule; the paper's own 3,280 epochs are configs/vae.py:iwae_paper. The same command resumes
-an interrupted experiment, its evaluation included.
+of 128, shuffled, and a one-cycle schedule; the paper's own 3,280 epochs are configs/vae.py:iwae_paper. Each finished number of
+samples is one line of results.jsonl, so the same command resumes an interrupted experiment, its evaluation included.
 """
 
 from pathlib import Path
@@ -15,6 +15,7 @@ from absl import flags
 import vae_jax
 from experiments import launch
 from experiments.likelihoods import with_interval
+from experiments.study import compute_once, open_study, settings_of
 from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.latents import active_units
@@ -23,7 +24,7 @@ from vae_jax.full_evaluation.likelihood import weigh
 from vae_jax.full_evaluation.subject import Subject
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen
-from vae_jax.run.files import json_line, local_path, write_atomically
+from vae_jax.run.files import local_path
 from vae_jax.run.report import markdown_table
 
 RECIPE = {
@@ -44,16 +45,6 @@ PUBLISHED = {  # -log p(x) of IWAE in nats after the paper's 3,280 epochs; the p
 }
 
 
-def commands(workdir: Path, samples: list[int], fields: dict, manual_dir: str) -> dict[int, list[str]]:
-    """{samples of the objective: command}."""
-    return {
-        k: launch.make_command(
-            "configs/vae.py", workdir / f"k{k}", fields | RECIPE | {"objective.samples": k}, manual_dir
-        )
-        for k in samples
-    }
-
-
 def evaluate(run: Path, seed: int, dataset: Dataset, samples: int, count: int) -> dict[str, float]:
     """The test numbers of one seed: NLL, effective sample size and active units."""
     vae = vae_jax.load(str(run), seed=seed)
@@ -67,38 +58,42 @@ def evaluate(run: Path, seed: int, dataset: Dataset, samples: int, count: int) -
     }
 
 
-def table(found: dict[int, list[dict[str, float]]]) -> list[list[str]]:
-    """One row per k: means over the seeds, and published results."""
-    cells = [["samples k", "-log p(x), nats", "active units", "effective sample size", *PUBLISHED]]
-    for k, seeds in found.items():
-        nll = [numbers["nll"] for numbers in seeds]
+def table(rows: list[dict], data_name: str) -> list[list[str]]:
+    """One row per k: means over the seeds, and the published results on MNIST."""
+    published = PUBLISHED if data_name == "mnist" else {}
+    cells = [["samples k", "-log p(x), nats", "active units", "effective sample size", *published]]
+    for row in sorted(rows, key=lambda row: row["k"]):
+        k, nll = row["k"], row["nll"]
         mean, interval = mean_and_interval(nll) if len(nll) > 1 else (nll[0], None)
-        others = (np.mean([numbers[name] for numbers in seeds]) for name in ("active_units", "effective_sample_size"))
-        known = [f"{values[k]:.2f}" if k in values else "" for values in PUBLISHED.values()]
+        others = (np.mean(row[name]) for name in ("active_units", "effective_sample_size"))
+        known = [f"{values[k]:.2f}" if k in values else "" for values in published.values()]
         cells.append([str(k), with_interval(mean, interval), *(f"{value:.1f}" for value in others), *known])
     return cells
 
 
 def main() -> None:
     given = flags.FLAGS
-    workdir = local_path(given.workdir)
-    samples = [int(k) for k in given.samples]
-    fields = {"epochs": given.epochs, "seeds": given.seeds, "data.name": given.data}
     dataset = data.load(name=given.data, manual_dir=given.manual_dir, binarize="dynamic")
     count = min(given.count, len(dataset.splits["test"].label))
-    found = {}
-    for k, command in commands(workdir, samples, fields, given.manual_dir).items():
-        launch.run(command)
-        found[k] = [
-            evaluate(workdir / f"k{k}", seed, dataset, given.importance_samples, count) for seed in range(given.seeds)
-        ]
-    rows = [{"k": k, "seed": seed, **numbers} for k, seeds in found.items() for seed, numbers in enumerate(seeds)]
-    write_atomically(workdir / "rows.jsonl", "".join(map(json_line, rows)))
+    own = {"epochs": given.epochs, "seeds": given.seeds}
+    settings = settings_of(given.data, dataset) | own
+    settings |= {"importance_samples": given.importance_samples, "count": count}
+    study = open_study(local_path(given.workdir), settings)
+
+    def train_and_evaluate(k):
+        run = study.path / f"k{k}"
+        fields = own | {"data.name": given.data, "objective.samples": k} | RECIPE
+        launch.run(launch.make_command("configs/vae.py", run, fields, given.manual_dir))
+        seeds = [evaluate(run, seed, dataset, given.importance_samples, count) for seed in range(given.seeds)]
+        return {name: [numbers[name] for numbers in seeds] for name in seeds[0]}
+
+    for k in map(int, given.samples):
+        compute_once(study, "model", train_and_evaluate, k=k)
     title = f"Importance-weighted autoencoders: {given.data}, {given.epochs} epochs, {given.seeds} seeds"
     note = (
         f"{given.importance_samples} samples of z for each of {count} test images. Intervals are 95 %, over the seeds."
     )
-    launch.write_summary(workdir, title, markdown_table(table(found)), note)
+    launch.write_summary(study.path, title, markdown_table(table(study.rows, given.data)), note)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,19 @@
 
 Trains the post's network by the recipe of configs/vae.py:best under each likelihood, one run directory each. The summary has
 one table for each kind of number, since a density, a mass on 256 levels and a mass on two cannot be compared, and one
-picture. The same command resumes an interrupted experiment.
+picture of the runs that are there. Each finished likelihood is one line of results.jsonl, so the same command resumes an
+interrupted experiment.
 """
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from absl import flags
 
+import vae_jax
 from experiments import ablations, launch
+from experiments.study import compute_once, open_study, settings_of
 from vae_jax import data
 from vae_jax.evaluation.baselines import convert
 from vae_jax.likelihoods import DENSITY
@@ -32,34 +35,40 @@ FIELDS = {  # what each likelihood changes in the config
 }
 
 
-def commands(workdir: Path, fields: dict, manual_dir: str, chosen: Sequence[str] = (*FIELDS,)) -> dict[str, list[str]]:
-    """{likelihood: command}, with `fields` overridden in all; log p(x) is not estimated, as no table shows it."""
-    fields = fields | {"run.likelihood_samples": 0}
-    return {
-        name: launch.make_command(
-            "configs/vae.py:best", workdir / name, fields | {"model.likelihood": name} | own, manual_dir
-        )
-        for name, own in FIELDS.items()
-        if name in chosen
-    }
+def command(run: Path, name: str, fields: dict, manual_dir: str) -> list[str]:
+    """The command that trains under a likelihood; log p(x) is not estimated, as no table shows it."""
+    own = {"model.likelihood": name, "run.likelihood_samples": 0} | FIELDS[name]
+    return launch.make_command("configs/vae.py:best", run, fields | own, manual_dir)
 
 
-def tables(models: list[ablations.Variant]) -> dict[str, list[list[str]]]:
-    """{kind of number: table}: test bound in nats, with its constant, and in bits per dimension; KL, latents, scale."""
+def measure(run: Path) -> dict[str, Any]:
+    """The test numbers of a run, means over its seeds, and of which kind they are.
+
+    -ELBO includes the likelihood's constant. A density has no bits a dimension.
+    """
+    vae, last = vae_jax.load(str(run)), launch.last_test(run)
+    p_x = vae.model.likelihood
+    bound = convert(last["test/bound"], "loss", math.prod(vae.image_shape), p_x.constant)
+    found = {"kind": p_x.support, "bound": bound["nats"]}
+    if p_x.support != DENSITY:
+        found["bits"] = bound["bits a dimension"]
+    names = ("bound/interval", "kl", "kl/interval", "active_units", "scale")
+    return found | {name: last[f"test/{name}"] for name in names if f"test/{name}" in last}
+
+
+def tables(rows: list[dict]) -> dict[str, list[list[str]]]:
+    """{kind of number: table}, from the results of `measure`."""
     found: dict[str, list[list[str]]] = {}
-    for name, vae, last in models:
-        p_x, pixels = vae.model.likelihood, int(np.prod(vae.image_shape))
+    for row in sorted(rows, key=lambda row: [*FIELDS].index(row["likelihood"])):
         heading = ["likelihood", "-ELBO, nats", "bits a dimension", "KL, nats", "active latents", "scale"]
-        cells = found.setdefault(p_x.support, [heading])
-        bound = convert(last["test/bound"], "loss", pixels, p_x.constant)
-        cells.append(
+        found.setdefault(row["kind"], [heading]).append(
             [
-                name,
-                with_interval(bound["nats"], last.get("test/bound/interval")),
-                "none" if p_x.support == DENSITY else f"{bound['bits a dimension']:.4f}",
-                with_interval(last["test/kl"], last.get("test/kl/interval")),
-                f"{last['test/active_units']:.1f}",
-                f"{last['test/scale']:.4f}" if "test/scale" in last else "",
+                row["likelihood"],
+                with_interval(row["bound"], row.get("bound/interval")),
+                f"{row['bits']:.4f}" if "bits" in row else "none",
+                with_interval(row["kl"], row.get("kl/interval")),
+                f"{row['active_units']:.1f}",
+                f"{row['scale']:.4f}" if "scale" in row else "",
             ]
         )
     return found
@@ -72,20 +81,27 @@ def with_interval(mean: float, interval: float | None) -> str:
 
 def main() -> None:
     given = flags.FLAGS
-    workdir = local_path(given.workdir)
-    test = data.load(name=given.data, manual_dir=given.manual_dir).splits["test"]
-    fields = {"epochs": given.epochs, "seeds": given.seeds, "data.name": given.data}
     if unknown := [name for name in given.likelihoods if name not in FIELDS]:
         raise ValueError(f"--likelihoods has {', '.join(unknown)}, but must be some of {', '.join(FIELDS)}")
-    for command in commands(workdir, fields, given.manual_dir, given.likelihoods).values():
-        launch.run(command)
+    dataset = data.load(name=given.data, manual_dir=given.manual_dir)
+    own = {"epochs": given.epochs, "seeds": given.seeds}
+    study = open_study(local_path(given.workdir), settings_of(given.data, dataset) | own)
+
+    def train_and_measure(likelihood):
+        run = study.path / likelihood
+        launch.run(command(run, likelihood, own | {"data.name": given.data}, given.manual_dir))
+        return measure(run)
+
+    for name in given.likelihoods:
+        compute_once(study, "model", train_and_measure, likelihood=name)
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
-    models = ablations.load(workdir, {name: name for name in FIELDS if name in given.likelihoods})
-    save_figure(ablations.draw(models, test, title), workdir / "likelihoods.png")
-    parts = [f"## {kind}\n\n{markdown_table(cells)}" for kind, cells in tables(models).items()]
-    image = "![Samples and reconstructions](likelihoods.png)"
-    launch.write_summary(workdir, title, *parts, image)
+    page = [f"## {kind}\n\n{markdown_table(cells)}" for kind, cells in tables(study.rows).items()]
+    if here := {name: name for name in FIELDS if (study.path / name).exists()}:
+        figure = ablations.draw(ablations.load(study.path, here), dataset.splits["test"], title)
+        save_figure(figure, study.path / "likelihoods.png")
+        page.append("![Samples and reconstructions](likelihoods.png)")
+    launch.write_summary(study.path, title, *page)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m experiments.rate_distortion --workdir=runs/rate-distortion [--data=mnist] [--epochs=5]
 
 Trains the post's VAE for each beta and for each latent size, one run directory each, evaluates each with --full, and draws the
-curve next to the closed-form curve of the best linear VAE. The same command resumes an interrupted experiment.
+curve next to the closed-form curve of the best linear VAE. Each finished run is one line of results.jsonl, so the same command
+resumes an interrupted experiment.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from experiments import launch
+from experiments.study import compute_once, open_study, settings_of
 from vae_jax import commands, data
 from vae_jax.evaluation.baselines import covariance_eigenvalues, linear_rate_distortion
 from vae_jax.run.directory import read_config
@@ -40,10 +42,11 @@ def runs(betas: list[str], latents: list[str]) -> dict[str, dict[str, str]]:
 
 
 def evaluate(workdir: Path, samples: int, count: int) -> dict[str, Any]:
-    """All test numbers of a run. Raises ValueError if it is missing or unfinished."""
-    launch.last_test(workdir)
+    """The table's test numbers of a run, and its latent size; the run directory keeps all numbers."""
     config = read_config(str(workdir))
-    return commands.evaluate(str(workdir), config, "latest", "test", full=True, samples=samples, count=count)
+    numbers = commands.evaluate(str(workdir), config, "latest", "test", full=True, samples=samples, count=count)
+    found = {name: numbers[name] for name in (f"test/{metric}" for metric in COLUMNS) if name in numbers}
+    return {"latent_dim": config["model"]["latent_dim"]} | found
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -85,20 +88,26 @@ def draw(found: Mapping[str, Mapping[str, Any]], eigenvalues: np.ndarray, latent
 
 def main() -> None:
     given = flags.FLAGS
-    workdir = local_path(given.workdir)
     base = launch.config_for("vae", given.data)
     chosen = runs(given.betas, given.latents)
-    for name, fields in chosen.items():
-        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed} | fields
-        launch.run(launch.make_command(base, workdir / name, fields, given.manual_dir))
-    found = {name: evaluate(workdir / name, given.samples, given.count) for name in chosen}
-    training = data.load(name=given.data, manual_dir=given.manual_dir).splits["train"]
+    dataset = data.load(name=given.data, manual_dir=given.manual_dir)
+    settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "seed": given.seed}
+    settings |= {"samples": given.samples, "count": given.count}
+    study = open_study(local_path(given.workdir), settings)
+
+    def train_and_evaluate(run):
+        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed} | chosen[run]
+        launch.run(launch.make_command(base, study.path / run, fields, given.manual_dir))
+        return evaluate(study.path / run, given.samples, given.count)
+
+    found = {name: compute_once(study, "model", train_and_evaluate, run=name) for name in chosen}
     title = f"Rate and distortion: {given.data}, {given.epochs} epochs each, seed {given.seed}"
-    latent_dim = read_config(str(workdir / next(iter(chosen))))["model"]["latent_dim"]
-    save_figure(draw(found, covariance_eigenvalues(training.image), latent_dim, title), workdir / "rate_distortion.png")
+    eigenvalues = covariance_eigenvalues(dataset.splits["train"].image)
+    latent_dim = max(numbers["latent_dim"] for numbers in found.values())
+    save_figure(draw(found, eigenvalues, latent_dim, title), study.path / "rate_distortion.png")
     cells = markdown_table(table(found))
     note = f"-log p(x) of {given.count} images from {given.samples} samples each."
-    launch.write_summary(workdir, title, cells, note, "![Rate and distortion](rate_distortion.png)")
+    launch.write_summary(study.path, title, cells, note, "![Rate and distortion](rate_distortion.png)")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vae_jax.batch import Dataset
 from vae_jax.run.config import changes
+from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import read_json_lines, write_atomically
+from vae_jax.run.job import fingerprint
 from vae_jax.run.log import OwnedDirectory
 
 LEFTOVERS = {"lock", "settings.tmp"}  # left by a study that was killed right after its start
+
+
+def settings_of(name: str, dataset: Dataset) -> dict:
+    """The settings that every study of a data set has: the format of its runs, and the images."""
+    return {"format": FORMAT, "data": name, "images": fingerprint(dataset)}
 
 
 def open_study(path: Path, settings: dict) -> OwnedDirectory:

@@ -24,7 +24,7 @@ from configs import vaegan as config_file
 from experiments import launch
 from experiments.costs import make_run
 from experiments.speed import Peer, measure
-from experiments.study import compute_once, open_study
+from experiments.study import compute_once, open_study, settings_of
 from vae_jax import data, weights
 from vae_jax.batch import Dataset, first_of_each_label
 from vae_jax.evaluation.samples import manifold, sharpness
@@ -33,9 +33,7 @@ from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
 from vae_jax.run import session
-from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path, save_figure
-from vae_jax.run.job import fingerprint
 from vae_jax.run.report import markdown_table
 
 TITLES = {"vae": "VAE", "sharp_vae": "VAE, beta 0.25", "vaegan": "VAE/GAN", "gan": "GAN"}
@@ -176,8 +174,7 @@ def main() -> None:
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
     count = min(given.count, len(dataset.splits["test"].label))
     base = launch.config_for("vaegan", given.data)
-    settings = {"format": FORMAT, "data": given.data, "images": fingerprint(dataset)}
-    settings |= {"epochs": given.epochs, "count": count, "base": base}
+    settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "count": count, "base": base}
     study = open_study(local_path(given.workdir), settings)
     comparison = Comparison(study.path, dataset, count)
     compute_once(study, "floor", comparison.floor)

@@ -18,13 +18,11 @@ from experiments import arms, launch
 from experiments.arms import ARMS
 from experiments.augmentation import Learner, redraw_images, write_half_a
 from experiments.augmentation_report import accuracy_tables
-from experiments.study import compute_once, open_study
+from experiments.study import compute_once, open_study, settings_of
 from experiments.trainer import Trainer
 from vae_jax import data
 from vae_jax.batch import Dataset
-from vae_jax.run.directory import FORMAT
 from vae_jax.run.files import local_path
-from vae_jax.run.job import fingerprint
 from vae_jax.run.report import markdown_table
 
 COMPARED = {
@@ -66,7 +64,7 @@ def main() -> None:
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
     _, half_b = arms.halves(dataset.splits["train"])
     percentages = arms.check_percentages(given.percentages, len(half_b.label), dataset.num_classes)
-    settings = {"format": FORMAT, "data": given.data, "images": fingerprint(dataset), "percentages": percentages}
+    settings = settings_of(given.data, dataset) | {"percentages": percentages}
     settings |= {"seeds": given.seeds, "steps": given.steps, "batch_size": given.batch_size}
     settings |= {name: given[name].value or launch.config_for(name, given.data) for name in ("vae", "vaegan")}
     study = open_study(local_path(given.workdir), settings)
