@@ -129,10 +129,16 @@ def test_missing_file_and_wrong_checksum(tiny_mnist):
 
 
 def test_no_network(tiny_mnist, monkeypatch):
-    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_mnist / "cache"))
     with pytest.raises(OSError, match="cannot download fashion_mnist .*manual_dir.*:digits") as error:
         data.load(name="fashion_mnist")
     assert one_line(error)
+
+
+def test_a_cache_is_never_relative_to_the_working_directory(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    with pytest.raises(OSError, match="here/vae_jax cannot hold .*: set XDG_CACHE_HOME to an absolute path"):
+        data.load(name="fashion_mnist")
 
 
 @pytest.fixture
@@ -150,7 +156,7 @@ def served_mnist(tiny_mnist, monkeypatch):
     address = f":{server.server_address[1]}/"
     infos = {url.replace(":9/", address): i for url, i in builder.url_infos.items()}
     monkeypatch.setattr(builder, "url_infos", infos)
-    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_mnist / "cache"))
     yield server
     server.shutdown()
     server.server_close()
@@ -173,7 +179,7 @@ def test_a_download_with_a_wrong_checksum_is_refused_in_one_line(served_mnist, t
 
 
 def test_a_silent_network_is_given_up_in_time(tiny_mnist, monkeypatch):
-    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_mnist / "cache"))
     monkeypatch.setattr(named, "NETWORK_TIMEOUT", 0.01)
     answered = threading.Event()
 

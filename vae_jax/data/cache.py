@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from vae_jax.batch import Split
-from vae_jax.run.files import explained
+from vae_jax.run.files import cache_folder, explained
 from vae_jax.run.memory import gib
 
 FORMAT = 1
@@ -66,7 +66,7 @@ def cached(source: Path, fields: Mapping[str, Any], read: Read, nbytes: int) -> 
     ValueError if the disk has less than the `nbytes` free that writing takes.
     """
     known = json.dumps([FORMAT, os.path.abspath(source), fields], sort_keys=True)
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vae_jax" / "images"
+    root = cache_folder() / "images"
     name = f"{source.stem[:40]}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     folder = root / name
     failed = f"memory cannot hold the images of {source}, and they cannot be kept in {root}"

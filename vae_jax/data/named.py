@@ -22,7 +22,7 @@ from vae_jax.batch import Split
 from vae_jax.data.cache import store
 from vae_jax.data.images import check_size
 from vae_jax.data.own import split_off_test
-from vae_jax.run.files import local_path
+from vae_jax.run.files import cache_folder, local_path
 
 NETWORK_TIMEOUT = 8  # seconds
 
@@ -44,7 +44,7 @@ def _mnist_family(name, manual_dir):
     import tensorflow_datasets as tfds
 
     url_infos = tfds.builder_cls(name).url_infos
-    folder = local_path(manual_dir) if manual_dir else Path.home() / ".cache" / "vae_jax" / "data" / name
+    folder = local_path(manual_dir) if manual_dir else cache_folder() / "data" / name
     missing = {info.filename: url for url, info in url_infos.items() if not (folder / info.filename).is_file()}
     if missing and manual_dir:
         raise ValueError(

@@ -4,9 +4,8 @@ Each device has a number, its shard, and takes that share of every batch. State 
 no other file has a device axis. Every host runs the same program, and the primary host writes for all.
 """
 
-import os
+import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax._src import compilation_cache
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vae_jax.run.files import cache_folder
 from vae_jax.run.hosts import gather, raise_on_all_hosts
 
 AXIS = "device"
@@ -139,10 +139,10 @@ def _is_key(leaf):
 
 
 def enable_compilation_cache() -> None:
-    """Cache compiled programs in the user's home, unless JAX already has a cache or the user has no home."""
+    """Cache compiled programs in `cache_folder()`, unless JAX already has a cache or the user has no home."""
     # With zstandard installed, JAX would write without a checksum, and one flipped bit would kill the process.
     compilation_cache.zstd = compilation_cache.zstandard = None  # JAX then uses zlib, which verifies a checksum
-    home = Path(os.path.expanduser("~"))
-    if jax.config.jax_compilation_cache_dir is None and home.is_absolute():
-        jax.config.update("jax_compilation_cache_dir", str(home / ".cache" / "vae_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if jax.config.jax_compilation_cache_dir is None:
+        with contextlib.suppress(OSError):
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -19,6 +19,17 @@ def local_path(path: str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def cache_folder() -> Path:
+    """The folder for what can be downloaded or computed again: $XDG_CACHE_HOME/vae_jax, or ~/.cache/vae_jax.
+
+    Raises OSError if the user has no home, or XDG_CACHE_HOME is a relative path.
+    """
+    folder = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vae_jax"
+    if not folder.is_absolute():
+        raise OSError(f"{folder} cannot hold downloads and caches: set XDG_CACHE_HOME to an absolute path")
+    return folder
+
+
 def is_remote(path: str) -> bool:
     """Whether a path is on Google Cloud Storage."""
     return path.startswith("gs://")
