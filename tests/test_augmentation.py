@@ -193,8 +193,9 @@ def test_the_conditions_tell_how_the_noise_was_chosen(percentages, percentage):
     tried = [{"stage": "choice", "share": 1.0, "scale": 0.5, "accuracy": [0.8]}]
     settings = SETTINGS | {"percentages": percentages}
     text = report.conditions(tried, settings)
-    assert f"standard deviation 0.5 in 100 % of the latents, chosen at {percentage:g} %" in text
-    assert "chosen" not in report.conditions([], settings)
+    chosen = f"the best of those tried: arm f trained on {percentage:g} % of half B"
+    assert f"standard deviation 0.5 in 100 % of the latents, {chosen}" in text
+    assert "those tried" not in report.conditions([], settings)
 
 
 @pytest.mark.slow
