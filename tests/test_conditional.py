@@ -112,19 +112,23 @@ def test_without_a_condition_there_is_no_answer():
 
 
 def test_labels_by_bayes_rule():
-    """log p(y | x) = log p(x | y) - lse_y log p(x | y), each the importance-weighted bound given that label."""
+    """log p(y | x) = log p(x | y) - lse_y log p(x | y), each the importance-weighted bound given that label.
+
+    The noise is the same for all images, so an image's result does not depend on its place.
+    """
     model, variables = make(likelihood="bernoulli")
     batch = batch_of()
     found = np.asarray(jax.jit(model.probabilities)(variables, batch.image))
     objective = conditional.make_objective(model, samples=conditional.BAYES_SAMPLES)
     bound = []
     for label in range(3):
-        keys = example_keys(jax.random.key(0), None, batch.index)
+        keys = example_keys(jax.random.key(0), None, jnp.zeros(6, jnp.int32))
         metrics, _ = objective(variables, batch._replace(label=jnp.full(6, label)), keys, False, None)
         bound.append(-np.float64(metrics["bound"]))
     expected = np.exp(bound - np.logaddexp.reduce(bound, axis=0)).T
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert (np.abs(found - 1 / 3) > 0.01).any()
+    np.testing.assert_allclose(model.probabilities(variables, batch.image[4:]), found[4:], rtol=1e-4)
     evidence = np.logaddexp.reduce(bound, axis=0) - math.log(3)
     assert (-evidence <= -np.array(bound)[np.asarray(batch.label), np.arange(6)] + math.log(3)).all()
 
@@ -155,6 +159,48 @@ def test_only_hidden_pixels_count_and_visible_ones_are_kept():
     decoded = generate.decode(net, variables, jnp.zeros((6, 3)))
     np.testing.assert_array_equal(decoded[:, 2:, :2], batch.image[:, 2:, :2])
     assert (decoded[:, :2] != batch.image[:, :2]).all()
+
+
+def test_numbers_of_hidden_pixels_are_divided_by_hidden_pixels():
+    model, _ = make(condition="quadrant3", likelihood="discretised_logistic", scale=0.1)
+    found = conditional.ledger(model, {"test/bound": 8.0}, "test", 16, False, likelihood="discretised_logistic")
+    assert found["the numbers measure"] == "-log of a mass on 0..255, of 4 hidden pixels"
+    assert found["test/bound, bits a dimension"] == pytest.approx(8.0 / (4 * math.log(2)))
+    model, _ = make(condition="quadrant3")
+    found = conditional.ledger(model, {"test/bound": 8.0, "test/reconstruction": 0.5}, "test", 16, False)
+    assert found["test/bound, with its constant, nats"] == pytest.approx(8 + 4 * 0.5 * math.log(2 * math.pi))
+    assert found["test/scale that this error implies"] == pytest.approx(0.5)
+
+
+def test_a_learned_prior_has_no_aggregate_kl():
+    """There is no one p(z) that the aggregate posterior could be compared with."""
+    batch = batch_of()
+    for prior, expected in (("learned", set()), ("standard_normal", {"aggregate_kl"})):
+        model, variables = make(prior=prior)
+        probes = conditional.make_final_probes(model, 3, "none")
+        arrays = jax.device_get(probes.measure(variables, batch, example_keys(jax.random.key(0), None, batch.index)))
+        numbers = probes.reduce(arrays, Split(np.zeros((6, 4, 4, 1), np.uint8), np.asarray(batch.label)))
+        assert {"aggregate_kl"} & set(numbers) == expected and "mutual_information" in numbers
+
+
+def test_an_encoder_of_labels_is_measured_where_labels_are_known():
+    model, variables = make()
+    probes, batch = conditional.make_probes(model), batch_of()
+    label = np.where(np.arange(6) < 4, np.asarray(batch.label), -1).astype(np.int32)
+    arrays = jax.device_get(jax.jit(probes.measure)(variables, batch._replace(label=jnp.asarray(label)), None))
+    numbers = probes.reduce(arrays, Split(np.zeros((6, 4, 4, 1), np.uint8), label))
+    np.testing.assert_allclose(numbers["kl_by_latent"], arrays["kl_by_latent"][:4].mean(axis=0), rtol=1e-6)
+    assert probes.reduce(arrays, Split(np.zeros((6, 4, 4, 1), np.uint8), np.full(6, -1, np.int32))) == {}
+    for label in (3, -1):
+        with pytest.raises(ValueError, match=f"labels go from {label} to {label}, but must be from 0 to 2"):
+            model.condition(batch.image, np.full(6, label))
+
+
+def test_a_regression_refuses_what_only_a_kl_has():
+    model, _ = make(condition="quadrant1", latent_dim=0)
+    for fields in ({"beta": 0.5}, {"warmup_steps": 3}, {"free_bits": 0.1}, {"samples": 2}):
+        with pytest.raises(ValueError, match="model.latent_dim is 0, a regression without KL: leave objective.beta"):
+            conditional.make_objective(model, **fields)
 
 
 def test_a_completion_never_asks_the_encoder():
@@ -228,9 +274,11 @@ def test_a_loaded_model_takes_labels(by_label):
     np.testing.assert_allclose(vae.sample(4, seed=1, label=2)[2], image[2], atol=1e-6)
     mean, _ = vae.encode(image, label=3)
     np.testing.assert_allclose(vae.reconstruct(image, label=3), vae.decode(mean, label=3), atol=1e-6)
-    by_class = [vae.log_likelihood(image, samples=100, label=label) for label in range(10)]
+    by_class = [vae.log_likelihood(image[:1], samples=100, label=label) for label in range(10)]
     expected = np.exp(by_class - np.logaddexp.reduce(by_class, axis=0)).T
-    np.testing.assert_allclose(vae.probabilities(image), expected, rtol=1e-3)
+    np.testing.assert_allclose(vae.probabilities(image)[:1], expected, rtol=1e-3)
+    with pytest.raises(ValueError, match="conditioned on the label: it keeps its prior"):
+        vae.with_prior(standard_normal(4))
     paths = commands.sample(str(path), config, "", 6, 0, labels=[3, 5])
     assert paths[0].name == "sample-step2-count6-seed0-labels3-5.png"
     for written in (
@@ -267,7 +315,9 @@ def test_a_loaded_model_completes_images(tmp_path):
     changed = image.copy()
     changed[:, :, 14:] = 0  # the hidden half tells nothing
     np.testing.assert_array_equal(vae.sample(3, image=changed), completed)
-    assert vae.log_likelihood(image, samples=3).shape == (3,)
+    assert vae.log_likelihood(np.round(image), samples=3).shape == (3,)
+    with pytest.raises(ValueError, match="these images have grey pixels, but a Bernoulli is a likelihood of 0 and 1"):
+        vae.log_likelihood(image, samples=3)
     np.savez(tmp_path / "mine.npz", image=np.round(255 * image[..., 0]).astype(np.uint8))
     picture, drawn = commands.sample(str(tmp_path), vae.config, "latest", 5, 0, own=str(tmp_path / "mine.npz"))
     assert "-mine-" in picture.name

@@ -26,6 +26,7 @@ from vae_jax.evaluation.classification import (
     expected_calibration_error,
 )
 from vae_jax.evaluation.statistics import mean_and_interval
+from vae_jax.evaluation.verdict import verdict
 from vae_jax.families import Probes
 from vae_jax.run import evaluate
 from vae_jax.run.devices import Devices
@@ -385,9 +386,22 @@ def test_cross_entropy_baselines():
     assert found["floor: the entropy of the pixels"] == pytest.approx(h(128 / 255) / 2)
 
 
+TWO_PIXELS = families.vae.make((1, 2, 1), latent_dim=1, network="mlp")
+
+
+def test_thresholded_pixels_have_the_baselines_of_what_the_model_sees():
+    image = np.array([[0, 100], [255, 128]], np.uint8).reshape(2, 1, 2, 1)
+    found = families.vae.baselines(TWO_PIXELS, image, likelihood="bernoulli", binarize="threshold")
+    assert found == pytest.approx({"collapsed model": 2 * np.log(2), "floor: the entropy of the pixels": 0.0})
+
+
 def test_the_histogram_of_each_pixel():
+    """A logistic cannot reach it without latents, so a bound above it does not mean an undertrained model."""
     image = np.array([[0, 7], [0, 9]], np.uint8).reshape(2, 1, 2, 1)
     assert histogram_loss(image) == pytest.approx(np.log(2))
+    found = families.vae.baselines(TWO_PIXELS, image, likelihood="discretised_logistic")
+    numbers = {"test/kl": 2.0, "test/bound": 9.0, "test/active_units": 2}
+    assert found and verdict(numbers, "test", found)["verdict"].startswith("healthy")
 
 
 def test_conventions_convert_into_each_other():

@@ -71,7 +71,7 @@ def test_no_path_of_this_machine_is_exported(run, tmp_path):
     secret = {"manual_dir": "/home/me/files", "name": "/home/me/photos"}
     config = pretrained.config | {"data": pretrained.config["data"] | secret}
     pretrained.metadata["config"] = config
-    found = export.describe(pretrained, str(path), None)
+    found = export.describe(pretrained, str(path))
     assert found["config"]["data"]["name"] == "photos" and "/home/me" not in json.dumps(found)
 
 

@@ -2,15 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_run import run_job, small_job
 
 import vae_jax
 from vae_jax import commands, full_evaluation
+from vae_jax.batch import Dataset, Split
 from vae_jax.evaluation.verdict import verdict
+from vae_jax.families import conditional, vae
+from vae_jax.full_evaluation.picture import draw_evaluation
+from vae_jax.full_evaluation.samples import generate
+from vae_jax.full_evaluation.subject import Subject
 from vae_jax.run import session
+from vae_jax.run.devices import Devices
 
 QUICK = {"split": "test", "full": True, "samples": 12, "count": 40}
 
@@ -115,6 +124,52 @@ def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkey
 def test_bad_numbers_are_refused(run, changes, message):
     with pytest.raises(ValueError, match=message):
         commands.evaluate(*run, "latest", **QUICK | changes)
+
+
+@pytest.mark.parametrize("latent_dim", [0, 1, 2])
+def test_few_latents_are_drawn_too(latent_dim):
+    planes = {f"PCA of {what}": (np.eye(3, 2), np.ones(2)) for what in ("means", "log-variances")}
+    figure = draw_evaluation(
+        {1: 3.0}, np.ones(latent_dim), np.ones(3), planes if latent_dim > 1 else {}, np.arange(3), "Title"
+    )
+    assert len([ax for ax in figure.axes if ax.axison]) == (5 if latent_dim > 1 else 3)
+
+
+def subject_of(model):
+    """A subject with an untrained model and black images."""
+    split = Split(np.zeros((6, 4, 4, 1), np.uint8), np.arange(6, dtype=np.int32) % 3)
+    vae = SimpleNamespace(model=model, variables={}, config={"seed": 0})
+    return Subject(vae, Dataset({"test": split}, 3, True), "test", split, split, Devices())
+
+
+def test_an_encoder_that_is_given_the_label_is_not_probed_for_it():
+    codes = {name: np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32) for name in ("mean", "logvar", "z")}
+    codes["kl"] = np.ones(6, np.float32)
+    found = full_evaluation.latent_numbers(
+        subject_of(conditional.make((4, 4, 1), 3, latent_dim=2, network="mlp")), codes
+    )
+    assert found["linear_probe_accuracy"] == "left out: the encoder is given the label" and "aggregate_kl" in found
+    learned = conditional.make((4, 4, 1), 3, latent_dim=2, network="mlp", prior="learned")
+    found = full_evaluation.latent_numbers(subject_of(learned), codes)
+    assert found["aggregate_kl"] == "left out: each condition has its own prior"
+
+
+def test_pixels_and_components_are_drawn_with_keys_of_their_own(monkeypatch):
+    """The first number of a mixture's draw, and the first number of the pixel noise."""
+    first = vae.make((4, 4, 1), latent_dim=1, network="mlp", hidden=(2,))
+    prior = first.prior._replace(
+        sample=lambda variables, key, count: jnp.tile(jax.random.uniform(jax.random.split(key)[0]), (count, 1))
+    )
+    p_x = first.likelihood._replace(
+        mean=lambda variables, raw: raw, sample=lambda variables, key, raw: jnp.full(raw.shape, jax.random.uniform(key))
+    )
+    model = first._replace(
+        prior=prior,
+        likelihood=p_x,
+        decode_raw=lambda variables, z: jnp.broadcast_to(z[:, :, None, None], (len(z), 4, 4, 1)),
+    )
+    means, draws = generate(subject_of(model), 256)
+    assert abs(means[0, 0, 0, 0] - draws[0, 0, 0, 0]) > 1e-3
 
 
 @pytest.mark.slow

@@ -315,6 +315,8 @@ def test_a_piecewise_rate_is_multiplied_at_its_boundaries():
     fields = {"schedule": "piecewise", "boundaries": (0.3, 0.8), "factors": (0.5, 0.1)}
     rates = learning_rates(make_adam(10, learning_rate=0.1, **fields), 10)
     np.testing.assert_allclose(rates, [0.1] * 3 + [0.05] * 5 + [0.005] * 2, rtol=1e-4)
+    fields = {"schedule": "piecewise", "boundaries": (0.5, 0.52), "factors": (0.1, 0.1)}  # both before the same step
+    np.testing.assert_allclose(learning_rates(make_adam(10, learning_rate=1.0, **fields), 10)[5:], 0.01, rtol=1e-4)
 
 
 def test_clip_norm_shrinks_large_gradients_only():

@@ -50,6 +50,7 @@ class Likelihood(NamedTuple):
         update: (variables, raw, image, weight, axis_name) -> (variables, state): called in training; returns the variables
             for this batch's energy, and the new state; ABSENT if there is no state.
         scale: variables -> the learned scale, a standard deviation for Gaussians; ABSENT if none is learned.
+        covered: share of the pixels that p covers; the others are given, and their energy is 0.
     """
 
     support: str
@@ -62,6 +63,7 @@ class Likelihood(NamedTuple):
     init_state: Callable[[], dict] = ABSENT
     update: Callable[..., tuple[Any, dict]] = ABSENT
     scale: Callable[[Any], Float[Array, ""]] = ABSENT
+    covered: float = 1.0
 
 
 def align(image: Float[Array, "batch h w c"], raw: Float[Array, "*samples batch h w c"]) -> Array:
@@ -127,12 +129,13 @@ def optimal_gaussian() -> Likelihood:
 
         energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w), over all devices and samples
 
-    By the envelope theorem s needs no gradient. Evaluation uses the debiased moving average from training, so the result for
+    By the envelope theorem s needs no gradient, since it minimises the ELBO; with several importance-weighted samples it would.
+    Evaluation uses the debiased moving average from training, so the result for
     an image does not depend on the other images. Source: Rybkin et al. 2021 (sigma-VAE), equation 6.
     """
 
     def variance(variables):
-        state = variables.get("likelihood", {"total": 0.0, "weight": 0.0})
+        state = variables["likelihood"]
         known = state["weight"] > 0
         return jnp.maximum(
             jnp.where(known, state["total"] / jnp.where(known, state["weight"], 1.0), 1.0), SMALLEST_VARIANCE

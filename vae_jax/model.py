@@ -28,6 +28,7 @@ class Model(NamedTuple):
         condition_on: what p(x | c) is conditioned on: "label", "image" (a part of it), or "" for p(x).
         condition: (image, label) -> the conditions c of a batch, [batch, ...].
         given: c -> the model of p(x | c); its functions take a batch with these conditions.
+        encoder_takes_label: whether q(z | x, y) depends on the label y.
         features: (variables, image) -> features for comparing generated and real images, [batch, feature].
         layers: variables -> {network: its layers as data, as `nn.description.Layer`}, for other runtimes.
         apply: the family's private one-pass function, used only by its objective.
@@ -45,6 +46,7 @@ class Model(NamedTuple):
     condition_on: str = ""
     condition: Callable[[Array, Array], Array] = ABSENT
     given: Callable[[Array], "Model"] = ABSENT
+    encoder_takes_label: bool = False
     layers: Callable[[Variables], dict[str, Any]] = ABSENT
     apply: Any = ABSENT
 

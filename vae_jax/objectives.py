@@ -107,19 +107,23 @@ def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Arr
 
 
 def doubly_reparameterized(
-    at_fixed_z: Float[Array, "samples batch"], along_z: Float[Array, "samples batch"]
+    at_fixed_z: Float[Array, "samples batch"],
+    along_z: Float[Array, "samples batch"],
+    beta: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, " batch"]:
     """The importance-weighted bound with the doubly reparameterised gradient (DReG).
 
-    Both arguments are log w_k. In `at_fixed_z` the z are constants, so the gradient reaches only the parameters theta of p.
-    In `along_z` everything except z is constant, so the gradient reaches the parameters phi of q only through z:
+    The first two arguments are log w_k, with the weight `beta` of log q in them. In `at_fixed_z` the z are constants, so the
+    gradient reaches only the parameters theta of p. In `along_z` everything except z is constant, so the gradient reaches the
+    parameters phi of q only through z:
 
-        theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k u_k^2 d log w_k / d z_k  d z_k / d phi,    u = softmax(log w)
+        theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k ((1 - beta) u_k + beta u_k^2) d log w_k / d z_k  d z_k / d phi
 
-    Source: Tucker et al. 2019, equations 7 and 8.
+    with u = softmax(log w). The direct path of phi, beta u_k d log q / d phi, becomes beta (u_k - u_k^2) along z. Source: Tucker
+    et al. 2019, equations 5 to 8, for beta 1.
     """
     u = jax.lax.stop_gradient(jax.nn.softmax(at_fixed_z, axis=0))
-    surrogate = -jnp.sum(u * at_fixed_z + u**2 * along_z, axis=0)
+    surrogate = -jnp.sum(u * at_fixed_z + ((1 - beta) * u + beta * u**2) * along_z, axis=0)
     return surrogate + jax.lax.stop_gradient(importance_weighted_bound(at_fixed_z) - surrogate)
 
 

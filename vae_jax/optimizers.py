@@ -39,8 +39,8 @@ def make_adam(
         scaling: "sqrt", by the square root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who
             also scale beta1, beta2 and eps, which are not scaled here), or "linear" (Goyal et al. 2017, for SGD).
         schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); "onecycle", which
-            rises from 1/25 of the rate and then falls to almost zero, along half cosines (Smith & Topin 2018); or
-            "piecewise", which multiplies the rate by each of `factors` at the corresponding boundary.
+            rises from 1/25 of the rate during the warm-up and then falls to almost zero, along half cosines (Smith & Topin
+            2018); or "piecewise", which multiplies the rate by each of `factors` at the corresponding boundary.
         warmup: share of the steps, in [0, 1), during which the rate rises: linearly from zero, except for "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.
@@ -135,7 +135,11 @@ def is_increasing(values: Sequence[float]) -> bool:
 
 def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> Callable:
     """`rate` times the factors of all boundaries passed so far; `cuts` is {boundary as a share of the steps: factor}."""
-    return optax.piecewise_constant_schedule(rate, {round(share * steps): factor for share, factor in cuts.items()})
+    at: dict[int, float] = {}
+    for share, factor in cuts.items():
+        step = round(share * steps)
+        at[step] = at.get(step, 1.0) * factor
+    return optax.piecewise_constant_schedule(rate, at)
 
 
 def warmed_up(schedule: Callable) -> Callable:

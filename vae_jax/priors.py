@@ -20,12 +20,14 @@ class Prior(NamedTuple):
         sample: (variables, key, count) -> `count` draws z ~ p(z), [count, latent].
         kl: (variables, mean, logvar) -> KL(N(mean, exp(logvar)) || p) of each latent, in nats, [batch, latent]; ABSENT
             (None) if there is no closed form.
+        shared: whether p is the same for all examples; a learned p(z | c) is not.
     """
 
     init: Callable[[Any], dict]
     log_prob: Callable[[Any, Any], Float[Array, "*samples batch"]]
     sample: Callable[[Any, Any, int], Float[Array, "count latent"]]
     kl: Callable[[Any, Any, Any], Float[Array, "batch latent"]] = ABSENT
+    shared: bool = True
 
 
 def standard_normal(latent_dim: int) -> Prior:
@@ -68,7 +70,7 @@ def conditional_normal(parts: Callable[[Any], tuple]) -> Prior:
         m, log_v = parts(variables)
         return 0.5 * (log_v - logvar + (jnp.exp(logvar) + (mean - m) ** 2) * jnp.exp(-log_v) - 1)
 
-    return Prior(init=lambda key: {}, log_prob=log_prob, sample=sample, kl=kl)
+    return Prior(init=lambda key: {}, log_prob=log_prob, sample=sample, kl=kl, shared=False)
 
 
 def mixture_log_prob(

@@ -50,7 +50,7 @@ def decompose_kl(
     z: Float[np.ndarray, "n latent"],
     mean: Float[np.ndarray, "n latent"],
     logvar: Float[np.ndarray, "n latent"],
-    kl: Float[np.ndarray, " n"],
+    kl: Float[np.ndarray, " n"] | None,
     kl_by_latent: Float[np.ndarray, "n latent"] | None = None,
 ) -> dict[str, Any]:
     """Mutual information of image and code, KL(q(z) || p(z)), total correlation, and KL(q(z_j) || p(z_j)) of each latent.
@@ -62,7 +62,8 @@ def decompose_kl(
 
     Args:
         z: one draw from each q(z | x_n).
-        kl: KL(q(z | x_n) || p(z)) of each image, in nats, or an estimate of it.
+        kl: KL(q(z | x_n) || p(z)) of each image, in nats, or an estimate of it; None if the images do not share one p(z), so
+            that KL(q(z) || p(z)) is not defined.
         kl_by_latent: the KL of each latent, if the latents of the prior are independent.
     """
     parts = [log_aggregate_posterior(z[i : i + CHUNK], mean, logvar) for i in range(0, len(z), CHUNK)]
@@ -72,9 +73,10 @@ def decompose_kl(
     numbers = {
         "mutual_information": information.mean(),
         "mutual_information/most": math.log(len(z)),
-        "aggregate_kl": np.mean(kl, dtype=np.float64) - information.mean(),
         "total_correlation": np.mean(log_q - log_q_by_latent.sum(axis=1)),
     }
+    if kl is not None:
+        numbers["aggregate_kl"] = np.mean(kl, dtype=np.float64) - information.mean()
     if len(z) > 1:
         numbers["mutual_information/standard_error"] = standard_error(information)
     if kl_by_latent is not None:

@@ -43,7 +43,7 @@ def export(
     if "://" in output:
         raise ValueError(f"{output} is not on this machine: export to a folder here, and copy that")
     pretrained = load(workdir, checkpoint, seed)
-    metadata = describe(pretrained, workdir, seed)
+    metadata = describe(pretrained, workdir)
     contents = {
         weights.WEIGHTS: weights.save(pretrained.variables),
         weights.CONFIG: (json.dumps(metadata, indent=2) + "\n").encode(),
@@ -56,7 +56,7 @@ def export(
     return write(local_path(output), contents)
 
 
-def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str, Any]:
+def describe(pretrained: Pretrained, workdir: str) -> dict[str, Any]:
     """The content of config.json: the checkpoint's metadata for one seed, without paths, and its test numbers."""
     metadata = pretrained.metadata
     config = with_defaults(metadata["config"])
@@ -68,7 +68,7 @@ def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str
     recorded = metadata.get("environment", {})
     numbers = metadata.get("metrics")
     if numbers is None:
-        numbers = logged_numbers(local_path(workdir), pretrained.step) if config["seeds"] == 1 else {}
+        numbers = logged_numbers(local_path(workdir), pretrained.step)
     return {
         "format": weights.FORMAT,
         "library_name": "vae_jax",
@@ -76,7 +76,7 @@ def describe(pretrained: Pretrained, workdir: str, seed: int | None) -> dict[str
         "model_type": config["model"]["name"],
         **{name: metadata[name] for name in ("step", "image_shape", "num_classes", "data")},
         "metrics": numbers,
-        "config": config | {"data": data, "seed": config["seed"] if seed is None else seed, "seeds": 1},
+        "config": config | {"data": data},
         "versions": metadata.get("versions") or {name: recorded[name] for name in versions() if name in recorded},
     }
 

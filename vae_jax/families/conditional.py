@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vae_jax import figures, generate
 from vae_jax.batch import Batch, example_keys, first_of_each_label
@@ -58,7 +58,7 @@ def make(
     prior: str = "standard_normal",
     precision: str = "float32",
 ) -> Model:
-    """The conditional VAE, by default with the post's networks; other fields are as in the family vae.
+    """The conditional VAE, by default with the post's networks; other fields are as in the family vae, but the output bias starts at 0.
 
     Args:
         condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"), all
@@ -109,7 +109,7 @@ def make_given(
         return net.apply({"params": networks}, *arguments, method=method)
 
     def condition_of(image, label):
-        return jax.nn.one_hot(label, num_classes) if visible is None else image * visible[None]
+        return one_hot(label, num_classes) if visible is None else image * visible[None]
 
     def init(key, pixel_mean=None):
         image = jnp.zeros((1, *image_shape))
@@ -134,13 +134,27 @@ def make_given(
         encode=needs_condition,
         decode_raw=needs_condition,
         likelihood=p_x,
-        prior=Prior(init=lambda key: {}, log_prob=needs_condition, sample=needs_condition, kl=needs_condition),
+        prior=Prior(
+            init=lambda key: {},
+            log_prob=needs_condition,
+            sample=needs_condition,
+            kl=needs_condition,
+            shared=not net.learned_prior,
+        ),
         num_classes=num_classes,
         condition_on="label" if visible is None else "image",
+        encoder_takes_label=visible is None,
         condition=condition_of,
         given=given,
     )
     return model._replace(probabilities=functools.partial(bayes, model)) if visible is None else model
+
+
+def one_hot(label: Int[Array | np.ndarray, " batch"], num_classes: int) -> Float[Array, "batch classes"]:
+    """Labels as conditions. Raises ValueError for a label that no class has; under `jit` such a label gives zeros."""
+    if not isinstance(label, jax.core.Tracer) and not ((label >= 0) & (label < num_classes)).all():
+        raise ValueError(f"labels go from {label.min()} to {label.max()}, but must be from 0 to {num_classes - 1}")
+    return jax.nn.one_hot(label, num_classes)
 
 
 def needs_condition(*arguments):
@@ -178,7 +192,8 @@ def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], nam
         values = p_x.energy(variables, raw, image)
         return values * hidden.reshape((1,) * (values.ndim - 3) + hidden.shape)
 
-    return p_x._replace(energy=energy, constant=p_x.constant * float(hidden.mean()))
+    share = float(hidden.mean())
+    return p_x._replace(energy=energy, constant=p_x.constant * share, covered=share)
 
 
 def keep_visible(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], c: Array) -> Likelihood:
@@ -198,7 +213,7 @@ def bayes(
 ) -> Float[Array, "batch classes"]:
     """p(y | x) by Bayes' rule, with uniform p(y) and p(x | y) from `samples` importance samples of q(z | x, y).
 
-    The noise is always the same. Source: Kingma et al. 2014, section 3.1.2, which uses an inference network instead.
+    The noise is the same for all images, so an image's result does not depend on the others. Source: Kingma et al. 2014, section 3.1.2, which uses an inference network instead.
     """
     return jax.nn.softmax(log_likelihood_by_label(model, variables, image, samples), axis=-1)
 
@@ -207,12 +222,12 @@ def log_likelihood_by_label(
     model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int
 ) -> Float[Array, "batch classes"]:
     """log p(x | y) for every label, without the likelihood's constant."""
-    index = jnp.arange(len(image))
+    same = jnp.zeros(len(image), jnp.int32)
     weigh = make_log_weights(model, samples, min(samples, DECODED))
 
     def of(label):
-        batch = Batch(image, jnp.full(len(image), label), weight=index, index=index)
-        log_w = weigh(variables, batch, example_keys(jax.random.key(0), None, index))
+        batch = Batch(image, jnp.full(len(image), label), weight=same, index=same)
+        log_w = weigh(variables, batch, example_keys(jax.random.key(0), None, same))
         return jax.nn.logsumexp(log_w, axis=1) - jnp.log(samples)
 
     return jax.lax.map(of, jnp.arange(model.num_classes)).T

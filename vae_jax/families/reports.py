@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.special import ndtri
 
 from vae_jax import figures, generate
-from vae_jax.batch import Batch, first_of_each_label, has_grey
+from vae_jax.batch import Batch, first_of_each_label, has_grey, thresholded
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
 from vae_jax.evaluation.latents import Axes, active_units, decompose_kl, principal_axes
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, make_log_weights, summarize
@@ -23,7 +23,7 @@ from vae_jax.objectives import log_normal, reparameterize
 GREY = "grey cross-entropy"
 MANIFOLD = 16  # images along each axis of the figure "manifold"
 METRICS = {
-    "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
+    "loss": Metric("loss = reconstruction + beta KL, or the bound of several samples", "nats", "lower"),
     "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
     "kl": Metric("KL from the prior", "nats", "lower"),
     "bound": Metric("-ELBO, or the importance-weighted bound: the loss at beta 1", "nats", "lower"),
@@ -31,11 +31,17 @@ METRICS = {
     "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
     "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
 }
-PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
+PANELS = {
+    "loss": "loss = reconstruction + beta KL",
+    **{name: METRICS[name].meaning for name in ("reconstruction", "kl")},
+}
 
 
 def make_probes(model: Model) -> Probes:
-    """Which latents are used: active units (Burda et al. 2016) and the mean KL of each latent."""
+    """Which latents are used: active units (Burda et al. 2016) and the mean KL of each latent.
+
+    An encoder that takes the label is measured on labelled images only.
+    """
 
     def measure(variables, batch, keys):
         net = model.of(batch)
@@ -45,9 +51,12 @@ def make_probes(model: Model) -> Probes:
         return {"mean": mean, "kl_by_latent": net.prior.kl(variables, mean, logvar)}
 
     def reduce(arrays, split):
-        numbers = {"active_units": active_units(arrays["mean"])}
+        known = split.label >= 0 if model.encoder_takes_label else np.full(len(split.label), True)
+        if not known.any():
+            return {}
+        numbers = {"active_units": active_units(arrays["mean"][known])}
         if "kl_by_latent" in arrays:
-            numbers["kl_by_latent"] = arrays["kl_by_latent"].mean(axis=0, dtype=np.float64).tolist()
+            numbers["kl_by_latent"] = arrays["kl_by_latent"][known].mean(axis=0, dtype=np.float64).tolist()
         return numbers
 
     return Probes(measure, reduce)
@@ -67,7 +76,8 @@ def make_final_probes(model: Model, samples: int, binarize: str) -> Probes | Non
         return {"log_w": weigh(variables, batch, keys), "z": z[0], "mean": mean, "logvar": logvar, "kl": kl}
 
     def reduce(arrays, split):
-        numbers = decompose_kl(*(arrays[name] for name in ("z", "mean", "logvar", "kl")))
+        kl = arrays["kl"] if model.prior.shared else None
+        numbers = decompose_kl(*(arrays[name] for name in ("z", "mean", "logvar")), kl)
         if model.likelihood.support == BINARY and binarize == "none" and has_grey(split.image):
             return numbers
         each = summarize(arrays["log_w"])
@@ -88,12 +98,13 @@ def baselines(
     learn_scale: bool = False,
     prior: str = "standard_normal",
     beta: float = 1.0,
+    binarize: str = "none",
 ) -> dict:
     """Closed-form losses on the training images, where known: a collapsed model, the best linear VAE, and the floor."""
     if likelihood == "bernoulli":
-        return cross_entropy_baselines(image)
+        return cross_entropy_baselines(thresholded(image) if binarize == "threshold" else image)
     if likelihood == "discretised_logistic":
-        return {"collapsed model: a histogram of each pixel": histogram_loss(image)}
+        return {"a histogram of each pixel": histogram_loss(image)}
     if prior != "standard_normal":
         return {}
     if likelihood == "unit_gaussian" or (likelihood == "gaussian" and not learn_scale):
@@ -126,22 +137,24 @@ def ledger(
         }
     if f"{split}/bound" not in numbers:
         return {"the numbers measure": f"-log of a {p_x.support}"}
-    found = convert(numbers[f"{split}/bound"], "loss", pixels, p_x.constant)
+    nats = convert(numbers[f"{split}/bound"], "loss", pixels, p_x.constant)["nats"]
+    covered = round(pixels * p_x.covered)
     lines = {
-        "the numbers measure": f"-log of a {p_x.support}",
-        f"{split}/bound, with its constant, nats": found["nats"],
+        "the numbers measure": f"-log of a {p_x.support}"
+        + (f", of {covered} hidden pixels" if covered < pixels else ""),
+        f"{split}/bound, with its constant, nats": nats,
     }
     if p_x.support == DENSITY:
         lines[f"{split}/bound, bits a dimension"] = "none, since the pixels are not dequantised"
     else:
-        lines[f"{split}/bound, bits a dimension"] = found["bits a dimension"]
+        lines[f"{split}/bound, bits a dimension"] = convert(nats, "nats", covered)["bits a dimension"]
     if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
         error = 2 * scale**2 * numbers[f"{split}/reconstruction"]
         lines[f"{split}/squared error of an image"] = error
         if variance and model.condition_on != "image":  # otherwise the error covers only the hidden pixels
             lines[f"{split}/explained variance"] = 1 - error / variance
-        lines[f"{split}/scale that this error implies"] = math.sqrt(error / pixels)
-        lines["weight of the KL beside half the squared error"] = scale**2
+        lines[f"{split}/scale that this error implies"] = math.sqrt(error / covered)
+        lines["weight of the KL beside half the squared error, at beta 1"] = scale**2
     return lines
 
 

@@ -103,7 +103,7 @@ def make_objective(
         beta: weight of the KL of z.
         warmup_steps: training steps during which it rises linearly to beta.
         alpha: weight of the cross-entropy, divided by the share of labelled images in a batch.
-        label_warmup_steps: training steps during which the gradient of U(x) in q(y | x) rises linearly from 0 to its full size.
+        label_warmup_steps: training steps during which the gradient of U(x) in q(y | x) rises linearly to its full size.
             Without it q(y | x) settles on classes other than the labels' before the decoder has learned to use the label.
 
     Raises ValueError for a number out of range.

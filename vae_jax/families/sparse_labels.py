@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vae_jax.families.conditional import make_figures, needs_condition  # noqa: F401
+from vae_jax.families.conditional import make_figures, needs_condition, one_hot  # noqa: F401
 from vae_jax.families.labels import (  # noqa: F401
     METRICS,
     baselines,
@@ -51,7 +51,8 @@ def make(
     scale: float = 1.0,
     precision: str = "float32",
 ) -> Model:
-    """The networks of the family vae; the encoder's last layer also outputs class logits. Fields are as in the family vae.
+    """The networks of the family vae; the encoder's last layer also outputs class logits. Fields are as in the
+    family vae, but the output bias starts at 0.
 
     Raises ValueError as the family vae does, and for data with fewer than 2 classes.
     """
@@ -84,7 +85,7 @@ def make(
         probabilities=lambda variables, image: jax.nn.softmax(parts(variables, image)[2]),
         num_classes=num_classes,
         condition_on="label",
-        condition=lambda image, label: jax.nn.one_hot(label, num_classes),
+        condition=lambda image, label: one_hot(label, num_classes),
         given=lambda pi: model._replace(decode_raw=lambda variables, z: decode(variables, z, pi), given=ABSENT),
         apply=parts,
     )

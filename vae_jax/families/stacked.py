@@ -31,6 +31,7 @@ from vae_jax.priors import Prior
 NAME = "Stacked semi-supervised VAE (M1 + M2)"
 TERMS = ("reconstruction", "kl", "code_bound", "cross_entropy")
 METRICS = {name: metric for name, metric in labels.METRICS.items() if name != "kl_by_latent"} | {
+    "loss": Metric("loss of M1 plus that of M2", "nats", "lower"),
     "code_bound": Metric("U(c), the bound of M2 on -log p(c)", "nats", "lower"),
     "label_entropy": Metric("entropy of q(y | c)", "nats"),
 }

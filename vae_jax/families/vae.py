@@ -190,7 +190,7 @@ def dreg_loss(model: Model, variables, z, mean, logvar, image, beta):
     raw_at, raw_along = model.decode_raw(variables, fixed_z), model.decode_raw(fixed, z)
     at_fixed_z = log_weights(model, variables, raw_at, fixed_z, mean, logvar, image, beta)
     along_z = log_weights(model, fixed, raw_along, z, mean, logvar, image, beta)
-    return doubly_reparameterized(at_fixed_z, along_z)
+    return doubly_reparameterized(at_fixed_z, along_z, beta)
 
 
 def check_objective(
@@ -212,6 +212,15 @@ def check_objective(
         raise ValueError(
             "objective.estimator is 'dreg', which with one sample is the ELBO without its score term "
             "('sticking the landing'): give objective.samples of at least 2"
+        )
+    if model.likelihood.update is not None and samples > 1:
+        raise ValueError(
+            f"objective.samples is {samples}, but the optimal variance of this likelihood is that of the ELBO: leave samples "
+            "at 1, or take model.likelihood=gaussian with model.learn_scale"
+        )
+    if not model.latent_dim and (beta, warmup_steps, free_bits, samples) != (1, 0, 0, 1):
+        raise ValueError(
+            "model.latent_dim is 0, a regression without KL: leave objective.beta, warmup_steps, free_bits and samples at their defaults"
         )
     if free_bits and samples > 1:
         raise ValueError(

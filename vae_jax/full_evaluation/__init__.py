@@ -74,7 +74,15 @@ def evaluate_fully(
 
 def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, Any]:
     """The decomposition of the KL, and how well the codes predict the labels."""
-    numbers = decompose_kl(codes["z"], codes["mean"], codes["logvar"], codes["kl"], codes.get("kl_by_latent"))
+    model = subject.vae.model
+    if not model.latent_dim:
+        return {"mutual_information": "left out: a regression has no latents"}
+    of_prior = (codes["kl"], codes.get("kl_by_latent")) if model.prior.shared else (None, None)
+    numbers = decompose_kl(codes["z"], codes["mean"], codes["logvar"], *of_prior)
+    if not model.prior.shared:
+        numbers["aggregate_kl"] = "left out: each condition has its own prior"
+    if model.encoder_takes_label:
+        return numbers | {"linear_probe_accuracy": "left out: the encoder is given the label"}
     label, training = subject.stored.label, subject.dataset.splits["train"]
     if subject.name == "train":
         return numbers | {"linear_probe_accuracy": "left out: a probe is fitted to the training images"}
@@ -89,7 +97,8 @@ def draw(subject: Subject, codes: dict[str, np.ndarray], numbers: dict[str, Any]
     """Save one figure of the likelihood curve, the latents and the reconstruction errors."""
     image = as_floats(subject.seen.image)
     conditions = subject.vae.condition_of(image, subject.seen.label)
-    error = np.mean((image - subject.vae.decode(codes["mean"], **conditions)) ** 2, axis=(1, 2, 3))
+    square = (image - subject.vae.decode(codes["mean"], **conditions)) ** 2
+    error = np.mean(square, axis=(1, 2, 3)) / subject.vae.model.likelihood.covered
     curve = {int(name.split("_")[1]): value for name, value in numbers.items() if name.startswith("nll/with_")} | (
         {numbers["nll/samples"]: numbers["nll"]} if "nll/samples" in numbers else {}
     )

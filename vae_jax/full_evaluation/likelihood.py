@@ -48,7 +48,9 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
         "nll/samples": samples,
     }
     if p_x.support != DENSITY:
-        numbers["nll/bits_a_dimension"] = convert(numbers["nll"], "nats", pixels)["bits a dimension"]
+        numbers["nll/bits_a_dimension"] = convert(numbers["nll"], "nats", round(pixels * p_x.covered))[
+            "bits a dimension"
+        ]
     for name, values in each.items():
         if name.startswith("bound_"):
             fewer = name.removeprefix("bound_")

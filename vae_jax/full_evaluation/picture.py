@@ -25,18 +25,17 @@ def draw_evaluation(
     Args:
         curve: {number of samples: estimate of -log p(x)}; {} if there is none.
         variance: variance of each latent's posterior mean over the split.
-        error: mean squared error of each image's reconstruction.
+        error: mean squared error of each image's reconstruction, over the pixels that p covers.
         planes: {title: (codes on two principal axes, shares of the variance)}.
     """
     figure = new_figure(15.0, 8.0)
-    axes = figure.subplot_mosaic([["curve", "variance", "error"], [*planes, "empty"]])
+    axes = figure.subplot_mosaic([["curve", "variance", "error"], [*planes, *["empty"] * (3 - len(planes))]])
     axes.pop("empty").set_axis_off()
     axes["curve"].plot([*curve], [*curve.values()], color=TEST, marker="o")
     axes["curve"].set(xscale="log", xlabel="samples of z", ylabel="nats per image", title="estimate of -log p(x)")
     exponent = np.log10(np.maximum(variance, 1e-12))
-    axes["variance"].hist(
-        exponent, bins=np.linspace(min(-4, exponent.min()), max(1, exponent.max()), 40).tolist(), color=TEST
-    )
+    edges = np.linspace(exponent.min(initial=-4), exponent.max(initial=1), 40)
+    axes["variance"].hist(exponent, bins=edges.tolist(), color=TEST)
     axes["variance"].axvline(-2, color=BASELINE, linestyle="--")
     axes["variance"].yaxis.set_major_locator(whole_numbers())
     axes["variance"].set(

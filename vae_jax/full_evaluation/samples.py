@@ -78,7 +78,7 @@ def generate(subject: Subject, count: int) -> tuple[np.ndarray, np.ndarray]:
     def some(key, batch):
         model = vae.model.of(batch)
         raw = model.decode_raw(vae.variables, model.prior.sample(vae.variables, key, BATCH_SIZE))
-        drawn = model.likelihood.sample(vae.variables, jax.random.fold_in(key, 0), raw)
+        drawn = model.likelihood.sample(vae.variables, named_key(key, "pixels"), raw)
         return model.likelihood.mean(vae.variables, raw), drawn.clip(0, 1)
 
     root = named_key(subject.root, "generate")

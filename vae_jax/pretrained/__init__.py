@@ -15,6 +15,7 @@ from vae_jax import generate, weights
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
+from vae_jax.likelihoods import BINARY
 from vae_jax.pretrained import show
 from vae_jax.pretrained.arguments import check_images, check_integer, check_labels, check_latents
 from vae_jax.pretrained.loading import load_variables, make_model
@@ -49,6 +50,8 @@ def of_seed(workdir: str, metadata: dict, variables: dict, seed: int | None = No
         raise ValueError(f"seed {seed} was not trained in {workdir}: give {first}{last}")
     if count > 1:
         variables = jax.tree.map(lambda leaf: leaf[seed - first], variables)
+        metadata = metadata | {"metrics": {}}  # what the run logged are means over its seeds
+    metadata = metadata | {"config": metadata["config"] | {"seed": seed, "seeds": 1}}
     return Pretrained(metadata, jax.device_put(variables))
 
 
@@ -62,12 +65,14 @@ class Pretrained:
     pickled.
     """
 
-    metadata: dict  # of its checkpoint
+    metadata: dict  # of its checkpoint, with this model's seed
     variables: dict
+    prior: Prior | None = None  # in place of the model's own
 
     @functools.cached_property
     def model(self) -> Model:
-        return make_model(self.metadata)
+        model = make_model(self.metadata)
+        return model if self.prior is None else model._replace(prior=self.prior)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -104,13 +109,20 @@ class Pretrained:
         return show.describe_in_html(self)
 
     def __reduce__(self):
+        if self.prior is not None:
+            raise ValueError(
+                "a model with another prior cannot be pickled: pickle the model, and call with_prior again"
+            )
         return Pretrained, (self.metadata, jax.device_get(self.variables))
 
     def with_prior(self, prior: Prior) -> "Pretrained":
-        """The same model with another p(z), such as one that `evaluation.aggregate.fit_gmm` fits."""
-        other = dataclasses.replace(self)
-        vars(other)["model"] = self.model._replace(prior=prior)
-        return other
+        """The same model with another p(z), such as one that `evaluation.aggregate.fit_gmm` fits.
+
+        Raises ValueError for a conditional model, whose prior belongs to p(z | c).
+        """
+        if self.model.condition_on:
+            raise ValueError(f"this model is conditioned on the {self.model.condition_on}: it keeps its prior")
+        return dataclasses.replace(self, prior=prior)
 
     def own_label(self, label: Any) -> dict[str, Any]:
         """The keyword argument `label`, if the model is conditioned on labels."""
@@ -155,13 +167,16 @@ class Pretrained:
 
         The estimate's mean lies below log p(image), by less with more samples (Burda et al. 2016, equation 8).
         `evaluation.likelihood` says how to judge whether to trust it. An image's noise depends only on its position. A
-        conditional model gives log p(image | label), or log p(hidden pixels | visible pixels).
+        conditional model gives log p(image | label), or log p(hidden pixels | visible pixels). A Bernoulli refuses grey images,
+        for which it is no likelihood.
         """
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
         self.check_has_density()
         check_integer("samples", samples, 1, 1_000_000)
         seen, root = self._as_seen(image), jax.random.key(self.config["seed"])
+        if self.model.likelihood.support == BINARY and ((seen > 0) & (seen < 1)).any():
+            raise ValueError("these images have grey pixels, but a Bernoulli is a likelihood of 0 and 1: binarize them")
         label = self._labels(len(seen), label)
         measure = jax.jit(make_log_weights(self.model, samples, SAMPLES_AT_ONCE))
         parts = []
