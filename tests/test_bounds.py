@@ -231,6 +231,12 @@ def test_free_bits_count_in_the_training_loss_alone():
         np.testing.assert_allclose(extra, 12 - metrics["kl"] if train else 0, rtol=1e-4, atol=1e-4)
 
 
+def test_the_optimal_variance_is_that_of_the_elbo():
+    model = vae.make((4, 4, 1), latent_dim=2, network="mlp", likelihood="optimal_gaussian")
+    with pytest.raises(ValueError, match="objective.samples is 2, but the optimal variance .* is that of the ELBO"):
+        vae.make_objective(model, samples=2)
+
+
 @pytest.mark.parametrize(
     "fields,message",
     [

@@ -181,6 +181,7 @@ def test_a_learned_prior_has_no_aggregate_kl():
         arrays = jax.device_get(probes.measure(variables, batch, example_keys(jax.random.key(0), None, batch.index)))
         numbers = probes.reduce(arrays, Split(np.zeros((6, 4, 4, 1), np.uint8), np.asarray(batch.label)))
         assert {"aggregate_kl"} & set(numbers) == expected and "mutual_information" in numbers
+        assert model.of(batch).prior.shared == model.prior.shared
 
 
 def test_an_encoder_of_labels_is_measured_where_labels_are_known():

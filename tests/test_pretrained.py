@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import vae_jax
 from configs import conditional
 from vae_jax import generate
 from vae_jax.families import classifier
-from vae_jax.pretrained import Pretrained
+from vae_jax.pretrained import Pretrained, of_seed
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,23 @@ def test_seeds(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, variables, expected)
     with pytest.raises(ValueError, match="seed 7 was not trained in .*: give 5 to 6"):
         vae_jax.load(str(tmp_path), seed=7)
+
+
+def test_a_model_of_a_seed_has_that_seeds_noise(vae):
+    """It binarizes and draws as the evaluation of that seed does; what the run logged are means over its seeds."""
+    metadata = vae.metadata | {"config": vae.config | {"seed": 5, "seeds": 3}, "metrics": {"test/loss": 1.0}}
+    variables = jax.tree.map(lambda leaf: np.stack([leaf, leaf, leaf]), vae.variables)
+    found = of_seed("runs/three", metadata, variables, 6)
+    assert (found.config["seed"], found.config["seeds"], found.metadata["metrics"]) == (6, 1, {})
+    jax.tree.map(np.testing.assert_array_equal, found.variables, vae.variables)
+
+
+def test_another_prior_is_not_lost_silently(vae):
+    narrow = vae.with_prior(vae.model.prior._replace(sample=lambda variables, key, count: jnp.zeros((count, 20))))
+    np.testing.assert_array_equal(narrow.sample(2), vae.decode(np.zeros((2, 20))))
+    for use in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ValueError, match="a model with another prior cannot be pickled"):
+            use(narrow)
 
 
 def test_what_a_family_lacks_is_named(vae):
