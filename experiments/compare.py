@@ -27,7 +27,7 @@ IGNORED = ("run.", "data.manual_dir")  # fields that affect no number
 DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition", "objective.samples")
 MOST_LABELLED = 12  # most runs that a legend can name
 WAY_OUT = ": name another with --workdir"  # advice for a training run, removed from its error messages
-FILES = {"summary.md", "curves.png"}
+FILES = {"summary.md", "curves.png", "summary.tmp", "curves.tmp"}  # .tmp: left by a killed process
 
 
 class Run(NamedTuple):

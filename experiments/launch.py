@@ -68,12 +68,26 @@ def shell_line(command: list[str]) -> str:
 def run(command: list[str]) -> None:
     """Run a command to its end; if it fails, exit with the code that a shell would report.
 
-    SIGTERM is passed on to the command, which saves and exits; Ctrl-C reaches it through the terminal.
+    SIGTERM and SIGHUP are passed on to the command, which saves and exits; Ctrl-C reaches it through the terminal.
     """
     print(f"\n$ {shell_line(command)}", flush=True)
-    process = subprocess.Popen([sys.executable, *command[1:]])
-    with _handlers({signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda number, frame: process.send_signal(number)}):
-        code = process.wait()
+    early, started = [], []  # a signal may arrive before the command has started
+
+    def pass_on(number, frame):
+        early.append(number)
+        for process in started:
+            process.send_signal(number)
+
+    passed = {
+        number: pass_on for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
+    }
+    with _handlers({signal.SIGINT: signal.default_int_handler} | passed):
+        process = subprocess.Popen([sys.executable, *command[1:]])
+        started.append(process)
+        for number in early[:1]:
+            process.send_signal(number)
+        with _handlers({signal.SIGINT: signal.SIG_IGN}):
+            code = process.wait()
     if code < 0:
         killer = signal.Signals(-code).name
         print(f"killed by {killer}; the same command resumes", file=sys.stderr)

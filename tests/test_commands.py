@@ -54,6 +54,15 @@ def test_evaluate_needs_no_metrics_and_knows_home(run, tmp_path, monkeypatch):
     assert found["test/loss"] == history[-1]["test/loss"]
 
 
+def test_file_names_stay_short(run, tmp_path):
+    path, config, _, _ = run
+    assert examples.shortened("3-5") == "3-5" and len(examples.shortened("-".join(["3"] * 130))) == 8
+    image = tmp_path / f"{'a' * 200}.npz"
+    np.savez(image, image=np.zeros((2, 28, 28), np.uint8))
+    paths = commands.interpolate(path, config, "", "test", 3, None, None, str(image))
+    assert f"-{'a' * 40}-" in paths[0].name and f"-{'a' * 41}" not in paths[0].name
+
+
 def test_other_data_are_refused(run, monkeypatch):
     path, config, _, _ = run
     for module in (session, examples):

@@ -115,6 +115,7 @@ def test_as_a_program(tmp_path, runs, forks):
     process = forks(*arguments, cwd=tmp_path)
     assert process.ends() == "" and "| a | 0 | 20 | 3 epochs | 7.5 | 2 | 3.0 |" in process.stdout
     assert {path.name for path in (tmp_path / "comparison").iterdir()} == {"summary.md", "curves.png"}
+    (tmp_path / "comparison" / "curves.tmp").touch()  # left by a killed process
     forks(*arguments, cwd=tmp_path).ends()
     before = (tmp_path / "a" / "config.json").read_bytes()
     assert "a holds something else than a comparison" in forks(*arguments, "--output=a", cwd=tmp_path).ends(1)

@@ -231,6 +231,13 @@ def test_unknown_data_set_suggests_the_nearest(name, near):
     assert one_line(error)
 
 
+@pytest.mark.parametrize("name", ["huggingface:mnist", "mnist/a=b"])
+def test_a_name_that_only_its_library_understands_is_unknown(name):
+    with pytest.raises(ValueError, match=f"unknown data set '{name}'") as error:
+        data.load(name=name)
+    assert one_line(error)
+
+
 def test_an_error_of_many_lines_is_reported_in_one(monkeypatch):
     def fail(*arguments):
         raise AssertionError("no folder /x.\n\nPlease get the file.\n")

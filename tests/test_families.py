@@ -206,9 +206,10 @@ def test_a_family_has_its_own_capabilities_and_no_others(family):
     }
     for few_labels in (sparse_labels, semisupervised, stacked):
         capabilities[few_labels] = capabilities[conditional] | {"apply"}
-    capabilities[stacked] |= {"layers"}  # those of M1
+    for given_label in (conditional, semisupervised):
+        capabilities[given_label] = capabilities[given_label] | {"encoder_takes_label"}
     capabilities[vaegan] = capabilities[vae] | {"apply", "features"}
-    present = {name for name, value in model._asdict().items() if value not in (None, "")}
+    present = {name for name, value in model._asdict().items() if value not in (None, "", False)}
     assert present == {"init"} | capabilities[family]
 
 

@@ -174,6 +174,9 @@ def test_the_disk_is_asked_for_the_rows_of_a_call(tmp_path, monkeypatch):
     assert asked == [IMAGE[row].tobytes() for row in (7, 0, 98)]
     ask_for(IMAGE, np.array([7]))
     assert len(asked) == 3
+    os.unlink(image.filename)  # it stays mapped
+    ask_for(image, np.array([7]))
+    assert (image[7] == IMAGE[7]).all()
 
 
 SMALL = 2000  # bytes: what memory holds while these sets are read

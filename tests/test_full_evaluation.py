@@ -116,7 +116,8 @@ def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkey
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"samples": 0}, "--samples is 0, but must be at least 1"),
+        ({"samples": 0}, "--samples is 0, but must be from 1 to 1000000"),
+        ({"samples": 10**11}, "--samples is 100000000000, but must be from 1 to 1000000"),
         ({"count": 361}, "--count is 361, but test has 360 images: give 1 to 360"),
         ({"count": 0}, "--count is 0, but test has 360 images: give 1 to 360"),
     ],
@@ -170,6 +171,14 @@ def test_pixels_and_components_are_drawn_with_keys_of_their_own(monkeypatch):
     )
     means, draws = generate(subject_of(model), 256)
     assert abs(means[0, 0, 0, 0] - draws[0, 0, 0, 0]) > 1e-3
+
+
+def test_a_damaged_line_of_an_earlier_evaluation_is_named(run):
+    folder = full_path(run[0])
+    folder.mkdir(exist_ok=True)
+    (folder / "evaluation-step5-test-samples3-count2.jsonl").write_text("{}\n")
+    with pytest.raises(OSError, match="line 1 of .*samples3-count2.jsonl is damaged: remove that line to continue"):
+        commands.evaluate(*run, "latest", **QUICK | {"samples": 3, "count": 2})
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several hosts: the real program as two processes with two devices each, on this machine."""
 
+import json
 import shutil
 import signal
 import socket
@@ -271,6 +272,23 @@ def test_a_remote_run_directory_is_written_here_and_copied(tmp_path, monkeypatch
         match=r"cannot copy the run's files to .*remote \(RuntimeError: 503\): the same",
     ):
         directory.upload()
+    directory.close()
+
+
+def test_a_remote_run_directory_keeps_its_films_and_its_latest_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "is_remote", lambda path: True)
+    remote = tmp_path / "remote"
+    directory = RunDirectory(str(remote), {"epochs": 1}, "")
+    for step in (3, 4):
+        directory.mark_saved(step)
+    assert json.loads((remote / "config.json").read_text())["saved"] == 4
+    frames = remote / "figures" / "epochs"
+    frames.mkdir(parents=True)
+    (frames / "samples-00001.png").write_bytes(b"a frame")
+    directory.close()
+    monkeypatch.setattr(run_directory, "read_settings", lambda path: {"config": {"epochs": 1}, "saved": 4})
+    directory = RunDirectory(str(remote), {"epochs": 1}, "")
+    assert (directory.path / "figures" / "epochs" / "samples-00001.png").read_bytes() == b"a frame"
     directory.close()
 
 

@@ -45,7 +45,7 @@ def test_all_and_no_labels():
         (2, 0, "data.labelled is 2, but must be -1 for all, 0 for none, or from 3, one a class, to 90"),
         (91, 0, "data.labelled is 91, but must be"),
         (-2, 0, "data.labelled is -2, but must be"),
-        (63, 0, "data.labelled is 63, but class 0 has 20 images: give fewer"),
+        (63, 0, "data.labelled is 63, 21 of class 0, which has 20 training images: give fewer, or -1"),
         (9, -1, "data.label_seed is -1, but must be at least 0"),
     ],
 )

@@ -112,3 +112,9 @@ def test_tsne_keeps_neighbours():
     assert tsne_plane(mean[:5, :1]).shape == (5, 2)
     with pytest.raises(ValueError, match="there are 4 codes, but t-SNE needs at least 5"):
         tsne_plane(mean[:4])
+
+
+def test_one_code_has_axes_of_length_0():
+    axes = principal_axes(np.array([[1.0, 2.0, 3.0]]))
+    assert axes.direction.shape == (2, 3) and axes.deviation.shape == axes.share.shape == (2,)
+    np.testing.assert_array_equal(axes.project(np.array([[1.0, 2.0, 3.0]])), [[0.0, 0.0]])

@@ -111,7 +111,7 @@ def test_image_shape_comes_from_the_data(image_shape, features):
         ((28, 28, 1), {"latent_dim": 0}, "latent_dim is 0"),
         ((28, 28, 1), {"encoder_features": (8, 0)}, "encoder_features"),
         ((28, 28, 1), {"decoder_features": (8, -1)}, "decoder_features"),
-        ((30, 28, 1), {"decoder_features": (8, 8)}, "30x28 .* bring them to 32x28, as data.size does"),
+        ((30, 28, 1), {"decoder_features": (8, 8)}, "30x28 .* bring them to 32x28, or give"),
         ((45, 64, 3), {}, "45x64 .* bring them to 46x64"),
     ],
 )

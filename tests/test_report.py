@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,18 @@ def test_a_killed_command_is_reported(capfd):
         launch.run(["python", "-c", "import os; os.kill(os.getpid(), 9)"])
     assert ended.value.code == 137
     assert "killed by SIGKILL; the same command resumes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_reaches_its_command(forks, tmp_path, number):
+    code = f"""
+from experiments import launch
+launch.run(["python", "-c", "import pathlib, time; pathlib.Path({str(tmp_path / "started")!r}).touch(); time.sleep(600)"])
+"""
+    process = forks("-c", code)
+    process.wait_for((tmp_path / "started").exists)
+    process.send_signal(number)
+    assert f"killed by {signal.Signals(number).name}; the same command resumes" in process.ends(128 + number)
 
 
 @pytest.mark.parametrize(

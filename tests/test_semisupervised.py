@@ -198,6 +198,11 @@ def both():
     return model, moved(model.init)
 
 
+def test_layers_of_m1_alone_do_not_describe_the_stack(both):
+    """Its decoder takes a condition, so an export by layers would be wrong."""
+    assert both[0].layers is None
+
+
 def test_m1_is_the_vae_whatever_m2_does(both):
     model, variables = both
     batch = batch_of([0, -1, 2])

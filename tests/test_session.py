@@ -22,7 +22,7 @@ from vae_jax.evaluation.baselines import linear_vae_baselines
 from vae_jax.families import FAMILIES, Metric
 from vae_jax.nn.networks import NETWORKS
 from vae_jax.run import config as run_config
-from vae_jax.run import memory, session
+from vae_jax.run import hosts, memory, session
 from vae_jax.run.config import RunOptions, bind, changes, defaults, fields, fill_in, flatten, make_config, signatures
 from vae_jax.run.job import Job
 
@@ -196,6 +196,27 @@ def test_the_seeds_and_what_is_stored_with_a_checkpoint(config):
     np.testing.assert_array_equal(roots, expected)
     assert job.metadata["config"] == config and job.metadata["image_shape"] == (28, 28, 1)
     assert job.metadata["num_classes"] == 10 and job.metadata["data"]["train"] == 1437
+
+
+def test_fields_that_a_config_leaves_out_have_their_defaults(config):
+    """A config file of one's own, or of a run that an earlier version of the program wrote."""
+    left_out = config | {"data": {"name": "digits"}}
+    del left_out["patience"]
+    stored = session.build(left_out).metadata["config"]
+    assert stored["data"] == config["data"] and "patience" not in stored
+    session.check_same_config("runs/old", left_out, config)
+    with pytest.raises(ValueError, match="holds another run .data.binarize is none there, dynamic here.: name"):
+        session.check_same_config("runs/old", left_out, config | {"data": config["data"] | {"binarize": "dynamic"}})
+
+
+def test_only_a_training_needs_the_memory_of_one(config, monkeypatch, tmp_path):
+    def refuse(job, device):
+        raise ValueError("too large")
+
+    monkeypatch.setattr(session, "check_fits", refuse)
+    session.build(config)
+    with pytest.raises(ValueError, match="too large"):
+        session.run(config, str(tmp_path / "run"), 1, hosts.Stop)
 
 
 class FixedNetwork:

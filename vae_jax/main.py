@@ -140,7 +140,7 @@ def train(config: dict, workdir: str) -> None:
             raise
         hosts.exit_now(f"a host was lost ({error})".splitlines()[0], 1)
     if outcome is None:
-        print(f"finished already: {Path(workdir) / 'summary.md'}")
+        print(f"finished already: {workdir.rstrip('/')}/summary.md")
     elif outcome.step < outcome.steps:
         saved = f"stopped and saved at step {outcome.step} of {outcome.steps}"
         fail(f"{saved}: the same command continues", 128 + outcome.signal)

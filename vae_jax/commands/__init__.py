@@ -1,5 +1,7 @@
 """What `--mode` does with a trained model: numbers and pictures. A mode asks for a capability, not for a model's name."""
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from vae_jax.commands.examples import (
     load_with_data,
     read_own,
     read_unlabelled,
+    shortened,
 )
 from vae_jax.evaluation.latents import tsne_plane
 from vae_jax.evaluation.verdict import verdict
@@ -28,7 +31,16 @@ from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
 from vae_jax.pretrained import of_seed
 from vae_jax.pretrained.loading import load_variables
-from vae_jax.run.files import as_csv, atomic_file, local_path, save_figure, save_film, save_image, write_atomically
+from vae_jax.run.files import (
+    as_csv,
+    atomic_file,
+    explained,
+    local_path,
+    save_figure,
+    save_film,
+    save_image,
+    write_atomically,
+)
 from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -94,8 +106,10 @@ def sample(
         vae, of = load_able(workdir, checkpoint, decode_raw="decoder"), "the prior"
         given, lines, named = {}, [], ""
         if labels is not None:
+            if not labels:
+                raise ValueError("--labels is empty: give one label, or several")
             given["label"] = np.resize(np.array(labels), count)
-            named += f"-labels{'-'.join(map(str, labels))}"
+            named += f"-labels{shortened('-'.join(map(str, labels)))}"
         if own is not None:
             examples = read_own(vae, own)
             given["image"] = np.resize(examples.image, (count, *vae.image_shape))
@@ -271,7 +285,10 @@ def generated(workdir: str) -> Path:
     """Create the folder that modes write to: generated/ in the run directory; generated/NAME for a bundled model."""
     path = local_path(workdir)
     folder = Path("generated") / path.name if weights.in_box(path) else path / "generated"
-    folder.mkdir(parents=weights.in_box(path), exist_ok=True)
+    with explained(f"cannot write to {folder}", "copy the run to a folder that you may write to"):
+        folder.mkdir(parents=weights.in_box(path), exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     return folder
 
 

@@ -14,6 +14,13 @@ from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.job import fingerprint
 
+LONGEST = 40  # characters of a part of a file name
+
+
+def shortened(part: str) -> str:
+    """A part of a file name, or its digest if it is long."""
+    return part if len(part) <= LONGEST else hashlib.sha256(part.encode()).hexdigest()[:8]
+
 
 class Examples(NamedTuple):
     """The images that a mode works on, as the model sees them.
@@ -44,6 +51,10 @@ def load_examples(
     if own is None:
         vae, dataset = load_with_data(workdir, config, checkpoint)
         seen = as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
+        if vae.model.encoder_takes_label and (seen.label < 0).any():
+            raise ValueError(
+                f"{split} has unlabelled images, but this model is conditioned on the label: choose another --split"
+            )
         names = [str(i) for i in range(len(seen.label))]
         return vae, Examples(*seen, title=split, file=split, names=names)
     vae = load_able(workdir, checkpoint, encode="encoder", decode_raw="decoder")
@@ -76,7 +87,7 @@ def read_own(model: Pretrained, path: str) -> Examples:
         image,
         label=np.full(len(image), -1, np.int32),
         title=Path(path).name if "," not in path else f"{first.name}, ...",
-        file=f"{first.stem}-{digest}",
+        file=f"{first.stem[:LONGEST]}-{digest}",
         names=names,
         notes=(f"the images of {path}: {'; '.join(notes)}",) if notes else (),
     )

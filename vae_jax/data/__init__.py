@@ -152,7 +152,9 @@ def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Spl
         count = labelled // num_classes + int(more[label])
         members = np.flatnonzero(split.label == label)
         if len(members) < count:
-            raise ValueError(f"data.labelled is {labelled}, but class {label} has {len(members)} images: give fewer")
+            raise ValueError(
+                f"data.labelled is {labelled}, {count} of class {label}, which has {len(members)} training images: give fewer, or -1"
+            )
         hidden[rng.permutation(members)[:count]] = label
     return split._replace(label=hidden)
 

@@ -17,6 +17,7 @@ from vae_jax.run.files import as_pillow
 from vae_jax.run.memory import check_memory
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # pure decoders; for some other formats Pillow starts external programs
+NEVER_GREY = ("WEBP", "GIF")  # they store a grey image with three channels
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 UNREADABLE = (".heic", ".heif", ".avif", ".tif", ".tiff", ".dng", ".jp2", ".jxl", ".psd", ".svg")  # images, not decoded
 COLOURS = ("auto", "grey", "colour")
@@ -98,11 +99,19 @@ def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarr
             if clear:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
             upright = upright.convert("L" if mode in ("1", "L", "LA") else "RGB")
+            if image.format in NEVER_GREY and is_grey(upright):
+                upright = upright.convert("L")
     except Exception as error:  # damage raises anything from OSError to SyntaxError
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     marks = {TURNED: turned, "laid on white": clear, "the first frame of several": several}
     done.update(what for what, holds in marks.items() if holds)
     return fit(upright, wanted, done)
+
+
+def is_grey(image: Any) -> bool:
+    """Whether the channels of a Pillow image are equal."""
+    first, *others = (band.tobytes() for band in image.split())
+    return all(band == first for band in others)
 
 
 def read_files(

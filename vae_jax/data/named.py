@@ -143,7 +143,7 @@ def find_tfds(name: str) -> Any:
 
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, AssertionError):  # an unknown name, or version
+    except Exception:  # noqa: BLE001 - an unknown name or version, or a malformed one, raises anything
         near = difflib.get_close_matches(name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)], n=1)
         near = [f"./{name}"] if Path(name).is_dir() else near
         hint = f"did you mean {near[0]!r}? " if near else ""

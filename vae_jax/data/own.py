@@ -84,6 +84,8 @@ def read_images(
 
     `path` is an .npz with `image`, a folder, an image file, or several image files separated by commas.
     """
+    if not path:
+        raise ValueError("--input is empty: give a folder, an .npz, or image files")
     name = path.rstrip("/")
     if name.lower().endswith(".npz"):
         (split, *_), notes = fit_splits([_make_split(_read_npz(path, local_path(path)), "", path)], wanted)

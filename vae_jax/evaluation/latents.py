@@ -144,9 +144,10 @@ class Axes(NamedTuple):
 
 
 def principal_axes(values: Float[np.ndarray, "n latent"]) -> Axes:
-    """The first two principal axes of vectors with at least two entries."""
+    """The first two principal axes of vectors with at least two entries; of one vector, both have length 0."""
     centre = values.mean(axis=0, dtype=np.float64)
-    _, singular, directions = np.linalg.svd(values - centre[None], full_matrices=False)
+    from_centre = np.concatenate([values - centre[None], np.zeros((1, len(centre)))])  # at least two rows
+    _, singular, directions = np.linalg.svd(from_centre, full_matrices=False)
     variance = singular**2 / len(values)
     share = variance[:2] / max(variance.sum(), np.finfo(float).tiny)
     return Axes(centre, directions[:2], np.sqrt(variance[:2]), share)

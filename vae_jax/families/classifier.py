@@ -153,7 +153,7 @@ def check_data(dataset) -> None:
     counts = np.bincount(dataset.splits["train"].label, minlength=dataset.num_classes)
     if 0 in counts:
         raise ValueError(
-            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: number the classes without gaps"
+            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: number the classes without gaps, and give each class training images"
         )
 
 

@@ -152,8 +152,10 @@ def make_given(
 
 def one_hot(label: Int[Array | np.ndarray, " batch"], num_classes: int) -> Float[Array, "batch classes"]:
     """Labels as conditions. Raises ValueError for a label that no class has; under `jit` such a label gives zeros."""
-    if not isinstance(label, jax.core.Tracer) and not ((label >= 0) & (label < num_classes)).all():
-        raise ValueError(f"labels go from {label.min()} to {label.max()}, but must be from 0 to {num_classes - 1}")
+    if not isinstance(label, jax.core.Tracer):
+        lowest, highest = np.asarray(label).min(), np.asarray(label).max()
+        if lowest < 0 or highest >= num_classes:
+            raise ValueError(f"labels go from {lowest} to {highest}, but must be from 0 to {num_classes - 1}")
     return jax.nn.one_hot(label, num_classes)
 
 

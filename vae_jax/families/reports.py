@@ -23,7 +23,7 @@ from vae_jax.objectives import log_normal, reparameterize
 GREY = "grey cross-entropy"
 MANIFOLD = 16  # images along each axis of the figure "manifold"
 METRICS = {
-    "loss": Metric("loss = reconstruction + beta KL, or the bound of several samples", "nats", "lower"),
+    "loss": Metric("loss = reconstruction + beta KL", "nats", "lower"),
     "reconstruction": Metric("-log p(x | z), less its constant", "nats", "lower"),
     "kl": Metric("KL from the prior", "nats", "lower"),
     "bound": Metric("-ELBO, or the importance-weighted bound: the loss at beta 1", "nats", "lower"),
@@ -31,10 +31,7 @@ METRICS = {
     "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
     "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
 }
-PANELS = {
-    "loss": "loss = reconstruction + beta KL",
-    **{name: METRICS[name].meaning for name in ("reconstruction", "kl")},
-}
+PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
 
 
 def make_probes(model: Model) -> Probes:

@@ -111,6 +111,7 @@ def stack(m1: Model, m2: Model) -> Model:
         condition_on="label",
         condition=m2.condition,
         given=given,
+        layers=ABSENT,
         apply=(m1, m2),
     )
     return model

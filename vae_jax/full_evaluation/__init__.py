@@ -17,7 +17,7 @@ from vae_jax.full_evaluation.likelihood import likelihood_numbers
 from vae_jax.full_evaluation.picture import draw_evaluation
 from vae_jax.full_evaluation.samples import generated_numbers
 from vae_jax.full_evaluation.subject import Subject, as_floats
-from vae_jax.pretrained import Pretrained
+from vae_jax.pretrained import MOST_SAMPLES, Pretrained
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import save_figure, write_atomically
@@ -41,8 +41,8 @@ def evaluate_fully(
     stored = dataset.splits[split]
     size = len(stored.label)
     count = min(1000, size) if count is None else count
-    if samples < 1:
-        raise ValueError(f"--samples is {samples}, but must be at least 1")
+    if not 1 <= samples <= MOST_SAMPLES:
+        raise ValueError(f"--samples is {samples}, but must be from 1 to {MOST_SAMPLES}")
     if not 1 <= count <= size:
         raise ValueError(f"--count is {count}, but {split} has {size} images: give 1 to {size}")
     if vae.model.condition_on == "label" and (stored.label < 0).any():

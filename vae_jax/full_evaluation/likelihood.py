@@ -86,7 +86,7 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
 
     few = Split(subject.seen.image[:count], subject.seen.label[:count])
     blocks = map_blocks(measure, few, batch_size=WEIGHED, devices=subject.devices)
-    rows = read_json_lines(path)
+    rows = read_json_lines(path, lambda row, before: len(row["nll"]))
     done = sum(len(row["nll"]) for row in rows)
     write_atomically(path, "".join(map(json_line, rows)))  # without a line that a killed process left incomplete
     label = f"likelihood of {count:,} images, {samples:,} samples each"

@@ -267,9 +267,10 @@ def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:
     scale = 2**times
     if height % scale or width % scale:
         near = tuple(math.ceil(size / scale) * scale for size in (height, width))
+        how = ", as data.size does" if near[0] == near[1] else ""
         raise ValueError(
             f"images of {height}x{width} are not divisible by {scale}, as a decoder with {times} "
-            f"doublings needs: bring them to {near[0]}x{near[1]}, as data.size does, or give model.decoder_features fewer entries"
+            f"doublings needs: bring them to {near[0]}x{near[1]}{how}, or give model.decoder_features fewer entries"
         )
 
 

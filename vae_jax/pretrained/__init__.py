@@ -23,6 +23,7 @@ from vae_jax.priors import Prior
 from vae_jax.run.config import make_title
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
+MOST_SAMPLES = 1_000_000  # of a call, and of a likelihood estimate
 WEIGHED = 16  # images per batch of a likelihood estimate; SAMPLES_AT_ONCE samples of each are decoded at once
 
 
@@ -152,7 +153,7 @@ class Pretrained:
         A conditional model needs a label, or an image to complete from its visible part: one for all, or one for each.
         """
         self.check_has("decode_raw", "decoder")
-        check_integer("count", count, 1, 1_000_000)
+        check_integer("count", count, 1, MOST_SAMPLES)
         check_integer("seed", seed, 0, 2**32 - 1)
         condition = self._condition(count, label, image)
         z = self._given(condition).prior.sample(self.variables, jax.random.key(seed), count)
@@ -173,7 +174,7 @@ class Pretrained:
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
         self.check_has_density()
-        check_integer("samples", samples, 1, 1_000_000)
+        check_integer("samples", samples, 1, MOST_SAMPLES)
         seen, root = self._as_seen(image), jax.random.key(self.config["seed"])
         if self.model.likelihood.support == BINARY and ((seen > 0) & (seen < 1)).any():
             raise ValueError("these images have grey pixels, but a Bernoulli is a likelihood of 0 and 1: binarize them")

@@ -12,7 +12,7 @@ def check_labels(label: Any, count: int, num_classes: int) -> Int[np.ndarray, " 
     """Labels of `count` examples, from one integer or `count` of them. Raises ValueError for anything else."""
     last = num_classes - 1
     if label is None:
-        raise ValueError(f"this model is conditioned on the label: give label=, from 0 to {last}")
+        raise ValueError(f"this model is conditioned on the label: give label= (or --labels), from 0 to {last}")
     given = np.asarray(label)
     if given.dtype.kind not in "iu" or given.shape not in ((), (count,)):
         raise ValueError(f"label is {str(label)[:60]}, but must be an integer, or one for each of {count}")

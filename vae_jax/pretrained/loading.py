@@ -19,6 +19,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     if weights.is_exported(local_path(workdir)):
         return load_exported(workdir, which)
     metadata, variables = checkpoint.load(local_path(workdir) / "checkpoints", which, seeded_shapes)
+    metadata["config"] = with_defaults(metadata["config"])
     try:
         stored = read_config(str(local_path(workdir))) or metadata["config"]
     except OSError as error:
@@ -27,7 +28,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
         raise ValueError(
             f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
         ) from error
-    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
+    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, with_defaults(stored)):
         raise ValueError(
             f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
             f"({'; '.join(changed)}): restore the one or the other"
@@ -52,7 +53,8 @@ def stored_config(workdir: str) -> dict | None:
     """The config of a run or an exported model; None if there is none. Raises ValueError or OSError for damage."""
     if weights.is_exported(local_path(workdir)):
         return with_defaults(weights.read(local_path(workdir))[0]["config"])
-    return read_config(workdir)
+    config = read_config(workdir)
+    return config and with_defaults(config)
 
 
 def seeded_shapes(metadata: dict) -> dict:

@@ -102,9 +102,10 @@ class Checkpoints:
         try:
             state = _restore(self._folder, step, "state", jax.eval_shape(unwrap_keys, like))
         except ValueError as error:
-            raise OSError(
-                f"{error}: move it away to continue from an earlier one, or name another --workdir"
-            ) from error
+            way_out = "move it away to continue from an earlier one, or name another --workdir"
+            if "random numbers" in changed:
+                way_out = "set JAX's random numbers back to those of the checkpoint, or name another --workdir"
+            raise OSError(f"{error}: {way_out}") from error
         return state.replace(key=jax.random.wrap_key_data(state.key))
 
     def restore_evaluated(self, step: int, like: TrainState) -> dict:

@@ -84,10 +84,10 @@ def defaults(family: str, optimizer: str = "adam") -> dict[str, Any]:
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fill a stored config with the defaults of the fields that were added after it was written."""
-    names = [config[section].get("name") for section in ("model", "optimizer")]
+    sections = [config.get(section) for section in ("model", "optimizer")]
     try:
-        known = defaults(*names)
-    except KeyError:  # a user's own family or optimizer
+        known = defaults(*(section["name"] for section in sections))
+    except (KeyError, TypeError):  # a user's own family or optimizer, or no name
         return dict(config)
     filled = {
         name: known.get(name, {}) | value if isinstance(value, Mapping) else value for name, value in config.items()
@@ -218,10 +218,9 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """List the fields in which `config` differs from a run's `stored` config, as "FIELD is OLD there, NEW here".
 
     The list leaves out what a resumed run may change: section `run`, `data.manual_dir`, and more epochs if the
-    optimizer does not depend on their number. A new batch_size of 0 means the old one. A config that predates patience
-    has patience 0.
+    optimizer does not depend on their number. A new batch_size of 0 means the old one.
     """
-    old, new = ({"patience": 0} | flatten(fields) for fields in (stored, config))
+    old, new = flatten(stored), flatten(config)
     for flat in (old, new):
         for name in [*flat]:
             if name.startswith("run.") or name == "data.manual_dir":

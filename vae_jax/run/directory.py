@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from vae_jax.run.config import changes
+from vae_jax.run.config import changes, with_defaults
 from vae_jax.run.environment import code_version
 from vae_jax.run.files import (
     describe_error,
@@ -73,7 +73,7 @@ def read_settings(path: str) -> dict | None:
 
 def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
     """Raise ValueError, naming the differing fields, if the run in the work directory has another config."""
-    if changed := changes(stored, config):
+    if changed := changes(with_defaults(stored), with_defaults(config)):
         raise ValueError(
             f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
         )
@@ -101,6 +101,8 @@ class RunDirectory:
                 self._saved = int(stored["saved"]) if stored else 0
                 self._write_settings()
                 (self.path / "figures").mkdir(exist_ok=True)
+                if self.remote:
+                    self._fetch_frames(self.remote / "figures" / "epochs")
             except OSError as error:
                 if error.strerror is None:  # one of ours, which already names the way out
                     raise
@@ -111,6 +113,13 @@ class RunDirectory:
             self.upload()
             on_error.pop_all()
 
+    def _fetch_frames(self, remote):
+        """Copy the frames of a resumed run's films from gs://."""
+        for frame in remote.glob("*.png") if remote.exists() else ():
+            local = self.path / "figures" / "epochs" / frame.name
+            local.parent.mkdir(exist_ok=True)
+            local.write_bytes(frame.read_bytes())
+
     def _write_settings(self):
         settings = {"format": FORMAT, "saved": self._saved, **self._config}
         write_atomically(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
@@ -119,8 +128,7 @@ class RunDirectory:
         """Record the step of the latest checkpoint in config.json, so that its loss is noticed."""
         first, self._saved = not self._saved, step
         self._write_settings()
-        if first:
-            self.upload()
+        self.upload("*" if first else "config.json")
 
     @property
     def history(self) -> list[dict]:
@@ -194,15 +202,15 @@ class RunDirectory:
         write_atomically(self.path / "summary.md", text)
         write_atomically(self.path / "summary.html", to_html(text, self.path))
 
-    def upload(self, part: str = "") -> None:
-        """Copy all files, or those in the folder `part`, to gs://, so that the remote files are from the same moment.
+    def upload(self, pattern: str = "*") -> None:
+        """Copy the files that match to gs://: all of them, so that the remote files are from the same moment.
 
         Raises OSError if they cannot be copied.
         """
         if self.remote is None:
             return
         try:
-            for file in (self.path / part).rglob("*"):
+            for file in self.path.rglob(pattern):
                 if file.is_file() and file.name != "lock":
                     target = self.remote / file.relative_to(self.path)
                     target.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +223,7 @@ class RunDirectory:
     def close(self) -> None:
         """Release the lock, and remove a temporary folder."""
         with contextlib.suppress(OSError):
-            self.upload(LOGS)  # its last rows
+            self.upload(f"{LOGS}/*")  # its last rows
         self._owned.close()
         if self.remote:
             shutil.rmtree(self.path)

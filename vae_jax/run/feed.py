@@ -3,6 +3,7 @@
 Both ways give the same batches, and so the same bits.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -69,6 +70,7 @@ def ask_for(image: np.ndarray, rows: np.ndarray) -> None:
     """
     if isinstance(image, np.memmap) and image.filename and hasattr(os, "posix_fadvise"):
         size = image[0].nbytes
-        with open(image.filename, "rb") as file:
+        # A deleted file stays mapped.
+        with contextlib.suppress(FileNotFoundError), open(image.filename, "rb") as file:
             for row in rows:
                 os.posix_fadvise(file.fileno(), image.offset + int(row) * size, size, os.POSIX_FADV_WILLNEED)

@@ -18,7 +18,18 @@ from vae_jax.families import FAMILIES, Family
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
 from vae_jax.run.checkpoint import Checkpoints
-from vae_jax.run.config import RunOptions, argument_docs, bind, choose, fields, fill_in, make_title, nearest, signatures
+from vae_jax.run.config import (
+    RunOptions,
+    argument_docs,
+    bind,
+    choose,
+    fields,
+    fill_in,
+    make_title,
+    nearest,
+    signatures,
+    with_defaults,
+)
 from vae_jax.run.devices import Devices, enable_compilation_cache
 from vae_jax.run.directory import SECTIONS, RunDirectory, check_same_config, read_config
 from vae_jax.run.environment import environment
@@ -39,6 +50,8 @@ def build(config: Mapping[str, Any]) -> Job:
     optimizer's, `RunOptions`. The config in the job's metadata has the chosen batch size in place of 0. Raises
     ValueError or OSError, in one line that names the field, for anything wrong.
     """
+    filled = with_defaults(config)
+    config = {name: filled[name] for name in config}
     job = bind("", make_job, config)()
     return job._replace(metadata=job.metadata | {"config": {**config, "batch_size": job.batch_size}})
 
@@ -101,7 +114,6 @@ def make_job(
         metadata=describe_data(dataset) | {"data": fingerprint(dataset)},
         run=bound.options,
     )
-    check_fits(job, jax.local_devices()[0])
     return job._replace(groups=bound.groups, terms=bound.terms, metrics=family.METRICS, patience=patience)
 
 
@@ -199,6 +211,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
         if devices.is_primary and (stored := read_config(workdir)) is not None:
             check_same_config(workdir, stored, config)
         job = build(config)
+        check_fits(job, jax.local_devices()[0])
         config = job.metadata["config"]
         devices.check_divide(job.batch_size)
         finished = devices.is_primary and is_finished(job, workdir, folder)

@@ -71,7 +71,10 @@ def select(folder, which: str | int = "") -> dict:
     if which == "latest" or best is None or best["step"] == found[0]:
         return latest
     if best["step"] not in found:
-        raise ValueError(f"the best checkpoint, of step {best['step']}, is lost from {folder}: {others}")
+        left = ", ".join(map(str, found))
+        raise ValueError(
+            f"the best checkpoint, of step {best['step']}, is lost from {folder}: bring it back, or choose another checkpoint: {left}"
+        )
     return read(best["step"])
 
 
