@@ -211,11 +211,11 @@ def test_fields_that_a_config_leaves_out_have_their_defaults(config):
 
 def test_only_a_training_needs_the_memory_of_one(config, monkeypatch, tmp_path):
     def refuse(job, device):
-        raise ValueError("too large")
+        raise ValueError(f"too large for {device}")
 
     monkeypatch.setattr(session, "check_fits", refuse)
     session.build(config)
-    with pytest.raises(ValueError, match="too large"):
+    with pytest.raises(ValueError, match=f"too large for {jax.local_devices()[0]}"):
         session.run(config, str(tmp_path / "run"), 1, hosts.Stop)
 
 
@@ -565,12 +565,6 @@ def test_a_training_larger_than_the_device_is_refused_with_its_size(config, size
 
 def test_images_stay_on_a_device_that_they_fill_to_one_half():
     assert memory.stays_on(Device(200), 100) and not memory.stays_on(Device(199), 100)
-
-
-def test_a_job_is_built_only_if_it_fits_on_the_first_device(config, monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2**20), Device(2**40)])
-    with pytest.raises(ValueError, match="small GPU has 0.1 GiB: take a smaller model or batch, or fewer seeds"):
-        session.build(config)
 
 
 @pytest.mark.parametrize("device", [None, Device(None)])
