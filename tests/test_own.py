@@ -478,7 +478,7 @@ def test_one_command_trains_on_photos_and_the_modes_take_two(tmp_path, forks):
     workdir = f"--workdir={tmp_path}/run"
     said = forks(*train, workdir, drawn=True).ends()
     assert (
-        said.startswith(f"vae_jax: the images of {tmp_path}/photos/: 1 made colour; 12 scaled")
+        said.startswith(f"vae_jax: the images of {tmp_path}/photos/: 2 made colour; 12 scaled")
         and said.count("\n") == 1
     )
     assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 5

@@ -74,7 +74,7 @@ def make_final_probes(model: Model, samples: int, binarize: str) -> Probes | Non
 
     def reduce(arrays, split):
         kl = arrays["kl"] if model.prior.shared else None
-        numbers = decompose_kl(*(arrays[name] for name in ("z", "mean", "logvar")), kl)
+        numbers = decompose_kl(arrays["z"], arrays["mean"], arrays["logvar"], kl)
         if model.likelihood.support == BINARY and binarize == "none" and has_grey(split.image):
             return numbers
         each = summarize(arrays["log_w"])

@@ -89,10 +89,8 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         known = defaults(*(section["name"] for section in sections))
     except (KeyError, TypeError):  # a user's own family or optimizer, or no name
         return dict(config)
-    filled = {
-        name: known.get(name, {}) | value if isinstance(value, Mapping) else value for name, value in config.items()
-    }
-    return known | filled
+    both = {name for name in config if isinstance(known.get(name), Mapping) and isinstance(config[name], Mapping)}
+    return known | {name: known[name] | value if name in both else value for name, value in config.items()}
 
 
 def differing(config: Mapping[str, Any]) -> dict[str, Any]:
