@@ -1,9 +1,13 @@
 """The study of few labels: its label draws, label spreading where the answer is known, its tables."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from experiments import label_report as report
+from experiments import label_spectrum
 from experiments.label_spectrum import FAMILIES, METHODS, Spectrum
 from vae_jax.batch import Dataset, Split
 
@@ -77,6 +81,17 @@ def test_every_draw_trains_on_its_own_labels_alone(spectrum, monkeypatch):
         confident = np.arange(60) % 3 == 2
         np.testing.assert_array_equal(rows, np.flatnonzero((hidden >= 0) | confident))
         np.testing.assert_array_equal(seen["label"][draw], np.where(hidden >= 0, hidden, 1))
+
+
+def test_a_conditional_vae_classifies_by_bayes_rule(spectrum, monkeypatch, tmp_path):
+    """With log p(x | y) of -1 for the image's own label and -3 for the other one, p(x) is their mean."""
+    own = two_clusters(30).label
+    fake = SimpleNamespace(log_likelihood=lambda image, samples, label: np.where(own == label, -1.0, -3.0))
+    monkeypatch.setattr(label_spectrum.vae_jax, "load", lambda path: fake)
+    found = spectrum._by_bayes(tmp_path)
+    nll = -math.log((math.exp(-1) + math.exp(-3)) / 2)
+    assert found == pytest.approx({"accuracy": 1.0, "nll_given_label": 1.0, "nll": nll})
+    assert found["nll"] <= found["nll_given_label"] + math.log(2)
 
 
 def test_the_tables_hold_means_intervals_and_paired_differences():

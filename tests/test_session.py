@@ -205,6 +205,8 @@ def test_fields_that_a_config_leaves_out_have_their_defaults(config):
     stored = session.build(left_out).metadata["config"]
     assert stored["data"] == config["data"] and "patience" not in stored
     session.check_same_config("runs/old", left_out, config)
+    with pytest.raises(ValueError, match="patience is {}, but must be"):
+        session.build(config | {"patience": {}})
     with pytest.raises(ValueError, match="holds another run .data.binarize is none there, dynamic here.: name"):
         session.check_same_config("runs/old", left_out, config | {"data": config["data"] | {"binarize": "dynamic"}})
 
