@@ -119,8 +119,8 @@ def doubly_reparameterized(
 
         theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k ((1 - beta) u_k + beta u_k^2) d log w_k / d z_k  d z_k / d phi
 
-    with u = softmax(log w). The direct path of phi, beta u_k d log q / d phi, becomes beta (u_k - u_k^2) along z. Source: Tucker
-    et al. 2019, equations 5 to 8, for beta 1.
+    with u = softmax(log w): the direct path of phi, beta u_k d log q / d phi, becomes beta (u_k - u_k^2) along z. Source: Tucker
+    et al. 2019, equations 7 and 8, for beta 1.
     """
     u = jax.lax.stop_gradient(jax.nn.softmax(at_fixed_z, axis=0))
     surrogate = -jnp.sum(u * at_fixed_z + ((1 - beta) * u + beta * u**2) * along_z, axis=0)

@@ -215,7 +215,8 @@ def bayes(
 ) -> Float[Array, "batch classes"]:
     """p(y | x) by Bayes' rule, with uniform p(y) and p(x | y) from `samples` importance samples of q(z | x, y).
 
-    The noise is the same for all images, so an image's result does not depend on the others. Source: Kingma et al. 2014, section 3.1.2, which uses an inference network instead.
+    The noise is the same for all images, so an image's result does not depend on the others. Source: Kingma et al. 2014, section
+    3.1.2, which uses an inference network instead.
     """
     return jax.nn.softmax(log_likelihood_by_label(model, variables, image, samples), axis=-1)
 
