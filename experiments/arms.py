@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax.batch import Split
+from vae_jax.batch import Dataset, Split
 from vae_jax.data import own
 
 PERCENTAGES = (1.0, 5.0, 20.0, 50.0, 100.0)  # of half B
@@ -126,6 +126,12 @@ def count_of(percentage: float, size: int) -> int:
 def choice_percentage(settings: dict) -> float:
     """The percentage of half B that arm f trains on while the noise is chosen."""
     return max(CHOICE_PERCENTAGE, min(settings["percentages"]))
+
+
+def check_labelled(name: str, dataset: Dataset) -> None:
+    """Raise ValueError if an image of the data set has no label."""
+    if min(split.label.min() for split in dataset.splits.values()) < 0:
+        raise ValueError(f"{name} has unlabelled images, but the study needs a label for each")
 
 
 def check_percentages(given: list | None, size: int, num_classes: int) -> list[float]:

@@ -194,8 +194,7 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
 
 def make_settings(given: flags.FlagValues, dataset: Dataset) -> dict:
     """Collect everything that affects the numbers. Raises ValueError for unlabelled data or a bad percentage."""
-    if min(split.label.min() for split in dataset.splits.values()) < 0:
-        raise ValueError(f"{given.data} has unlabelled images, but the study needs a label for each")
+    arms.check_labelled(given.data, dataset)
     size = len(arms.halves(dataset.splits["train"])[1].label)
     classes = dataset.num_classes
     return settings_of(given.data, dataset) | {

@@ -24,7 +24,8 @@ from vae_jax.run.log import read_rows
 from vae_jax.run.report import markdown_table
 
 IGNORED = ("run.", "data.manual_dir")  # fields that affect no number
-DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition", "objective.samples")
+DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition")  # what losses measure
+DECIDE += ("objective.samples", "objective.beta", "objective.method", "objective.charge")
 MOST_LABELLED = 12  # most runs that a legend can name
 WAY_OUT = ": name another with --workdir"  # advice for a training run, removed from its error messages
 FILES = {"summary.md", "curves.png", "summary.tmp", "curves.tmp"}  # .tmp: left by a killed process

@@ -131,5 +131,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("epochs", 20, "Epochs of each model.", lower_bound=1)
     flags.DEFINE_integer("validation", 5000, "Training images held out to choose the checkpoint.", lower_bound=1)
     flags.DEFINE_integer("importance_samples", 100, "Draws of z for each image's likelihood.", lower_bound=1)
-    flags.DEFINE_integer("count", 10_000, "Test images.", lower_bound=1)
+    flags.DEFINE_integer("count", 10_000, "Test images.", lower_bound=2)
     launch.start("completions", main)

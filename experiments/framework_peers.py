@@ -115,7 +115,7 @@ def lightning(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) ->
 
 
 def pythae(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
-    """pythae's TrainingPipeline. Its loss is also half the squared error plus the KL."""
+    """pythae's TrainingPipeline. Its loss is also half the squared error plus the KL; the test loss takes one more evaluation."""
     import torch
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput

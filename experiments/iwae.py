@@ -75,6 +75,7 @@ def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir, binarize="dynamic")
     count = min(given.count, len(dataset.splits["test"].label))
+    samples = [int(k) for k in given.samples]  # all, before the first training
     own = {"epochs": given.epochs, "seeds": given.seeds}
     settings = settings_of(given.data, dataset) | own
     settings |= {"importance_samples": given.importance_samples, "count": count}
@@ -87,7 +88,7 @@ def main() -> None:
         seeds = [evaluate(run, seed, dataset, given.importance_samples, count) for seed in range(given.seeds)]
         return {name: [numbers[name] for numbers in seeds] for name in seeds[0]}
 
-    for k in map(int, given.samples):
+    for k in samples:
         compute_once(study, "model", train_and_evaluate, k=k)
     title = f"Importance-weighted autoencoders: {given.data}, {given.epochs} epochs, {given.seeds} seeds"
     note = (

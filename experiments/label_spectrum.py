@@ -30,6 +30,7 @@ from vae_jax.run.files import local_path
 from vae_jax.run.log import OwnedDirectory
 
 NEIGHBOURS = 10  # of each image in the graph
+TRAIN, TEST = 0, 1  # in place of images: scikit-learn asks for the graph by what it is given
 SPREADING = 0.99  # weight of the neighbours: alpha of Zhou et al. 2004, section 4
 MOST_LABELLED = 16  # most labelled images in a batch of 128
 BAYES_SAMPLES = 1000  # draws of z for each image and label, as in Kingma et al.'s code of M2
@@ -110,7 +111,7 @@ class Spectrum:
 
     def spread(self, labels: int, codes: bool) -> dict:
         """Label spreading; a test image takes the label of its neighbours among the training images."""
-        test = np.zeros((len(self._test.label), 1))
+        test = np.full((len(self._test.label), 1), TEST)
         models = [self._spread(labels, draw, codes) for draw in self._draws]
         return {"accuracy": [float(model.score(test, self._test.label)) for model in models]}
 
@@ -125,12 +126,11 @@ class Spectrum:
         from sklearn.semi_supervised import LabelSpreading
 
         among, to_test = self._graph(codes)
-        count = among.shape[0]
         model = LabelSpreading(
-            kernel=lambda _, others: among if len(others) == count else to_test, alpha=SPREADING, max_iter=100
+            kernel=lambda _, which: to_test if which[0, 0] == TEST else among, alpha=SPREADING, max_iter=100
         )
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-            return model.fit(np.arange(count)[:, None], self.hidden(labels, draw))
+            return model.fit(np.full((among.shape[0], 1), TRAIN), self.hidden(labels, draw))
 
     def _make_graph(self, codes: bool) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """The symmetric neighbour graph of the training images, and each test image's neighbours, [train, test]."""
@@ -155,7 +155,7 @@ class Spectrum:
         """Train a generative model of images and labels once; returns its test numbers."""
         folder, config, few = FAMILIES[method]
         run = self._path / f"{folder}-{labels}-{draw}"
-        fields = {"epochs": self._settings["epochs"]}
+        fields = {"epochs": self._settings["epochs"], "seed": draw}
         if few:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
@@ -210,6 +210,9 @@ def main() -> None:
         "batch_size": 128,
         "vae_epochs": given.vae_epochs,
     }
+    arms.check_labelled(given.data, dataset)
+    if not settings["labels"]:
+        raise ValueError("--labels is empty: give numbers of labelled images, such as 100,1000")
     for labels in settings["labels"]:
         data.hide_labels(dataset.splits["train"], labels, 0, dataset.num_classes)
     methods = {**METHODS, **FAMILIES}

@@ -97,7 +97,8 @@ def main() -> None:
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
     page = [f"## {kind}\n\n{markdown_table(cells)}" for kind, cells in tables(study.rows).items()]
-    if here := {name: name for name in FIELDS if (study.path / name).exists()}:
+    finished = {row["likelihood"] for row in study.rows}
+    if here := {name: name for name in FIELDS if name in finished and (study.path / name).exists()}:
         figure = ablations.draw(ablations.load(study.path, here), dataset.splits["test"], title)
         save_figure(figure, study.path / "likelihoods.png")
         page.append("![Samples and reconstructions](likelihoods.png)")

@@ -90,15 +90,18 @@ def main() -> None:
     given = flags.FLAGS
     base = launch.config_for("vae", given.data)
     chosen = runs(given.betas, given.latents)
+    if not chosen:
+        raise ValueError("--betas and --latents are both empty: give one of them")
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
     settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "seed": given.seed}
-    settings |= {"samples": given.samples, "count": given.count}
+    count = min(given.count, len(dataset.splits["test"].label))
+    settings |= {"samples": given.samples, "count": count}
     study = open_study(local_path(given.workdir), settings)
 
     def train_and_evaluate(run):
         fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed} | chosen[run]
         launch.run(launch.make_command(base, study.path / run, fields, given.manual_dir))
-        return evaluate(study.path / run, given.samples, given.count)
+        return evaluate(study.path / run, given.samples, count)
 
     found = {name: compute_once(study, "model", train_and_evaluate, run=name) for name in chosen}
     title = f"Rate and distortion: {given.data}, {given.epochs} epochs each, seed {given.seed}"
@@ -106,7 +109,7 @@ def main() -> None:
     latent_dim = max(numbers["latent_dim"] for numbers in found.values())
     save_figure(draw(found, eigenvalues, latent_dim, title), study.path / "rate_distortion.png")
     cells = markdown_table(table(found))
-    note = f"-log p(x) of {given.count} images from {given.samples} samples each."
+    note = f"-log p(x) of {count} images from {given.samples} samples each."
     launch.write_summary(study.path, title, cells, note, "![Rate and distortion](rate_distortion.png)")
 
 

@@ -1,6 +1,7 @@
 """The implementations that experiments/speed.py compares; each becomes a function that does one timed run.
 
-All of them train the post's models with Adam, or evaluate their loss, on uint8 images held in the device's memory.
+All of them train the post's models with Adam, or evaluate their loss, on uint8 images held in the device's memory; our
+evaluation sends its images anew each time, as the program does.
 """
 
 import functools

@@ -32,6 +32,11 @@ def make_job(image: np.ndarray) -> Job:
 
 def main() -> None:
     given = flags.FLAGS
+    held = given.size // (128 * 20)
+    if given.calls > held:
+        raise ValueError(
+            f"--calls is {given.calls}, but an epoch of {given.size} images holds {held}: give fewer, or a larger --size"
+        )
     image = np.random.default_rng(0).integers(0, 256, (given.size, 28, 28, 1), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "image.npy", image)

@@ -39,7 +39,10 @@ def write_settings(path: Path, settings: dict) -> None:
     """Write settings.json. Raises OSError if the directory holds other files or a study with other settings."""
     file, another = path / "settings.json", "name another with --workdir"
     if file.exists():
-        stored = json.loads(file.read_text("utf-8"))
+        try:
+            stored = json.loads(file.read_text("utf-8"))
+        except ValueError:
+            stored = None
         if not isinstance(stored, dict):
             raise OSError(f"{file} is damaged: restore it, or {another}")
         if different := changes(stored, settings):

@@ -190,7 +190,8 @@ def main() -> None:
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs, {seeds}"
     note = f"{count} images each. Errors are half squared ones, of reconstructions of the mean code."
-    page = [markdown_table(table(study.rows)), note]
+    rows = [row for row in study.rows if row.get("seed", 0) < given.seeds]
+    page = [markdown_table(table(rows)), note]
     if complete := [s for s in range(given.seeds) if all(comparison.folder(name, s).exists() for name in TITLES)]:
         models = {method: comparison.load(method, complete[0]) for method in TITLES}
         save_figure(draw(models, dataset, title), study.path / "vaegan.png")

@@ -62,6 +62,7 @@ def make_learner(path: Path, dataset: Dataset, settings: dict) -> Learner:
 def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
+    arms.check_labelled(given.data, dataset)
     _, half_b = arms.halves(dataset.splits["train"])
     percentages = arms.check_percentages(given.percentages, len(half_b.label), dataset.num_classes)
     settings = settings_of(given.data, dataset) | {"percentages": percentages}
@@ -77,7 +78,10 @@ def main() -> None:
     for percentage, arm in itertools.product(percentages, COMPARED):
         compute_once(study, "arm", learn, percentage=percentage, arm=arm)
     title = f"A VAE/GAN's images as training data: {given.data}, {given.seeds} seeds, 95 % intervals"
-    note = "Test accuracy in %, by percentage of half B, and paired differences in points."
+    note = (
+        "Test accuracy in %, by percentage of half B, and paired differences in points. The two models are trained by recipes of "
+        f"their own: {settings['vae']} with {arms.SHARP_VAE}, and {settings['vaegan']}."
+    )
     tables = map(markdown_table, accuracy_tables(study.rows, percentages, COMPARED, PAIRS))
     launch.write_summary(study.path, title, note, *tables)
 

@@ -50,6 +50,11 @@ def test_only_what_differs_is_shown(runs):
     assert compare.caveat(runs) == ""
 
 
+def test_losses_with_another_weight_of_the_kl_are_no_match(tmp_path, runs):
+    other = write_run(tmp_path / "c", small(objective__beta=0.02), [3.0])
+    assert "differ in objective.beta" in compare.caveat([runs[0], *compare.read_runs([other])])
+
+
 def test_fields_and_metrics_that_one_family_lacks(tmp_path, runs):
     other = write_run(tmp_path / "c", classifier.get_config("digits").to_dict(), [0.5], **{"test/accuracy": 0.9})
     both = [runs[0], *compare.read_runs([other])]

@@ -34,6 +34,15 @@ def test_spreading_labels_one_of_each_cluster_labels_all(spectrum):
     assert (spectrum._spread(2, 0, False).transduction_ == two_clusters().label).all()
 
 
+def test_test_images_have_neighbours_of_their_own(tmp_path):
+    """Also if they are as many as the training images, and in another order."""
+    test = two_clusters()
+    order = np.argsort(test.label, kind="stable")
+    splits = {"train": two_clusters(), "test": Split(test.image[order], test.label[order])}
+    spectrum = Spectrum(tmp_path, SETTINGS, Dataset(splits, 2, True), "")
+    assert spectrum.spread(2, codes=False)["accuracy"] == [1.0] * 3
+
+
 def test_every_draw_spreads_its_own_labels(spectrum, monkeypatch):
     import sklearn.semi_supervised
 
