@@ -71,19 +71,16 @@ def run(command: list[str]) -> None:
     SIGTERM and SIGHUP are passed on to the command, which saves and exits; Ctrl-C reaches it through the terminal.
     """
     print(f"\n$ {shell_line(command)}", flush=True)
-    early, started = [], []  # a signal may arrive before the command has started
+    process, early = None, []  # a signal may arrive before the command has started
 
     def pass_on(number, frame):
-        early.append(number)
-        for process in started:
-            process.send_signal(number)
+        early.append(number) if process is None else process.send_signal(number)
 
     passed = {
         number: pass_on for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
     }
-    with _handlers({signal.SIGINT: signal.default_int_handler} | passed):
+    with _handlers(passed):
         process = subprocess.Popen([sys.executable, *command[1:]])
-        started.append(process)
         for number in early[:1]:
             process.send_signal(number)
         with _handlers({signal.SIGINT: signal.SIG_IGN}):

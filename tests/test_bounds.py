@@ -153,13 +153,15 @@ def test_the_doubly_reparameterised_gradient_of_q_is_zero_at_the_posterior():
     assert np.abs(plain["phi"]).max() > 0.01
 
 
-@pytest.mark.parametrize("fields", [{}, {"warmup_steps": 4}])  # at the first of four steps beta is 1/4
-def test_the_two_estimators_agree(fields):
+@pytest.mark.parametrize(
+    "fields,rtol", [({}, 1e-6), ({"warmup_steps": 4}, 1e-5)]
+)  # at the first of four steps beta is 1/4
+def test_the_two_estimators_agree(fields, rtol):
     """Value and gradient of theta with the same noise, and the gradient of phi on average, at less variance."""
     model, variables = trained(0.2, 0.6)
     values, plain = gradient(model, variables, 100_000, samples=5, **fields)
     same, dreg = gradient(model, variables, 100_000, samples=5, estimator="dreg", **fields)
-    np.testing.assert_allclose(values, same, rtol=1e-5)
+    np.testing.assert_allclose(values, same, rtol=rtol)
     np.testing.assert_allclose(dreg["theta"], plain["theta"], rtol=1e-4, atol=1e-5)
     error = np.sqrt((plain["phi"].var(axis=0) + dreg["phi"].var(axis=0)) / 100_000)
     assert (np.abs(plain["phi"].mean(axis=0) - dreg["phi"].mean(axis=0)) < 5 * error).all()

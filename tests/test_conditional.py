@@ -294,7 +294,7 @@ def test_a_loaded_model_takes_labels(by_label):
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda vae: vae.sample(2), "conditioned on the label: give label= .*, from 0 to 9"),
+        (lambda vae: vae.sample(2), r"conditioned on the label: give label= \(or --labels\), from 0 to 9"),
         (lambda vae: vae.sample(2, label=10), "label is 10, but must be from 0 to 9"),
         (lambda vae: vae.sample(2, label=[1, -1]), "label is -1, but must be from 0 to 9"),
         (lambda vae: vae.sample(2, label=[1, 2, 3]), "must be an integer, or one for each of 2"),

@@ -109,6 +109,7 @@ def tiny_mnist(tmp_path, monkeypatch):
     small_mnist.write(tmp_path, train=6, test=3)
     infos = small_mnist.url_infos(tmp_path)
     monkeypatch.setattr(tfds.builder_cls("fashion_mnist"), "url_infos", infos)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     return tmp_path
 
 
@@ -129,7 +130,7 @@ def test_missing_file_and_wrong_checksum(tiny_mnist):
 
 
 def test_no_network(tiny_mnist, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_mnist / "cache"))
+    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
     with pytest.raises(OSError, match="cannot download fashion_mnist .*manual_dir.*:digits") as error:
         data.load(name="fashion_mnist")
     assert one_line(error)
@@ -156,7 +157,7 @@ def served_mnist(tiny_mnist, monkeypatch):
     address = f":{server.server_address[1]}/"
     infos = {url.replace(":9/", address): i for url, i in builder.url_infos.items()}
     monkeypatch.setattr(builder, "url_infos", infos)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_mnist / "cache"))
+    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
     yield server
     server.shutdown()
     server.server_close()
@@ -179,7 +180,7 @@ def test_a_download_with_a_wrong_checksum_is_refused_in_one_line(served_mnist, t
 
 
 def test_a_silent_network_is_given_up_in_time(tiny_mnist, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_mnist / "cache"))
+    monkeypatch.setenv("HOME", str(tiny_mnist / "home"))
     monkeypatch.setattr(named, "NETWORK_TIMEOUT", 0.01)
     answered = threading.Event()
 

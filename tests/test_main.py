@@ -69,8 +69,7 @@ def test_a_finished_run_is_left_as_it_is(digits, forks):
     assert again.ends() == "" and "finished already: " in again.stdout
     changes = "--config.model.latent_dim=3", "--config.batch_size=100"
     stderr = forks(*SMOKE, *changes, f"--workdir={workdir}").refuses()
-    for change in ("batch_size is 512 there, 100 here", "model.latent_dim is 20 there, 3 here"):
-        assert change in stderr
+    assert "batch_size is 512 there, 100 here; model.latent_dim is 20" in stderr
     assert files_of(workdir) == before
 
 

@@ -97,7 +97,7 @@ def test_bad_images(vae, image, message):
 def test_a_shell_shows_a_few_lines_and_a_notebook_16_samples(vae):
     assert str(vae).splitlines() == [
         "<VAE on digits: step 10, 12,325 parameters",
-        "  images of 28x28x1, 20 latents, encoder_features [4, 4], decoder_features [4, 4]>",
+        "  images of 28x28x1, 20 latents, decoder_features [4, 4], encoder_features [4, 4]>",
     ]
     before, _, after = vae._repr_html_().partition("data:image/png;base64,")
     assert before.startswith("<div><pre>&lt;VAE on digits: step 10") and '<img alt="16 generated images"' in before

@@ -55,11 +55,6 @@ def chunks(image: UInt8[np.ndarray, "n ..."]) -> Iterator[UInt8[np.ndarray, "m .
         yield image[start : start + count]
 
 
-def thresholded(image: UInt8[np.ndarray, "n height width channel"]) -> UInt8[np.ndarray, "n height width channel"]:
-    """Bytes as `binarize` rounds them: 255 above 127, else 0."""
-    return np.where(image > 127, np.uint8(255), np.uint8(0))
-
-
 def has_grey(image: UInt8[np.ndarray, "n height width channel"]) -> bool:
     """Whether any pixel is neither 0 nor 255."""
     return any(((part > 0) & (part < 255)).any() for part in chunks(image))

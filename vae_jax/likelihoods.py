@@ -129,17 +129,14 @@ def optimal_gaussian() -> Likelihood:
 
         energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w), over all devices and samples
 
-    By the envelope theorem s needs no gradient, since it minimises the ELBO; with several importance-weighted samples it would.
-    Evaluation uses the debiased moving average from training, so the result for
-    an image does not depend on the other images. Source: Rybkin et al. 2021 (sigma-VAE), equation 6.
+    By the envelope theorem s needs no gradient, since it minimises the ELBO; an importance-weighted bound would need one. Evaluation
+    uses the debiased moving average from training, so an image's result is its own. Source: Rybkin et al. 2021, equation 6.
     """
 
     def variance(variables):
-        state = variables["likelihood"]
-        known = state["weight"] > 0
-        return jnp.maximum(
-            jnp.where(known, state["total"] / jnp.where(known, state["weight"], 1.0), 1.0), SMALLEST_VARIANCE
-        )
+        total, weight = (variables["likelihood"][name] for name in ("total", "weight"))
+        known = weight > 0
+        return jnp.maximum(jnp.where(known, total / jnp.where(known, weight, 1.0), 1.0), SMALLEST_VARIANCE)
 
     def energy(variables, raw, image):
         s2 = variance(variables)

@@ -1,8 +1,5 @@
 """What `--mode` does with a trained model: numbers and pictures. A mode asks for a capability, not for a model's name."""
 
-import errno
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax import figures, generate, weights
+from vae_jax import figures, generate
 from vae_jax.batch import Split
 from vae_jax.commands.examples import (
     check_able,
@@ -24,6 +21,7 @@ from vae_jax.commands.examples import (
     read_unlabelled,
     shortened,
 )
+from vae_jax.commands.results import generated, save, save_arrays, save_each
 from vae_jax.evaluation.latents import tsne_plane
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.export import export as export_model
@@ -31,16 +29,7 @@ from vae_jax.full_evaluation import evaluate_fully
 from vae_jax.full_evaluation.prior import fit_prior
 from vae_jax.pretrained import of_seed
 from vae_jax.pretrained.loading import load_variables
-from vae_jax.run.files import (
-    as_csv,
-    atomic_file,
-    explained,
-    local_path,
-    save_figure,
-    save_film,
-    save_image,
-    write_atomically,
-)
+from vae_jax.run.files import as_csv, save_figure, write_atomically
 from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -279,39 +268,3 @@ def export(workdir: str, checkpoint: str, output: str | None, formats: list[str]
     """Export the model as a folder for a model hub, by default in generated/; nothing is uploaded."""
     folder = output or str(generated(workdir) / f"export-step{load_variables(workdir, checkpoint)[0]['step']}")
     return export_model(workdir, folder, checkpoint, formats=formats or ())
-
-
-def generated(workdir: str) -> Path:
-    """Create the folder that modes write to: generated/ in the run directory; generated/NAME for a bundled model."""
-    path = local_path(workdir)
-    folder = Path("generated") / path.name if weights.in_box(path) else path / "generated"
-    with explained(f"cannot write to {folder}", "copy the run to a folder that you may write to"):
-        folder.mkdir(parents=weights.in_box(path), exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    return folder
-
-
-def save(workdir: str, name: str, figure: Any, frames: Sequence[np.ndarray] = (), **arrays) -> list[Path]:
-    """Write generated/NAME.png, .npz and, from `frames`, .webp. NAME contains all that determines the content."""
-    paths = [generated(workdir) / f"{name}.{kind}" for kind in ("png", "npz", "webp")]
-    save_figure(figure, paths[0])
-    save_arrays(paths[1], **arrays)
-    if frames:
-        save_film(frames, paths[2])
-    return paths if frames else paths[:2]
-
-
-def save_arrays(path: Path, **arrays) -> None:
-    """Write an .npz."""
-    with atomic_file(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-def save_each(workdir: str, name: str, image: np.ndarray) -> list[Any]:
-    """Write images in [0, 1] to generated/NAME/00000.png and so on."""
-    folder = generated(workdir) / name
-    folder.mkdir(exist_ok=True)
-    for i, pixels in enumerate(np.round(image * 255).astype(np.uint8)):
-        save_image(pixels, folder / f"{i:05}.png")
-    return [folder, f"{len(image)} files"]

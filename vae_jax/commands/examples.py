@@ -10,6 +10,7 @@ from jaxtyping import Int, UInt8
 from vae_jax import data
 from vae_jax.batch import Dataset, Split
 from vae_jax.pretrained import Pretrained, load
+from vae_jax.pretrained.arguments import check_all_labelled
 from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.job import fingerprint
@@ -51,10 +52,8 @@ def load_examples(
     if own is None:
         vae, dataset = load_with_data(workdir, config, checkpoint)
         seen = as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
-        if vae.model.encoder_takes_label and (seen.label < 0).any():
-            raise ValueError(
-                f"{split} has unlabelled images, but this model is conditioned on the label: choose another --split"
-            )
+        if vae.model.encoder_takes_label:
+            check_all_labelled(split, seen.label)
         names = [str(i) for i in range(len(seen.label))]
         return vae, Examples(*seen, title=split, file=split, names=names)
     vae = load_able(workdir, checkpoint, encode="encoder", decode_raw="decoder")

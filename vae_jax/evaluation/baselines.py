@@ -42,15 +42,21 @@ def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> flo
     return float((np.sum(np.log(used)) + len(left) * np.log(left.mean()) + len(eigenvalues)) / 2)
 
 
-def cross_entropy_baselines(image: UInt8[np.ndarray, "n height width channel"]) -> dict[str, float]:
+def cross_entropy_baselines(
+    image: UInt8[np.ndarray, "n height width channel"], rounded: bool = False
+) -> dict[str, float]:
     """For a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x sum_pixels H(x).
 
     H is the entropy of a binary pixel. The expected loss of any model on these images, binarized or grey, is at least the floor.
+    `rounded` is for a model that sees each pixel rounded to 0 or 1.
     """
-    value = np.arange(256) / 255
+    value, mean = np.arange(256) / 255, mean_image(image)
+    if rounded:
+        value = np.round(value)
+        mean = np.sum([(part > 127).sum(axis=0) for part in chunks(image)], axis=0) / len(image)
     counts = np.sum([np.bincount(part.reshape(-1), minlength=256) for part in chunks(image)], axis=0)
     return {
-        "collapsed model": float(entropy(mean_image(image)).sum()),
+        "collapsed model": float(entropy(mean).sum()),
         "floor: the entropy of the pixels": float(counts @ entropy(value) / len(image)),
     }
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy.special import ndtri
 
 from vae_jax import figures, generate
-from vae_jax.batch import Batch, first_of_each_label, has_grey, thresholded
+from vae_jax.batch import Batch, first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
 from vae_jax.evaluation.latents import Axes, active_units, decompose_kl, principal_axes
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, make_log_weights, summarize
@@ -99,7 +99,7 @@ def baselines(
 ) -> dict:
     """Closed-form losses on the training images, where known: a collapsed model, the best linear VAE, and the floor."""
     if likelihood == "bernoulli":
-        return cross_entropy_baselines(thresholded(image) if binarize == "threshold" else image)
+        return cross_entropy_baselines(image, rounded=binarize == "threshold")
     if likelihood == "discretised_logistic":
         return {"a histogram of each pixel": histogram_loss(image)}
     if prior != "standard_normal":

@@ -18,6 +18,7 @@ from vae_jax.full_evaluation.picture import draw_evaluation
 from vae_jax.full_evaluation.samples import generated_numbers
 from vae_jax.full_evaluation.subject import Subject, as_floats
 from vae_jax.pretrained import MOST_SAMPLES, Pretrained
+from vae_jax.pretrained.arguments import check_all_labelled
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import save_figure, write_atomically
@@ -45,10 +46,8 @@ def evaluate_fully(
         raise ValueError(f"--samples is {samples}, but must be from 1 to {MOST_SAMPLES}")
     if not 1 <= count <= size:
         raise ValueError(f"--count is {count}, but {split} has {size} images: give 1 to {size}")
-    if vae.model.condition_on == "label" and (stored.label < 0).any():
-        raise ValueError(
-            f"{split} has unlabelled images, but this model is conditioned on the label: choose another --split"
-        )
+    if vae.model.condition_on == "label":
+        check_all_labelled(split, stored.label)
     seen = as_seen(stored, dataset.binarize, vae.config["seed"])
     subject = Subject(vae, dataset, split, seen, stored, Devices())
     name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (

@@ -22,6 +22,14 @@ def check_labels(label: Any, count: int, num_classes: int) -> Int[np.ndarray, " 
     return np.broadcast_to(given, count).astype(np.int32)
 
 
+def check_all_labelled(split: str, label: np.ndarray) -> None:
+    """Raise ValueError if an image of a split has no label, for a model that is conditioned on the label."""
+    if (label < 0).any():
+        raise ValueError(
+            f"{split} has unlabelled images, but this model is conditioned on the label: choose another --split"
+        )
+
+
 def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "n h w c"]:
     """Images in [0, 1] as float32. Raises ValueError, naming shape, type or value, if they do not fit the model."""
     image = as_array("images", image)

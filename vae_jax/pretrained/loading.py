@@ -28,7 +28,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
         raise ValueError(
             f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
         ) from error
-    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, with_defaults(stored)):
+    if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
         raise ValueError(
             f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
             f"({'; '.join(changed)}): restore the one or the other"

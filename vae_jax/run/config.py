@@ -89,8 +89,11 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         known = defaults(*(section["name"] for section in sections))
     except (KeyError, TypeError):  # a user's own family or optimizer, or no name
         return dict(config)
-    both = {name for name in config if isinstance(known.get(name), Mapping) and isinstance(config[name], Mapping)}
-    return known | {name: known[name] | value if name in both else value for name, value in config.items()}
+    filled = dict(config)
+    for name, own in config.items():
+        if isinstance(own, Mapping) and isinstance(known.get(name), Mapping):
+            filled[name] = {**own, **known[name], **own}  # in the section's order; what it lacks comes last
+    return known | filled
 
 
 def differing(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,9 +219,10 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """List the fields in which `config` differs from a run's `stored` config, as "FIELD is OLD there, NEW here".
 
     The list leaves out what a resumed run may change: section `run`, `data.manual_dir`, and more epochs if the
-    optimizer does not depend on their number. A new batch_size of 0 means the old one.
+    optimizer does not depend on their number. A new batch_size of 0 means the old one. A field that one of them lacks
+    has its default.
     """
-    old, new = flatten(stored), flatten(config)
+    old, new = (flatten(fields) | flatten(with_defaults(fields)) for fields in (stored, config))
     for flat in (old, new):
         for name in [*flat]:
             if name.startswith("run.") or name == "data.manual_dir":

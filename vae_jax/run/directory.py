@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from vae_jax.run.config import changes, with_defaults
+from vae_jax.run.config import changes
 from vae_jax.run.environment import code_version
 from vae_jax.run.files import (
     describe_error,
@@ -73,7 +73,7 @@ def read_settings(path: str) -> dict | None:
 
 def check_same_config(workdir: str, stored: Mapping, config: Mapping) -> None:
     """Raise ValueError, naming the differing fields, if the run in the work directory has another config."""
-    if changed := changes(with_defaults(stored), with_defaults(config)):
+    if changed := changes(stored, config):
         raise ValueError(
             f"the work directory {workdir} holds another run ({'; '.join(changed)}): name another with --workdir"
         )

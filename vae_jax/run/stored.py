@@ -58,10 +58,10 @@ def select(folder, which: str | int = "") -> dict:
         raise ValueError(
             f"there is no checkpoint {which!r} in {folder}: give latest, best, or one of {', '.join(map(str, found))}"
         )
-    others = f"train again, or choose another checkpoint: {', '.join(map(str, found))}"
+    others = f"choose another checkpoint: {', '.join(map(str, found))}"
     saved = latest_saved(folder)
     if found[0] < saved:
-        raise ValueError(f"the latest checkpoint, of step {saved}, is lost from {folder}: {others}")
+        raise ValueError(f"the latest checkpoint, of step {saved}, is lost from {folder}: train again, or {others}")
     latest = read(found[0])
     best = latest["best"]
     if which == "best" and best is None:
@@ -71,9 +71,8 @@ def select(folder, which: str | int = "") -> dict:
     if which == "latest" or best is None or best["step"] == found[0]:
         return latest
     if best["step"] not in found:
-        left = ", ".join(map(str, found))
         raise ValueError(
-            f"the best checkpoint, of step {best['step']}, is lost from {folder}: bring it back, or choose another checkpoint: {left}"
+            f"the best checkpoint, of step {best['step']}, is lost from {folder}: bring it back, or {others}"
         )
     return read(best["step"])
 
