@@ -9,6 +9,7 @@ counts only the arithmetic of the model's convolutions and dense layers. PyTorch
 a table (.json) and a chart (.png).
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -72,7 +73,7 @@ def product_peers(precisions: list[str]) -> list[Peer]:
     def make(precision):
         key = jax.random.key(0)
         a, b = jax.random.normal(key, (2, size, size)).astype(precision)
-        multiply = jax.jit(jnp.matmul)
+        multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
         return lambda: jax.block_until_ready(multiply(a, b))
 
     return [Peer(f"matrix product, {precision}", "limit", make(precision), 2 * size**3) for precision in precisions]

@@ -1,12 +1,15 @@
 """convolution.py against lax: values, gradients, forward mode, second order, vmap; odd sizes too."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from vae_jax.nn import convolution
+from vae_jax.nn import amx, convolution
+from vae_jax.run.devices import WITHOUT_YNNPACK
 
 
 def lax_conv(x, kernel, stride):
@@ -133,6 +136,58 @@ def test_bfloat16_accumulates_in_float32(ours, theirs):
     assert ours.dtype == jnp.bfloat16
     error = jnp.abs(ours.astype(jnp.float32) - exact).max() / jnp.abs(exact).max()
     assert 0 < error < 0.01
+
+
+needs_amx = pytest.mark.skipif(not amx.has_amx(), reason="this processor has no AMX")
+
+
+@pytest.fixture
+def has_amx(monkeypatch):
+    """A processor that multiplies bfloat16 faster, whichever runs the test."""
+    monkeypatch.setattr(amx, "has_amx", lambda: True)
+
+
+def on_bfloat16(x):
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("ours", [convolution.conv, convolution.conv_transpose])
+@pytest.mark.parametrize("height,width,kernel,stride", GEOMETRIES)
+@pytest.mark.parametrize(
+    "options", [WITHOUT_YNNPACK, pytest.param({}, marks=needs_amx)], ids=["evaluation", "training"]
+)
+def test_products_in_bfloat16_lose_nothing(has_amx, ours, height, width, kernel, stride, options):
+    """Of numbers that are rounded already they are float32's, with all derivatives, also vmapped."""
+    x, w = map(on_bfloat16, operands(height, width, kernel))
+
+    def derivatives(x, w, dtype):
+        out, pullback = jax.vjp(lambda x, w: ours(x, w, stride, dtype), x, w)
+        return out, pullback(on_bfloat16(jnp.cos(jnp.arange(out.size, dtype=jnp.float32))).reshape(out.shape))
+
+    def run(dtype):
+        one = functools.partial(derivatives, dtype=dtype)
+        both = jax.jit(
+            lambda x, w: (one(x, w), jax.vmap(one)(jnp.stack([x, x]), jnp.stack([w, -w]))), compiler_options=options
+        )
+        return both(x, w)
+
+    assert_close(run(jnp.bfloat16), run(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    "dtype,with_amx,channels,faster",
+    [
+        (jnp.bfloat16, True, 2, True),
+        (jnp.bfloat16, True, 1, False),
+        (jnp.bfloat16, False, 2, False),
+        (jnp.float32, True, 2, False),
+    ],
+)
+def test_products_are_in_bfloat16_only_where_that_is_faster(monkeypatch, dtype, with_amx, channels, faster):
+    monkeypatch.setattr(amx, "has_amx", lambda: with_amx)
+    x, w = operands(5, 8, 3, c_in=channels)
+    program = jax.jit(lambda x, w: convolution.conv(x, w, 2, dtype)).lower(x, w).as_text()
+    assert ("bf16" in program) == faster
 
 
 def test_lax_forms_equal_the_products():

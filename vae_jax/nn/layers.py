@@ -17,7 +17,7 @@ kernel_init = nn.initializers.glorot_uniform()
 def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """Round x to `dtype`, the input precision of a layer.
 
-    On CPUs bfloat16 values are stored as float32, because float32 computes faster there. Accelerators also multiply rounded
+    On CPUs bfloat16 values are stored as float32, because loops over float32 are faster there. Accelerators also multiply rounded
     operands and sum the products in float32.
     """
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
@@ -66,7 +66,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         apply = convolution.conv_transpose if self.transpose else convolution.conv
-        y = apply(rounded(x, self.dtype), rounded(kernel, self.dtype), self.stride)
+        y = apply(rounded(x, self.dtype), rounded(kernel, self.dtype), self.stride, self.dtype)
         return add_bias(y, bias)
 
 
@@ -106,7 +106,7 @@ class ConvForPool(nn.Module):
         places = [jnp.pad(kernel, ((i, 1 - i), (j, 1 - j), (0, 0), (0, 0))) for i in (0, 1) for j in (0, 1)]
         wide = jnp.stack(places, axis=3).reshape(4, 4, x.shape[-1], -1)
         height, width = (size // 2 for size in x.shape[1:3])
-        y = convolution.conv(rounded(x, self.dtype), wide, stride=2)[:, :height, :width]
+        y = convolution.conv(rounded(x, self.dtype), wide, 2, self.dtype)[:, :height, :width]
         return add_bias(y.reshape(*y.shape[:3], 4, -1), bias)
 
 

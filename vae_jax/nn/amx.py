@@ -1,0 +1,59 @@
+"""The products of a convolution in bfloat16, on CPUs with AMX.
+
+AMX, in Intel's Xeons since 2023, multiplies matrices of bfloat16 into float32, four times as fast as float32's own
+instructions. Only the products' operands are bfloat16: XLA's loops over bfloat16 are slow. Narrow products are as fast as wide ones.
+"""
+
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax import lax
+
+from vae_jax.nn.patches import col2im, im2col
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 by AMX, as Linux reports."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "amx_bf16" in info.read_text(errors="replace").split()
+
+
+def conv(x, kernel, geometry):
+    """im2col(x) w: [batch, *large, c], [kh, kw, c, k] -> [batch, *small, k]."""
+    out = _multiply(_patches(x, geometry), _columns(kernel), (1, 0))
+    return out.reshape(x.shape[0], *geometry.small, kernel.shape[3])
+
+
+def input_grad(g, kernel, geometry):
+    """col2im(g w^T): [batch, *small, k], [kh, kw, c, k] -> [batch, *large, c]."""
+    return col2im(_multiply(_columns(g), _columns(kernel), (1, 1)), geometry)
+
+
+def kernel_grad(x, g, geometry):
+    """im2col(x)^T g: [batch, *large, c], [batch, *small, k] -> [kh, kw, c, k].
+
+    A product that contracts the rows of both operands is slow, and XLA's way to transpose one is too. So g is transposed
+    by a product with the identity, which is exact.
+    """
+    g = _columns(g)
+    transposed = _multiply(jnp.eye(g.shape[1], dtype=g.dtype), g, (1, 1)).astype(g.dtype)
+    kernel = _multiply(transposed, _patches(x, geometry), (1, 0)).T
+    return kernel.reshape(*geometry.size, x.shape[3], g.shape[1])
+
+
+def _patches(x, geometry):
+    # Gathering adds. Integers are added fast, and zero plus any bits gives the same bits.
+    bits = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return lax.bitcast_convert_type(im2col(bits, geometry), jnp.bfloat16)
+
+
+def _columns(x):
+    return x.astype(jnp.bfloat16).reshape(-1, x.shape[-1])
+
+
+def _multiply(a, b, contracted):
+    product = lax.dot_general(a, b, ((contracted[:1], contracted[1:]), ((), ())), preferred_element_type=jnp.float32)
+    # XLA runs few forms of this product, so its simplifier must not transpose it.
+    return lax.optimization_barrier(product)
