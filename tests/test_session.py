@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs import classifier, vae
@@ -220,6 +221,21 @@ def test_only_a_training_needs_the_memory_of_one(config, monkeypatch, tmp_path):
     session.build(config)
     with pytest.raises(ValueError, match="small GPU has 0.1 GiB: take a smaller model or batch, or fewer seeds"):
         session.run(config, str(tmp_path / "run"), 1, hosts.Stop)
+
+
+@pytest.mark.parametrize(
+    "precision,has_amx,said", [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_a_processor_that_gains_nothing_from_bfloat16_says_so(
+    config, monkeypatch, tmp_path, capsys, precision, has_amx, said
+):
+    monkeypatch.setattr(session.amx, "has_amx", lambda: has_amx)
+    config["model"]["precision"] = precision
+    run = epath.Path(tmp_path / "run")
+    directory, _, progress = session.open_run(session.build(config), str(run), run / "checkpoints", config, 1)
+    directory.close()
+    progress.close()
+    assert capsys.readouterr().err.count("no faster here: this processor has no AMX") == said
 
 
 class FixedNetwork:

@@ -15,6 +15,7 @@ from etils import epath
 from vae_jax.batch import binarize, mean_image, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
+from vae_jax.nn import amx
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
 from vae_jax.run.checkpoint import Checkpoints
@@ -264,4 +265,6 @@ def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> t
     progress = Progress(job.steps * job.batch_size * len(job.seeds), job.epochs)
     if job.dataset.notes:
         progress.note(f"the images of {config['data']['name']}: {'; '.join(job.dataset.notes)}")
+    if config["model"].get("precision") == "bfloat16" and jax.default_backend() == "cpu" and not amx.has_amx():
+        progress.note("model.precision is bfloat16, which is no faster here: this processor has no AMX")
     return directory, checkpoints, progress
