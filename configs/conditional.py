@@ -28,6 +28,7 @@ PARTS = {
     "model.condition_hidden": (500, 500),
     "model.likelihood": "bernoulli",
     "model.prior": "learned",
+    "optimizer.learning_rate": 0.001,  # at 0.004 a training of :quadrant2 diverged
 }
 DENSE = vae.BINARY | {"model.network": "mlp", "model.hidden": (500, 500), "model.latent_dim": 50}
 VARIANTS = {
