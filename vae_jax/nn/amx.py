@@ -1,7 +1,7 @@
 """The products of a convolution in bfloat16, on CPUs with AMX.
 
 AMX, in Intel's Xeons since 2023, multiplies matrices of bfloat16 into float32, four times as fast as float32's own
-instructions. Only the products' operands are bfloat16: XLA's loops over bfloat16 are slow. Narrow products are as fast as wide ones.
+instructions. Only the products' operands are bfloat16: XLA's loops over bfloat16 are slow. Narrow products need no widening.
 """
 
 import functools

@@ -17,8 +17,8 @@ kernel_init = nn.initializers.glorot_uniform()
 def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """Round x to `dtype`, the input precision of a layer.
 
-    On CPUs bfloat16 values are stored as float32, because loops over float32 are faster there. Accelerators also multiply rounded
-    operands and sum the products in float32.
+    On CPUs bfloat16 values are stored as float32, because loops over float32 are faster there. Accelerators also multiply
+    rounded operands and sum the products in float32.
     """
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
