@@ -30,14 +30,15 @@ PAIRS = [  # one method minus another
 ]
 
 
-def by_method(rows: list[dict]) -> dict[str, dict[int, np.ndarray]]:
-    """{method: {labels: test accuracies of the draws, in %}}."""
+def by_method(rows: list[dict], number: str = "accuracy", scale: float = 100) -> dict[str, dict[int, np.ndarray]]:
+    """{method: {labels: a number of each draw, by default the test accuracy in %}}, of the methods that have it."""
     found: dict[str, dict[int, list]] = {}
     for row in sorted(rows, key=lambda row: row.get("draw", 0)):
-        here = found.setdefault(row["stage"], {}).setdefault(row["labels"], [])
-        here.extend(row["accuracy"] if isinstance(row["accuracy"], list) else [row["accuracy"]])
+        if number in row:
+            here = found.setdefault(row["stage"], {}).setdefault(row["labels"], [])
+            here.extend(row[number] if isinstance(row[number], list) else [row[number]])
     return {
-        method: {labels: 100 * np.array(values) for labels, values in sorted(of.items())}
+        method: {labels: scale * np.array(values) for labels, values in sorted(of.items())}
         for method, of in found.items()
     }
 
@@ -54,14 +55,15 @@ def cell(values: np.ndarray | None, signed: bool = False) -> str:
 
 
 def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
-    """{title: cells}: accuracy without and with augmentation, paired differences, minutes."""
+    """{title: cells}: accuracy without and with augmentation, paired differences, nats, minutes."""
     found, labels = by_method(rows), settings["labels"]
     heading = [f"{count:,} labels" for count in labels] + ["all labels"]
     counts = [*labels, -1]
 
-    def accuracy(methods):
+    def table(found, methods):
         return [["method", *heading], *([name, *(cell(found[name].get(n)) for n in counts)] for name in methods)]
 
+    nats = by_method(rows, "bound", 1) | by_method(rows, "nll", 1)  # a row with both has a bound on -log p(x | y)
     plain = [name for name in found if not name.startswith(SHIFTED)]
     known = PUBLISHED.items() if settings["data"] == "mnist" else ()
     others = [[f"*{name}*", *(f"{of[n]:.2f}" if n in of else "" for n in counts)] for name, of in known]
@@ -76,9 +78,10 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
         seconds = [row["seconds"] / np.size(row["accuracy"]) for row in rows if row["stage"] == name]
         minutes.append([name, f"{np.median(seconds) / 60:.1f}"])
     return {
-        "Test accuracy in %, images as they are": accuracy(plain) + others,
-        "Test accuracy in %, images shifted and rotated": accuracy([n for n in found if n.startswith(SHIFTED)]),
+        "Test accuracy in %, images as they are": table(found, plain) + others,
+        "Test accuracy in %, images shifted and rotated": table(found, [n for n in found if n.startswith(SHIFTED)]),
         "Paired differences over the draws, in points": pairs,
+        "Nats of a test image: a bound on -log p(x), or by Bayes' rule an estimate of it": table(nats, nats),
         "Minutes of one draw": minutes,
     }
 

@@ -110,15 +110,20 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     rows = [
         row("label spreading, pixels", [0.8, 0.9, 0.85]),
         row("label spreading, VAE's codes", [0.9, 1.0, 0.95]),
-        *(row("M2", accuracy, draw=draw) for draw, accuracy in enumerate([0.5, 0.6, 0.7])),
+        *(row("M2", accuracy, draw=draw, bound=90.0 + draw) for draw, accuracy in enumerate([0.5, 0.6, 0.7])),
         row("classifier, shifted", [0.9, 0.9, 0.9]),
+        row("conditional VAE, Bayes' rule", 0.98, bound=94.0, nll=89.0) | {"labels": -1},
     ]
     found = report.tables(rows, SETTINGS)
-    plain, shifted, pairs, minutes = found.values()
+    plain, shifted, pairs, nats, minutes = found.values()
     by_name = {cells[0]: cells[1:] for cells in plain}
     assert by_name["M2"] == ["60.00 ± 24.84", "", ""]  # t(2) = 4.303, standard deviation 10
     assert "*M2 in Pyro's tutorial*" in by_name and [cells[0] for cells in shifted] == ["method", "classifier, shifted"]
     assert pairs[1] == ["label spreading, VAE's codes - label spreading, pixels", "+10.00 ± 0.00", ""]
+    assert {cells[0]: cells[1:] for cells in nats[1:]} == {
+        "M2": ["91.00 ± 2.48", "", ""],
+        "conditional VAE, Bayes' rule": ["", "", "89.00"],
+    }
     assert {cells[0]: cells[1] for cells in minutes[1:]}["M2"] == "1.0"
     figure = report.draw(rows, SETTINGS)
     assert [ax.get_title() for ax in figure.axes] == ["Images as they are", "Images shifted and rotated"]
