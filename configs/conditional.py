@@ -30,7 +30,12 @@ PARTS = {
     "model.prior": "learned",
     "optimizer.learning_rate": 0.001,  # at 0.004 a training of :quadrant2 diverged
 }
-DENSE = vae.BINARY | {"model.network": "mlp", "model.hidden": (500, 500), "model.latent_dim": 50}
+DENSE = vae.BINARY | {
+    "model.network": "mlp",
+    "model.hidden": (500, 500),
+    "model.latent_dim": 50,
+    "optimizer.learning_rate": 0.002,  # after 30 epochs the loss of 5,000 validation images is 92.6; 94.1 at 0.001
+}
 VARIANTS = {
     "default": {},
     "dense": DENSE,

@@ -19,7 +19,7 @@ from experiments import launch
 from vae_jax.families import FAMILIES, Metric
 from vae_jax.run.config import flatten, with_defaults
 from vae_jax.run.directory import read_config
-from vae_jax.run.files import local_path, save_figure, write_atomically
+from vae_jax.run.files import check_local, local_path, save_figure, write_atomically
 from vae_jax.run.log import read_rows
 from vae_jax.run.report import markdown_table
 
@@ -53,6 +53,8 @@ def read_run(folder: Path, name: str) -> Run:
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """Read the runs among these folders and report the others on stderr. Raises ValueError if there is no run."""
+    for path in paths:
+        check_local(path, "a comparison")
     runs, given = [], [local_path(path) for path in paths]
     folders = [path for path in given if not path.is_file()]
     if len(folders) < len(given):
@@ -110,7 +112,8 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
     cells = [["run", *fields, "trained", *(f"test/{name}" for name in metrics), "minutes"]]
     for run in runs:
         epoch, epochs = run.rows[-1]["epoch"], run.config["epochs"]
-        state = f"{epoch:.3g} of {epochs} epochs" if epoch < epochs else f"{epochs} epochs"
+        most = "at most " if run.config["patience"] else ""  # whether it has ended is in its checkpoints alone
+        state = f"{epoch:.3g} of {most}{epochs} epochs" if epoch < epochs else f"{epochs} epochs"
         values = [show(run, f"test/{name}") for name in metrics]
         minutes = f"{run.rows[-1]['seconds'] / 60:.1f}"
         cells.append([run.name, *(describe(run.config, name) for name in fields), state, *values, minutes])

@@ -50,6 +50,11 @@ def test_only_what_differs_is_shown(runs):
     assert compare.caveat(runs) == ""
 
 
+def test_a_run_with_patience_may_have_ended_early(tmp_path):
+    path = write_run(tmp_path / "a", small(patience=2), [9.0, 8.0])
+    assert compare.table(compare.read_runs([path]))[1][1] == "2 of at most 3 epochs"
+
+
 def test_losses_with_another_weight_of_the_kl_are_no_match(tmp_path, runs):
     other = write_run(tmp_path / "c", small(objective__beta=0.02), [3.0])
     assert "differ in objective.beta" in compare.caveat([runs[0], *compare.read_runs([other])])
@@ -111,6 +116,8 @@ def test_what_is_no_run_is_named(tmp_path, runs, capsys):
     assert len(lines) == 5 and lines[0] == "compare: left out: 1 files, which are no folders"
     for line, what in zip(lines[1:], ("photos is not empty", "fresh has no numbers", "no run in", "line 1 of")):
         assert what in line
+    with pytest.raises(ValueError, match="gs://bucket/run"):
+        compare.read_runs(["gs://bucket/run"])
     with pytest.raises(ValueError, match="none of these folders is a run"):
         compare.read_runs([str(tmp_path / "photos")])
 
