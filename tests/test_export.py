@@ -1,4 +1,4 @@
-"""A trained model as a folder: the same model comes back, or one line says why not; the models in the box; other runtimes."""
+"""A trained model as a folder: the same model comes back, or one line says why not; the bundled models; other runtimes."""
 
 import functools
 import hashlib
@@ -272,7 +272,7 @@ def test_a_folder_of_that_name_wins_and_outputs_stay_out_of_the_package(run, tmp
     assert capsys.readouterr().err == ""
     shutil.copytree(run[2], tmp_path / "mnist-vae")
     assert vae_jax.load("mnist-vae").step == 10
-    assert capsys.readouterr().err == "vae_jax: mnist-vae is the folder here, not the model in the box\n"
+    assert capsys.readouterr().err == "vae_jax: mnist-vae is the folder here, not the bundled model\n"
     picture, _ = commands.sample(weights.resolve("mnist-vae"), {}, "", 3, 0)
     assert picture.parent.resolve() == tmp_path / "mnist-vae" / "generated"
 

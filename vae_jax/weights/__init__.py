@@ -38,7 +38,7 @@ def resolve(workdir: str) -> str:
     if workdir not in SHA256:
         return workdir
     if os.path.lexists(workdir):
-        print(f"vae_jax: {workdir} is the folder here, not the model in the box", file=sys.stderr)
+        print(f"vae_jax: {workdir} is the folder here, not the bundled model", file=sys.stderr)
         return os.path.join(".", workdir)
     return str(FOLDER / workdir)
 
