@@ -38,7 +38,7 @@ def mnist_dir():
 
 @pytest.fixture(scope="session")
 def forks():
-    """`forks(*arguments)` starts `python ARGUMENTS` in a fork that has the imports behind it; see program.py."""
+    """`forks(*arguments)` starts `python ARGUMENTS` in a fork that needs no imports; see program.py."""
     forks = Forks(
         JAX_COMPILATION_CACHE_DIR=CACHE.name,
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",

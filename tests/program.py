@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 180  # seconds in which a process ends that has nothing more to do
+PATIENCE = 180  # seconds after which a process that should have ended counts as hung
 # Tests compile for longer than they compute, so XLA generates code quickly for them, and as for a user where they ask for
 # USUAL. With XLA_FLAGS=--xla_backend_optimization_level=3 pytest runs all of them as for a user. Its workers inherit what
 # conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.

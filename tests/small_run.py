@@ -18,12 +18,12 @@ MAKE_PROGRAMS = loop.make_programs
 
 
 def make_programs(job, devices):
-    """Those of an earlier call for the same functions, data and sizes, or new ones."""
+    """`loop.make_programs`, cached by its functions, data and sizes."""
     parts = job.objective, job.optimizer, job.init, job.prepare, job.probes, job.dataset
     sizes = job.seeds, job.batch_size, job.steps_per_call, job.ema_decay, job.groups, devices.count
     key = *map(id, parts), *sizes
     if key not in PROGRAMS:
-        PROGRAMS[key] = MAKE_PROGRAMS(job, devices), parts  # which keeps the ids
+        PROGRAMS[key] = MAKE_PROGRAMS(job, devices), parts  # kept alive, so that no other object gets their ids
     return PROGRAMS[key][0]
 
 

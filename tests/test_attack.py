@@ -1,4 +1,4 @@
-"""What an attacker tried against a run: its files changed, its environment hostile. Wrong numbers are never silent."""
+"""Attacks on a run: changed files and a hostile environment. Nothing may change the numbers silently."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def lines_of(path):
 )
 @pytest.mark.parametrize("epochs", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_changed_log_is_repaired_or_reported(finished, copy, capsys, change, repaired, epochs):
-    """Also in a run that has finished: 'finished already' is not said of damage."""
+    """Also in a finished run, which is then not reported as "finished already"."""
     lines = lines_of(copy)
     (copy / "metrics.jsonl").write_text("".join(change(lines)))
     job, config = validated(epochs)
@@ -112,7 +112,7 @@ def test_a_run_that_has_lost_its_checkpoints_does_not_start_again(copy, remove):
     "change", ["delete", *(pytest.param(name, marks=pytest.mark.slow) for name in ("028", "1e3", "28 "))]
 )
 def test_a_lost_latest_checkpoint_is_reported_by_every_reader(copy, capsys, change):
-    """Removed, or renamed to what is no step: none is taken in its place, and training repeats its steps."""
+    """Deleted, or renamed to no step: no reader takes another one instead, and training repeats its steps."""
     latest = copy / "checkpoints" / "18"
     shutil.rmtree(latest) if change == "delete" else latest.rename(latest.parent / change)
     for which in ("", "best", "latest"):
@@ -133,7 +133,7 @@ def test_a_pipe_in_place_of_a_file_is_damage(copy):
     file = copy / "checkpoints" / "18" / "_CHECKPOINT_METADATA"
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ValueError, match="checkpoint 18 is damaged: .*it is no file"):
+    with pytest.raises(ValueError, match="checkpoint 18 is damaged: .*it is not a regular file"):
         vae_jax.load(str(copy))
 
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_run_is_noticed(copy, tmp_path):
     with pytest.raises(ValueError, match="is not what checkpoint 18 was trained with .seed is 1 there, 0 here"):
         vae_jax.load(str(copy), "latest")
     (copy / "config.json").unlink()
-    assert vae_jax.load(str(copy), 18).config["seed"] == 1  # nothing tells
+    assert vae_jax.load(str(copy), 18).config["seed"] == 1  # nothing is left to compare with
 
 
 OUT_OF_MEMORY = """
@@ -372,7 +372,7 @@ def test_a_setting_of_jax_that_changes_numbers_is_recorded(monkeypatch, value):
     ],
 )
 def test_a_checkpoint_is_the_latest_only_if_config_json_says_so(copy, content, message):
-    """Without it a lost checkpoint would be replaced silently; a step that is asked for needs none."""
+    """Without config.json an older checkpoint would silently replace a lost one; a given step loads without it."""
     file = copy / "config.json"
     found = steps(copy / "checkpoints")
     shutil.rmtree(copy / "checkpoints" / str(found[0]))
@@ -395,7 +395,7 @@ def test_a_pipe_or_a_device_in_the_run_directory_is_not_read(copy, name):
         path = copy / name
         path.unlink(missing_ok=True)
         make(path)
-        with pytest.raises(OSError, match="is no file|has no config.json of a run"):
+        with pytest.raises(OSError, match="is not a regular file|has no config.json of a run"):
             run_job(validated(3)[0], validated(3)[1], copy)
         if name == "config.json":
             with pytest.raises(ValueError, match="has no config.json of a run"):
@@ -407,7 +407,7 @@ def test_a_device_in_place_of_the_list_of_digests_is_damage(copy):
     file = copy / "checkpoints" / str(step) / "sha256.json"
     file.unlink()
     file.symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match=f"checkpoint {step} is damaged: .*it is no file"):
+    with pytest.raises(ValueError, match=f"checkpoint {step} is damaged: .*it is not a regular file"):
         vae_jax.load(str(copy))
 
 

@@ -32,7 +32,7 @@ def make_state(step=0, ema_decay=0.0):
 
 
 def write(folder, values, keep=2, best=LOSS):
-    """Continue, and save a checkpoint of each step with the value of its metric, None where it was not evaluated."""
+    """Resume, then save a checkpoint for each {step: value of the metric}; None: the step was not evaluated."""
     checkpoints = Checkpoints(folder, {"config": {"seed": 1}}, keep, best)
     checkpoints.restore(jax.eval_shape(make_state), pytest.fail)
     name, _ = best or LOSS
@@ -212,7 +212,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(tmp_path, monkeypatch):
-    """Each call by which a save changes the disk raises in turn; what then has a step's name is whole."""
+    """Each call by which a save changes the disk raises in turn; every folder named after a step is then complete."""
     write(tmp_path / "good", {1: None, 2: None}, keep=1)
     moments = [
         (checkpoint, "digests"),
@@ -245,7 +245,7 @@ def test_nothing_starts_from_scratch_where_all_are_damaged(tmp_path):
     write(tmp_path, {1: None, 2: None})
     for step in (1, 2):
         truncate(tmp_path / str(step) / "metadata" / "metadata")
-    with pytest.raises(OSError, match="no checkpoint in .* can be read .*: move them away"):
+    with pytest.raises(OSError, match="no checkpoint in .* can be read .*: move the whole run directory away"):
         restore(tmp_path)
     assert stored.steps(tmp_path) == [2, 1]
 
@@ -276,7 +276,7 @@ def test_of_equal_metrics_the_first_is_the_best_after_a_restart_too(tmp_path):
 
 @pytest.mark.parametrize("name", ["state/_METADATA", "metadata/metadata", "sha256.json", ""])
 def test_a_damaged_best_checkpoint_stays_the_best_and_is_never_deleted(tmp_path, name):
-    """Which one is the best does not depend on its health; with "" its whole folder is moved away."""
+    """Damage does not change which checkpoint is the best; for "" its folder is moved away."""
     write(tmp_path, {1: 5.0, 2: 3.0, 3: 4.0, 4: 6.0})
     damaged = tmp_path / "2"
     if name:
@@ -310,7 +310,8 @@ def test_the_best_one_is_made_again_where_training_repeats_its_step(tmp_path):
 
 
 def test_another_environment_is_reported(tmp_path):
-    for cores, expected in [("2", []), ("2", []), ("1", ["since checkpoint 2 CPU cores was 2, is 1: from here on"])]:
+    changed = "the environment has changed since checkpoint 2 (CPU cores was 2, is 1): from here on"
+    for cores, expected in [("2", []), ("2", []), ("1", [changed])]:
         checkpoints = Checkpoints(tmp_path, {"environment": {"jax": "9", "CPU cores": cores}}, 1)
         lines = []
         checkpoints.restore(jax.eval_shape(make_state), lines.append)
@@ -379,6 +380,6 @@ def test_checkpoints_of_the_old_format_are_refused_and_stay(tmp_path):
     assert "\n" not in str(error.value)
     kept, damaged = stored.survey(tmp_path)
     assert not kept and [*damaged] == [2, 1]
-    with pytest.raises(OSError, match="no checkpoint in .* can be read .*: move them away"):
+    with pytest.raises(OSError, match="no checkpoint in .* can be read .*: move the whole run directory away"):
         restore(tmp_path)
     assert stored.steps(tmp_path) == [2, 1]  # not renamed as if they were damaged

@@ -86,7 +86,7 @@ def test_evaluate_takes_own_images_as_one_more_split(run, tmp_path):
     assert not any(name.startswith(("test/", "input/")) for name in found)
     assert "what was done to the images" not in found
     found = commands.evaluate(path, config, "latest", "test", own=folder_of_two(tmp_path))
-    assert found["what was done to the images"].endswith("1 skipped, which are hidden or no images (note.txt)")
+    assert found["what was done to the images"].endswith("1 skipped, hidden or not images (note.txt)")
 
 
 def folder_of_two(tmp_path):
@@ -164,7 +164,7 @@ def test_traverse_moves_one_latent_at_a_time_in_the_order_of_their_kl(run):
 
 
 def test_traverse_leaves_out_latents_that_carry_nothing(run, monkeypatch):
-    """Those below the limit, here the third largest; all are shown if there would be none, and the file is another."""
+    """With the third largest KL as the limit, three latents are shown; if all are below it, all are shown."""
     path, config, _, splits = run
     everything = commands.traverse(path, config, "latest", "test", 3, [4], None, all_latents=True)
     kl = arrays(everything)["kl"]

@@ -36,7 +36,7 @@ def test_digits():
     assert digits.num_classes == 10 and digits.image_shape == (28, 28, 1)
     shares = [np.bincount(split.label) / len(split.label) for split in (train, test)]
     np.testing.assert_allclose(*shares, atol=0.003)  # stratified
-    again, _ = named._digits("digits", "")  # conftest.py loads them once
+    again, _ = named._digits("digits", "")
     np.testing.assert_array_equal(train.image, again.image)  # seeded
 
 

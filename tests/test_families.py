@@ -182,7 +182,7 @@ def test_probes_give_one_row_an_example_and_numbers_a_split(family):
     numbers = probes.reduce(arrays, small_split())
     metrics, _ = evaluate(False)(variables, small_batch())
     assert not set(numbers) & set(metrics)  # both are in one row of metrics.jsonl
-    optional = {"scale", "penalty"}  # which this likelihood does not learn, and of training alone
+    optional = {"scale", "penalty"}  # this likelihood learns no scale, and the penalty exists only in training
     assert set(numbers) | set(metrics) == set(family.METRICS) - optional
     for value in numbers.values():
         assert isinstance(value, float | int | list) and np.isfinite(value).all()

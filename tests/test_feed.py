@@ -74,7 +74,7 @@ def test_a_set_twice_as_large_as_memory_trains_to_the_same_bits(images, tmp_path
     """It is mapped on the host and sent to the device; the run is stopped in the middle of the epoch and continued."""
     job, config = make_job(images)
     state, _ = run_job(job, config, tmp_path / "resident")
-    assert "are sent" not in capsys.readouterr().err
+    assert "they stay on the host" not in capsys.readouterr().err
     cap(IMAGES * 64 // 2)
     job, config = make_job(images)
     assert "own.npz does not fit into memory: its images are decoded into" in capsys.readouterr().err
@@ -286,7 +286,7 @@ def test_files_are_written_once_and_again_where_they_or_their_source_have_change
 
 
 def test_of_two_that_start_at_once_one_decodes_and_the_other_waits(tmp_path, cap, monkeypatch):
-    """A lock of the file system, which threads that open the file each for themselves take as processes do."""
+    """Threads stand in for processes, since each opens the lock file by itself."""
     np.savez(tmp_path / "own.npz", image=IMAGE)
     expected = data.load(name=str(tmp_path / "own.npz"))
     written = []
@@ -310,12 +310,12 @@ def test_files_that_cannot_be_written_are_reported_in_one_line_and_leave_nothing
     write_files(source)
     cap(SMALL)
     message = (
-        "photos, and they cannot be kept in .*: name another folder by XDG_CACHE_HOME, or take fewer or smaller images"
+        "photos, and they cannot be kept in .*: set XDG_CACHE_HOME to another folder, or use fewer or smaller images"
     )
     if problem == "a full disk":
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9000))
         message = (
-            r"photos, and the disk of .* has 0\.1 GiB free of the 0\.1 GiB that decoding takes: name another folder by"
+            r"photos, and decoding them takes 0\.1 GiB on the disk of .*, which has 0\.1 GiB free: set XDG_CACHE"
         )
     if problem == "a disk that fills up":
 

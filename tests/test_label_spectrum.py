@@ -65,7 +65,7 @@ def test_the_graph_joins_neighbours_in_both_directions(spectrum):
 
 
 def test_every_draw_trains_on_its_own_labels_alone(spectrum, monkeypatch):
-    """Of the hidden labels none is read: wrong ones change nothing."""
+    """Training takes the labels that a draw keeps, and pseudo-labels only where the prediction is confident."""
     seen = {}
 
     class Recorder:

@@ -19,7 +19,7 @@ CONFIG = {"seed": 3, "model": {"features": (4, 4)}}
 
 
 class FakeTracker(ModuleType):
-    """A module with `init` and `Image` as in wandb and trackio, which notes what it gets; from `broken` on it raises."""
+    """A stand-in for the module wandb or trackio that records what it gets; the call named `broken` raises."""
 
     __file__ = "somewhere"
 

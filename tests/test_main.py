@@ -81,7 +81,7 @@ def test_neither_cache_nor_steps_per_call_change_the_numbers(digits, tmp_path):
 
 
 def test_modes_need_only_the_run_directory(digits, forks):
-    """Nor does it matter how the run proceeded: a field of its section `run` may be gone since."""
+    """The stored section `run` does not matter either: here it has a field that no longer exists."""
     workdir, _ = digits
     file = workdir / "config.json"
     stored = file.read_text()

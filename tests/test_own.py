@@ -1,4 +1,4 @@
-"""A person's own images: any size, colour and format; splits and batches that fit; the modes on them; what large images reach."""
+"""A user's own images: any size, colour and format; splits; batch size and network that fit; modes; large images."""
 
 import csv
 import json
@@ -61,7 +61,7 @@ def test_photos_of_mixed_sizes_formats_and_marks_become_one_array(tmp_path):
 
 
 def test_the_centre_is_kept(tmp_path):
-    """Of 8x16 pixels a square of 8 leaves four off either side; of 16x16 it takes means."""
+    """An 8x16 image loses four columns on either side; a 16x16 image is averaged."""
     wide = np.arange(128, dtype=np.uint8).reshape(8, 16)
     save(tmp_path / "a.png", wide)
     save(tmp_path / "b.png", np.full((16, 16), 7))
@@ -101,7 +101,7 @@ def test_of_an_animation_the_first_frame_is_taken_and_said(tmp_path):
         frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], lossless=True)
     dataset, image = load(tmp_path)
     assert np.abs(image.astype(int) - 10).max() <= 1
-    assert "2 the first frame of several" in dataset.notes
+    assert "2 reduced to the first frame" in dataset.notes
 
 
 def test_transparent_pixels_are_white_and_opaque_ones_stay(tmp_path):
@@ -152,8 +152,8 @@ def test_nothing_is_skipped_silently(tmp_path):
     dataset, _ = load(tmp_path)
     assert dataset.num_classes == 2
     assert dataset.notes == (
-        "3 skipped, which are hidden or no images (notes.txt, plan.txt, .DS_Store)",
-        "no class made of folders without images: 1 (birds)",
+        "3 skipped, hidden or not images (notes.txt, plan.txt, .DS_Store)",
+        "folders without images left out: 1 (birds)",
         "folders inside subfolders left out: 2 (january, old)",
     )
 
@@ -163,12 +163,14 @@ def test_unreadable_files_are_named_counted_and_refused_or_left_out(tmp_path):
     (tmp_path / "photo100.heic").write_bytes(b"x")
     (tmp_path / "photo101.jpg").write_bytes((tmp_path / "photo000.jpg").read_bytes()[:300])
     name = f"{tmp_path}/"
-    message = r"cannot read the image .*photo100.heic: heic is not read, but PNG.*; 1 others of 10 neither: photo101.jpg: .*skip_unreadable=true"
+    message = (
+        r"cannot read the image .*photo100.heic: heic is not supported, but PNG.*; nor can 1 more of 10 be read: "
+        r"photo101.jpg: .*skip_unreadable=true"
+    )
     refused(message, name=name, size=16)
     dataset, image = load(tmp_path, size=16, skip_unreadable=True)
-    assert (
-        len(image) == 8 and dataset.notes[-1] == "2 of 10 left out, which cannot be read (photo100.heic, photo101.jpg)"
-    )
+    left_out = "2 of 10 left out as unreadable (photo100.heic, photo101.jpg)"
+    assert len(image) == 8 and dataset.notes[-1] == left_out
     (tmp_path / "a.heic").write_bytes(b"x")
     names, pixels, _ = data.read_images(name, data.Preparation(16), skip_unreadable=True)
     assert [Path(file).stem for file in names] == [f"photo{i:03}" for i in range(8)] and len(pixels) == 8
@@ -188,7 +190,8 @@ def test_bad_fields_of_own_images(tmp_path, monkeypatch):
     refused("data.name is empty: give your images", name="")
     photos.write(tmp_path / "photos", 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    refused("memory cannot hold .*photos, and the disk of .* GiB free of the", name=f"{tmp_path}/photos/", size=2**31)
+    message = "memory cannot hold .*photos, and decoding them takes .* GiB on the disk of .* GiB free: set"
+    refused(message, name=f"{tmp_path}/photos/", size=2**31)
     with pytest.raises(ValueError, match="need .* GiB of memory, but this machine has"):
         data.read_images(f"{tmp_path}/photos/", data.Preparation(2**31))
     monkeypatch.chdir(tmp_path)
@@ -213,7 +216,7 @@ def test_a_folder_of_splits_gives_each(tmp_path):
     assert dataset.splits["validation"].image[:, 0, 0, 0].tolist() == [200, 201]
     assert dataset.notes == (
         "the splits train, test, validation are the folders Train, test, val",
-        "1 skipped, which are hidden or no images (readme.txt)",
+        "1 skipped, hidden or not images (readme.txt)",
     )
     refused("data.validation is 2, but .* has validation images of its own", name=f"{tmp_path}/", validation=2)
     fill(tmp_path / "valid", {"b": 1})

@@ -89,7 +89,7 @@ def test_it_ends_after_so_many_epochs_without_improvement(ended):
     assert kept[3 * LAST]["best"]["step"] == 3 * BEST
 
 
-def test_the_end_is_measured_and_told(ended):
+def test_an_early_end_runs_the_final_probes_and_is_reported(ended):
     summary = (ended[1].path / "summary.md").read_text()
     stopped = "validation/bound has not improved for 2 epochs, since epoch 3"
     for part in ("| test/final | 0.5 |", f"| stopped early | {stopped} |", "| epochs | 5 |", "| best step | 9 |"):
@@ -133,7 +133,7 @@ def test_a_run_from_before_there_was_patience_can_be_continued():
 
 @pytest.mark.slow
 def test_more_epochs_do_not_continue_a_training_without_patience(ended, tmp_path):
-    """It ran out in its very last epoch: it ends as one of more epochs does."""
+    """Patience ran out in the very last epoch: with more epochs the training ends there too."""
     run_job(*patient_job(epochs=LAST), tmp_path)
     state, directory = run_job(*patient_job(), tmp_path)
     assert_same(state, ended[0])

@@ -1,4 +1,4 @@
-"""The report and its two forms, the programs that make it, and the numbers that experiments count for themselves."""
+"""Reports as Markdown and HTML, the programs that make them, and the tables and counts of the experiments."""
 
 import json
 import re

@@ -563,7 +563,7 @@ def test_a_discriminator_that_wins_is_said_to(data, samples, wins):
 
 
 def test_sharpness_of_known_images():
-    """The variance of a Laplacian: of a single bright pixel (16 + 4) / 64, 0 of a flat image; a blur lowers it."""
+    """The variance of the Laplacian: 0 for a flat image, (16 + 4) / 36 for one bright pixel; a blur lowers it."""
     flat, point = np.full((1, *SHAPE), 0.5, np.float32), np.zeros((1, *SHAPE), np.float32)
     point[0, 4, 4, 0] = 1
     assert sharpness(flat) == 0

@@ -59,7 +59,7 @@ TABLE = (  # kind, name, default, help
         integer,
         "count",
         None,
-        "Number of images; in a row for interpolate and traverse. Default: "
+        "Number of images; for interpolate and traverse, per row. Default: "
         + ", ".join(f"{count} for {mode}" for mode, count in COUNTS.items()),
     ),
     (switch, "full", False, FULL),
@@ -78,7 +78,7 @@ TABLE = (  # kind, name, default, help
     (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
     (switch, "all", False, "For traverse: also the latents that carry next to nothing."),
     (string, "output", None, "For export: the folder. Default: generated/export-stepSTEP in the run directory."),
-    (items, "formats", None, "For export: programs beside the weights, jax (by jax.export), onnx, or both."),
+    (items, "formats", None, "For export: programs to add to the weights: jax (by jax.export), onnx, or both."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),
     (switch, "distributed", False, "Train on the hosts of a cluster: Cloud TPU, Slurm, Open MPI or Kubernetes (GKE)."),
     (string, "coordinator", None, "Elsewhere: ADDRESS:PORT of host 0, with --num_processes and --process_id."),
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: dict, workdir: str) -> None:
-    """Start or resume a training; an error or an early stop exits with its code."""
+    """Start or resume a training; one that fails or is stopped exits with an error code."""
     import jax
 
     from vae_jax.run import hosts, session
@@ -213,7 +213,7 @@ def default_workdir() -> str:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print one line on stderr and exit: 1 for bad input, 2 for bad usage."""
+    """Print one line on stderr and exit with `code`: 1 bad input, 2 bad usage, 128 + N stopped by signal N."""
     lines = message.strip().splitlines() or ["failed"]
     print(f"vae_jax: {lines[-1].strip()}", file=sys.stderr)
     sys.exit(code)

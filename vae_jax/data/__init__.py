@@ -120,7 +120,7 @@ def hold_out(loaded: list[Split], validation: int, name: str, scratch: Path | No
     count = len(train.label)
     if not 0 <= validation < count:
         raise ValueError(
-            f"data.validation is {validation}, but must be from 0 to {count - 1}, below the training images"
+            f"data.validation is {validation}, but must be from 0 to {count - 1}, fewer than the training images"
         )
     if validation and given:
         raise ValueError(f"data.validation is {validation}, but {name} has validation images of its own: leave it at 0")

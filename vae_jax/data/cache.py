@@ -21,7 +21,7 @@ from vae_jax.run.memory import gib
 
 FORMAT = 1
 LEVELS = ("*", "*/*", "*/*/*")  # `rglob` does not follow links to folders
-WAY_OUT = "name another folder by XDG_CACHE_HOME, or take fewer or smaller images"
+WAY_OUT = "set XDG_CACHE_HOME to another folder, or use fewer or smaller images"
 Read = Callable[[Path | None], tuple[dict[str, Split], list[str]]]
 
 
@@ -89,8 +89,8 @@ def check_disk(source: Path, root: Path, nbytes: int) -> None:
     room = shutil.disk_usage(root).free
     if nbytes > room:
         raise ValueError(
-            f"memory cannot hold the images of {source}, and the disk of {root} has {gib(room)} free of the {gib(nbytes)} that "
-            f"decoding takes: {WAY_OUT}"
+            f"memory cannot hold the images of {source}, and decoding them takes {gib(nbytes)} on the disk of {root}, "
+            f"which has {gib(room)} free: {WAY_OUT}"
         )
 
 

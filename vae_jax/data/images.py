@@ -79,9 +79,9 @@ def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarr
     from PIL import Image, ImageOps
 
     if not path.is_file():  # reading a pipe would block
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     if path.suffix.lower() in UNREADABLE:
-        raise ValueError(f"{path.suffix.lower()[1:]} is not read, but {', '.join(FORMATS)} are")
+        raise ValueError(f"{path.suffix.lower()[1:]} is not supported, but {', '.join(FORMATS)} are")
     try:
         with warnings.catch_warnings():
             # Pillow's limit against decompression bombs.
@@ -103,7 +103,7 @@ def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarr
                 upright = upright.convert("L")
     except Exception as error:  # damage raises anything from OSError to SyntaxError
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    marks = {TURNED: turned, "laid on white": clear, "the first frame of several": several}
+    marks = {TURNED: turned, "laid on white": clear, "reduced to the first frame": several}
     done.update(what for what, holds in marks.items() if holds)
     return fit(upright, wanted, done)
 
@@ -140,13 +140,13 @@ def read_files(
         bad = [files[i] for i in problems]
         if problems and not (skip_unreadable and shapes):
             reason = next(iter(problems.values()))
-            others = f"; {len(bad) - 1} others of {len(files)} neither: {some(bad[1:])}" if bad[1:] else ""
+            others = f"; nor can {len(bad) - 1} more of {len(files)} be read: {some(bad[1:])}" if bad[1:] else ""
             raise ValueError(f"cannot read the image {bad[0]}: {reason}{others}: {way_out}")
         stream.seek(0)
         image = same_shape(files, shapes, stream, done, wanted.scratch)
     notes = [f"{count} {what}" for what, count in sorted(done.items())]
     if bad:
-        notes.append(f"{len(bad)} of {len(files)} left out, which cannot be read ({some(bad)})")
+        notes.append(f"{len(bad)} of {len(files)} left out as unreadable ({some(bad)})")
     return [*shapes], image, notes
 
 

@@ -223,7 +223,8 @@ def _find_images(name, folder):
         own, below, others = _sort(path)
         if own and beside:
             raise ValueError(
-                f"{name} holds images both beside its subfolders ({beside[0].name}) and in them: give each a subfolder, or none"
+                f"{name} holds images both beside its subfolders ({beside[0].name}) and in them: "
+                "put all of them in subfolders, or none"
             )
         deeper, ignored = deeper + below, ignored + others
         if own:
@@ -233,10 +234,10 @@ def _find_images(name, folder):
         elif not below:
             empty.append(path)
     if not found.files:
-        raise ValueError(f"{name} holds no {KINDS} files, neither itself nor in one subfolder a class")
+        raise ValueError(f"{name} holds no {KINDS} files, neither directly nor in one subfolder per class")
     found.notes.extend(_ignored(ignored))
     if empty:
-        found.notes.append(f"no class made of folders without images: {len(empty)} ({some(empty)})")
+        found.notes.append(f"folders without images left out: {len(empty)} ({some(empty)})")
     if deeper:
         found.notes.append(f"folders inside subfolders left out: {len(deeper)} ({some(deeper)})")
     return found
@@ -256,4 +257,4 @@ def _sort(folder):
 
 
 def _ignored(paths):
-    return [f"{len(paths)} skipped, which are hidden or no images ({some(paths)})"] if paths else []
+    return [f"{len(paths)} skipped, hidden or not images ({some(paths)})"] if paths else []

@@ -83,7 +83,7 @@ class Checkpoints:
         if damaged and not kept:
             raise OSError(
                 f"no checkpoint in {self._folder} can be read ({next(iter(damaged.values()))}): "
-                "move them away to start again, or name another --workdir"
+                "move the whole run directory away to start again, or name another --workdir"
             )
         for step, problem in damaged.items():
             note(f"{problem}; renamed {self._set_aside(step).name}")
@@ -96,9 +96,12 @@ class Checkpoints:
             note(f"checkpoint {latest} is lost: training repeats the steps since {step}")
         check_same_data(self.restored, self._metadata)
         if self.best and self.best["step"] not in kept:
-            note(f"the best checkpoint, of step {self.best['step']}, is lost; a later one is the best if it is better")
+            note(f"the best checkpoint, of step {self.best['step']}, is lost; only a better one replaces it")
         if changed := differences(self.restored.get("environment", {}), self._metadata.get("environment", {})):
-            note(f"since checkpoint {step} {changed}: from here on the numbers differ, at least by rounding")
+            note(
+                f"the environment has changed since checkpoint {step} ({changed}): "
+                "from here on the numbers differ, at least by rounding"
+            )
         try:
             state = _restore(self._folder, step, "state", jax.eval_shape(unwrap_keys, like))
         except ValueError as error:

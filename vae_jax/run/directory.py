@@ -203,7 +203,7 @@ class RunDirectory:
         write_atomically(self.path / "summary.html", to_html(text, self.path))
 
     def upload(self, pattern: str = "*") -> None:
-        """Copy the files that match to gs://: all of them, so that the remote files are from the same moment.
+        """Copy the files that match `pattern` to gs://, by default all, so that the remote files fit together.
 
         Raises OSError if they cannot be copied.
         """

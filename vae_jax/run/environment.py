@@ -63,12 +63,12 @@ def check_jax() -> None:
     """Raise ValueError, in one line, for JAX settings under which nothing here works."""
     for name in ("jax_enable_x64", "jax_disable_jit"):
         if getattr(jax.config, name):
-            raise ValueError(f"{name.upper()} is set, but training needs it unset")
+            raise ValueError(f"{name.upper()} is set, but vae_jax does not work with it: unset it")
     try:
         jax.local_devices()
     except RuntimeError as error:
         raise ValueError(
-            f"JAX finds no device ({' '.join(str(error).split())[:120]}): look at JAX_PLATFORMS"
+            f"JAX finds no device ({' '.join(str(error).split())[:120]}): check JAX_PLATFORMS"
         ) from error
 
 

@@ -74,7 +74,7 @@ def describe_os_error(error: OSError) -> str:
 
 @contextlib.contextmanager
 def explained(what: str, way_out: str) -> Iterator[None]:
-    """Name what failed and the way out if the system raises OSError in the block; ours, without strerror, do so already."""
+    """Add what failed and the way out to the system's OSErrors in the block; our own already name both."""
     try:
         yield
     except OSError as error:
@@ -128,7 +128,7 @@ def save_image(pixels, path: Path) -> None:
 def read_regular(file: Path | epath.Path) -> bytes:
     """The content of a file. Raises ValueError for a pipe or a device, which might never end."""
     if os.path.exists(file) and not os.path.isfile(file) and not os.path.isdir(file):
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     return file.read_bytes()
 
 
@@ -143,7 +143,7 @@ def read_json_lines(
     try:
         *lines, _ = (read_regular(file) if file.exists() else b"").split(b"\n")
     except ValueError as error:
-        raise OSError(f"{file} is no file: delete it to continue") from error
+        raise OSError(f"{file} is not a regular file: delete it to continue") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

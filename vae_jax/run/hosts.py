@@ -96,7 +96,7 @@ def connect(
 def exit_now(message: str, code: int) -> NoReturn:
     """Print one line and end the process at once. A normal exit would wait for a lost host or a compiled program.
 
-    This is as safe as SIGKILL, because no file is ever half written.
+    This is safe: files are replaced atomically, and a torn last line of a log is dropped at the next start.
     """
     print(f"vae_jax: {message}", file=sys.stderr, flush=True)
     os._exit(code)

@@ -25,7 +25,7 @@ from vae_jax.run.summary import About
 from vae_jax.steps import init_state, make_run_steps, make_train_step
 
 ROUTED = 256  # most images for the summary's table of gradients
-FINAL_PIXELS = 1000 * 784  # of test images for the final probes, so their cost does not grow with the image size
+FINAL_PIXELS = 1000 * 784  # pixels of the test images for the final probes, whatever the size of an image
 
 
 class Job(NamedTuple):
@@ -191,7 +191,8 @@ def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int)
     rest = size - known
     if each and not (0 < each <= known and 0 < batch_size - each <= rest):
         raise ValueError(
-            f"data.labelled_per_batch is {each}, but a batch of {batch_size} needs at most {known} labelled and {rest} unlabelled images"
+            f"data.labelled_per_batch is {each}, but a batch of {batch_size} must hold 1 to {known} labelled "
+            f"and 1 to {rest} unlabelled images"
         )
     if patience and "validation" not in dataset.splits:
         raise ValueError(

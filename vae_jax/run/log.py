@@ -28,7 +28,7 @@ class OwnedDirectory:
         with contextlib.ExitStack() as on_error:
             lock = path / "lock"
             if lock.exists() and not lock.is_file():  # opening a pipe would block
-                raise OSError(f"{lock} is no file: delete it")
+                raise OSError(f"{lock} is not a regular file: delete it")
             self._lock = on_error.enter_context(open(lock, "w"))
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

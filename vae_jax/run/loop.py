@@ -133,15 +133,15 @@ class Loop:
         if log is None:  # this is not the primary host
             return
         if directory.log_digest() == log:
-            self.progress.note("metrics.jsonl was not as the checkpoint left it: it is repaired")
+            self.progress.note("metrics.jsonl did not match the checkpoint: it is repaired")
         else:
             rows = f"{log['rows']} rows then, {len(directory.history)} now"
             self.progress.note(
-                f"metrics.jsonl is not as the checkpoint left it ({rows}); the training does not depend on it"
+                f"metrics.jsonl does not match the checkpoint ({rows}); the training does not depend on it"
             )
 
     def read(self, end: int, count: int, history: dict[str, Total]) -> None:
-        """Log the metrics of the `count` steps before `end`; waits until the device has computed them."""
+        """Log the metrics of the last `count` steps, up to step `end`; wait until the device has computed them."""
         totals = {
             f"train/{name}": [np.float64(part)[..., :count].reshape(-1, count).sum(axis=0) for part in pair]
             for name, pair in jax.device_get(history).items()

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import psutil
 
-STAY = 0.5  # share of a device's memory; larger images are sent for each call, because activations need the rest
+STAY = 0.5  # most of a device's memory that images may occupy, since activations need the rest; else sent call by call
 
 
 class TooLarge(ValueError):

@@ -61,7 +61,9 @@ def select(folder, which: str | int = "") -> dict:
     others = f"choose another checkpoint: {', '.join(map(str, found))}"
     saved = latest_saved(folder)
     if found[0] < saved:
-        raise ValueError(f"the latest checkpoint, of step {saved}, is lost from {folder}: train again, or {others}")
+        raise ValueError(
+            f"the latest checkpoint, of step {saved}, is lost from {folder}: continue training, or {others}"
+        )
     latest = read(found[0])
     best = latest["best"]
     if which == "best" and best is None:

@@ -55,7 +55,7 @@ def summarize(
         markdown_table([["number", "value", "unit (↓ lower is better)"], *rows(numbers, about.metrics)]),
     ]
     if about.routing:
-        what = "Which term of the loss trains which network, on the images of the first batch; terms without their weights:"
+        what = "Which term of the loss trains which network: gradient norms on the first batch, terms unweighted."
         parts += [what, "\n".join(about.routing)]
     parts.append(bullets([line for line in said if line]))
     parts += [f"![{name.rpartition('/')[2].partition('.')[0]}]({name})" for name in figures]
