@@ -9,7 +9,7 @@ python -m vae_jax.main --config=configs/vae.py:pooling  max pooling instead of s
                                                         :latent2, :latent5 and :latent10 have fewer latents
 python -m vae_jax.main --config=configs/vae.py:bernoulli    the same network on binarized MNIST, trained as :best;
                                                         :iwae has five samples
-python -m vae_jax.main --config=configs/vae.py:sigma    a Gaussian of the best variance, trained as :best; likewise
+python -m vae_jax.main --config=configs/vae.py:sigma    a Gaussian with the optimal variance, trained as :best; likewise
                                                         :continuous_bernoulli and :logistic (256 grey levels)
 python -m vae_jax.main --config=configs/vae.py:iwae_paper   the dense network, data and schedule of Burda et al. 2016, five
                                                         samples; Adam starts its second moment at 0, theirs at 1

@@ -112,7 +112,7 @@ class Experiment:
         self._make_learner = functools.partial(Learner, self._trainer, dataset, settings["seeds"])
 
     def sweep(self, share: float, scale: float) -> dict:
-        """The share of generated images that the judge labels differently from their sources."""
+        """The share of generated images whose label by the judge differs from the true label of their source."""
         image = perturb_images(self._vae, self._half_a.image[:SWEPT], share, scale)
         label, _ = self._judge.predict(image)
         return {"relabelled": float(np.mean(label != self._half_a.label[:SWEPT]))}

@@ -116,7 +116,7 @@ def conditions(rows: list[dict], settings: dict) -> str:
     choice = "the least noise tried, because arm f left no images of half B to choose by"
     if any(row["stage"] == "choice" for row in rows):
         percentage = f"{arms.choice_percentage(settings):g}"
-        choice = f"the best of those tried: arm f trained on {percentage} % of half B, and the rest of half B judged"
+        choice = f"the best of those tried: arm f trained on {percentage} % of half B and was tested on the rest"
     return CONDITIONS.format(
         **settings,
         share=100 * share,
@@ -136,8 +136,9 @@ about one difference in twenty looks significant by chance.
 
 Generated images have noise of standard deviation {scale:g} in {share:g} % of the latents, {choice}. Arm h instead
 decodes one draw from q(z | x) for each image of half A, by a VAE with beta {sharp[objective.beta]:g} and
-{sharp[model.latent_dim]} latents. The judge is the classifier trained on all training images. Arms h and i keep the images for which arm c's classifier gives a label a probability of
-at least {threshold:g} %. This recipe was found on MNIST, on images of half B that the classifier had not seen."""
+{sharp[model.latent_dim]} latents. The judge is the classifier trained on all training images. Arms h and i keep the
+images that arm c's classifier labels with a probability of at least {threshold:g} %. This recipe was found on MNIST, on
+images of half B that the classifier had not seen."""
 
 
 def results(rows: list[dict], settings: dict) -> str:

@@ -58,7 +58,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     runs, given = [], [local_path(path) for path in paths]
     folders = [path for path in given if not path.is_file()]
     if len(folders) < len(given):
-        print(f"compare: left out: {len(given) - len(folders)} files, which are no folders", file=sys.stderr)
+        print(f"compare: left out: {len(given) - len(folders)} files that are not folders", file=sys.stderr)
     for folder, name in zip(folders, short_names(folders)):
         try:
             runs.append(read_run(folder, name))
@@ -186,7 +186,7 @@ def main(paths: Sequence[str]) -> None:
         raise ValueError("no runs are given: python -m experiments.compare runs/*")
     output = local_path(flags.FLAGS.output)
     if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= FILES):
-        raise FileExistsError(f"{output} holds something else than a comparison: name another with --output")
+        raise FileExistsError(f"{output} holds something other than a comparison: name another with --output")
     runs = read_runs(paths)
     cells, note = markdown_table(table(runs)), caveat(runs)
     print("\n\n".join(filter(None, [cells, note])))

@@ -4,8 +4,9 @@
 
 Networks and data are those of Pyro's tutorial "Conditional Variational Auto-encoder": dense layers of 500 units, 200 latents, grey
 pixels. The regression is the same decoder without latents. Checkpoints are chosen by 5,000 validation images. The summary gives
--log p(hidden pixels | visible ones) on all test images, by importance samples of z, and one picture shows completions of the
-models that are there. Each finished model is one line of results.jsonl, so the same command resumes an interrupted experiment.
+-log p(hidden pixels | visible ones) on all test images, by importance samples of z, and one picture shows completions
+by the available models. Each finished model is one line of results.jsonl, so the same command resumes an interrupted
+experiment.
 """
 
 import itertools

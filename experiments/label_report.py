@@ -63,17 +63,17 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
     def table(found, methods):
         return [["method", *heading], *([name, *(cell(found[name].get(n)) for n in counts)] for name in methods)]
 
-    nats = by_method(rows, "bound", 1) | by_method(rows, "nll", 1)  # a row with both has a bound on -log p(x | y)
+    nats = by_method(rows, "bound", 1) | by_method(rows, "nll", 1)  # nll replaces a bound on -log p(x | y)
     plain = [name for name in found if not name.startswith(SHIFTED)]
     known = PUBLISHED.items() if settings["data"] == "mnist" else ()
     others = [[f"*{name}*", *(f"{of[n]:.2f}" if n in of else "" for n in counts)] for name, of in known]
-    pairs = [["one method less another", *heading[:-1]]]
+    pairs = [["one method minus another", *heading[:-1]]]
     for one, other in PAIRS:
         if one in found and other in found:
             both = [n for n in labels if n in found[one] and n in found[other]]
             values = {n: found[one][n] - found[other][n] for n in both}
             pairs.append([f"{one} - {other}", *(cell(values.get(n), signed=True) for n in labels)])
-    minutes = [["method", "minutes of a result"]]
+    minutes = [["method", "minutes"]]
     for name in found:
         seconds = [row["seconds"] / np.size(row["accuracy"]) for row in rows if row["stage"] == name]
         minutes.append([name, f"{np.median(seconds) / 60:.1f}"])
@@ -82,7 +82,7 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
         "Test accuracy in %, images shifted and rotated": table(found, [n for n in found if n.startswith(SHIFTED)]),
         "Paired differences over the draws, in points": pairs,
         "Nats of a test image: a bound on -log p(x), or by Bayes' rule an estimate of it": table(nats, nats),
-        "Minutes of one draw": minutes,
+        "Minutes per draw": minutes,
     }
 
 

@@ -30,7 +30,7 @@ from vae_jax.run.files import local_path
 from vae_jax.run.log import OwnedDirectory
 
 NEIGHBOURS = 10  # of each image in the graph
-TRAIN, TEST = 0, 1  # in place of images: scikit-learn asks for the graph by what it is given
+TRAIN, TEST = 0, 1  # given to scikit-learn in place of images; its kernel then returns the precomputed graph
 SPREADING = 0.99  # weight of the neighbours: alpha of Zhou et al. 2004, section 4
 MOST_LABELLED = 16  # most labelled images in a batch of 128
 BAYES_SAMPLES = 1000  # draws of z for each image and label, as in Kingma et al.'s code of M2

@@ -4,7 +4,7 @@
 
 Trains the post's network by the recipe of configs/vae.py:best under each likelihood, one run directory each. The summary has
 one table for each kind of number, since a density, a mass on 256 levels and a mass on two cannot be compared, and one
-picture of the runs that are there. Each finished likelihood is one line of results.jsonl, so the same command resumes an
+picture of the finished runs. Each finished likelihood is one line of results.jsonl, so the same command resumes an
 interrupted experiment.
 """
 
@@ -44,14 +44,14 @@ def command(run: Path, name: str, fields: dict, manual_dir: str) -> list[str]:
 def measure(run: Path) -> dict[str, Any]:
     """The test numbers of a run, means over its seeds, and of which kind they are.
 
-    -ELBO includes the likelihood's constant. A density has no bits a dimension.
+    -ELBO includes the likelihood's constant. A density has no bits per dimension.
     """
     vae, last = vae_jax.load(str(run)), launch.last_test(run)
     p_x = vae.model.likelihood
     bound = convert(last["test/bound"], "loss", math.prod(vae.image_shape), p_x.constant)
     found = {"kind": p_x.support, "bound": bound["nats"]}
     if p_x.support != DENSITY:
-        found["bits"] = bound["bits a dimension"]
+        found["bits"] = bound["bits per dimension"]
     names = ("bound/interval", "kl", "kl/interval", "active_units", "scale")
     return found | {name: last[f"test/{name}"] for name in names if f"test/{name}" in last}
 
@@ -60,7 +60,7 @@ def tables(rows: list[dict]) -> dict[str, list[list[str]]]:
     """{kind of number: table}, from the results of `measure`."""
     found: dict[str, list[list[str]]] = {}
     for row in sorted(rows, key=lambda row: [*FIELDS].index(row["likelihood"])):
-        heading = ["likelihood", "-ELBO, nats", "bits a dimension", "KL, nats", "active latents", "scale"]
+        heading = ["likelihood", "-ELBO, nats", "bits per dimension", "KL, nats", "active latents", "scale"]
         found.setdefault(row["kind"], [heading]).append(
             [
                 row["likelihood"],

@@ -4,8 +4,8 @@
 
 Trains each method for the same number of steps, one run directory for each method and seed, then compares images from the prior and
 reconstructions with the test images. Each finished measurement is one line of results.jsonl, so the same command resumes an
-interrupted comparison. The runs of a seed whose four lines are there are no longer needed, except for the picture, which
-shows the first seed with all its runs.
+interrupted comparison. Once the four lines of a seed are written, its runs are needed only for the picture, which shows
+the first seed with all its runs.
 """
 
 import functools
@@ -126,7 +126,7 @@ def speeds(base: str) -> dict[str, float]:
 
 def table(rows: list[dict]) -> list[list[str]]:
     """One row per method, means over the seeds with 95 % intervals, and the floor."""
-    cells = [["images", *COLUMNS.values(), "training images a second"]]
+    cells = [["images", *COLUMNS.values(), "training images per second"]]
     rates = next((row for row in rows if row["stage"] == "speed"), {})
     for method, title in TITLES.items():
         found = [row for row in rows if row["stage"] == "model" and row["method"] == method]
@@ -189,7 +189,7 @@ def main() -> None:
         compute_once(study, "model", train_and_measure, method=method, seed=seed)
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
     title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs, {seeds}"
-    note = f"{count} images each. Errors are half squared ones, of reconstructions of the mean code."
+    note = f"{count} images each. Errors are half squared errors of reconstructions from the posterior mean."
     rows = [row for row in study.rows if row.get("seed", 0) < given.seeds]
     page = [markdown_table(table(rows)), note]
     if complete := [s for s in range(given.seeds) if all(comparison.folder(name, s).exists() for name in TITLES)]:

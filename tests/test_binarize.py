@@ -115,7 +115,7 @@ def test_a_bernoulli_on_grey_pixels_is_named_grey_cross_entropy(tmp_path):
     job = session.build(config)
     run_job(job, config, tmp_path)
     summary = (tmp_path / "summary.md").read_text()
-    assert "| the numbers measure | grey cross-entropy: " in summary and "bits a dimension" not in summary
+    assert "| the numbers measure | grey cross-entropy: " in summary and "bits per dimension" not in summary
     found = commands.evaluate(str(tmp_path), config, "", "test")
     assert found["the numbers measure"].startswith("grey cross-entropy")
     figures = vae.make_figures(job.model, job.dataset.splits["test"], jax.random.key(0), "Title")
@@ -130,7 +130,7 @@ def test_the_numbers_of_binary_pixels_are_a_likelihood(trained):
     path, _, config, *_ = trained
     found = commands.evaluate(str(path), config, "", "test")
     assert found["the numbers measure"] == "-log of a mass on {0, 1}"
-    bits = found["test/bound, bits a dimension"]
+    bits = found["test/bound, bits per dimension"]
     assert bits == pytest.approx(found["test/bound"] / (784 * np.log(2)))
     assert found["floor: the entropy of the pixels"] < found["collapsed model"]
 

@@ -113,7 +113,7 @@ def test_what_is_no_run_is_named(tmp_path, runs, capsys):
     names = ("photos", "file", "fresh", "nowhere", "a")
     assert len(compare.read_runs([str(tmp_path / name) for name in names] + [damaged])) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 5 and lines[0] == "compare: left out: 1 files, which are no folders"
+    assert len(lines) == 5 and lines[0] == "compare: left out: 1 files that are not folders"
     for line, what in zip(lines[1:], ("photos is not empty", "fresh has no numbers", "no run in", "line 1 of")):
         assert what in line
     with pytest.raises(ValueError, match="gs://bucket/run"):
@@ -130,6 +130,6 @@ def test_as_a_program(tmp_path, runs, forks):
     (tmp_path / "comparison" / "curves.tmp").touch()  # left by a killed process
     forks(*arguments, cwd=tmp_path).ends()
     before = (tmp_path / "a" / "config.json").read_bytes()
-    assert "a holds something else than a comparison" in forks(*arguments, "--output=a", cwd=tmp_path).ends(1)
+    assert "a holds something other than a comparison" in forks(*arguments, "--output=a", cwd=tmp_path).ends(1)
     assert (tmp_path / "a" / "config.json").read_bytes() == before
     assert "no runs are given" in forks(*arguments[:2], cwd=tmp_path).ends(1)

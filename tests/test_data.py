@@ -72,6 +72,7 @@ def test_first_of_each_label():
     label = np.array([3, 1, 3, 0, 1])
     assert batch.first_of_each_label(label).tolist() == [3, 1, 0]
     assert batch.first_of_each_label(np.full(12, -1)).tolist() == list(range(10))
+    assert batch.first_of_each_label(np.array([-1, 2, -1, 0, 2])).tolist() == [3, 1]
 
 
 def test_order_is_a_function_of_seed_and_epoch():

@@ -48,7 +48,7 @@ def test_an_exported_folder_loads_as_the_run(run):
     np.testing.assert_array_equal(original.sample(3), exported.sample(3))
     for name in ("latest", "best", 10, "10"):
         assert vae_jax.load(str(folder), name).step == 10
-    with pytest.raises(ValueError, match="there is no checkpoint '5' in .*: it holds step 10 alone"):
+    with pytest.raises(ValueError, match="there is no checkpoint '5' in .*: it holds only step 10"):
         vae_jax.load(str(folder), "5")
     with pytest.raises(ValueError, match="seed 3 was not trained in"):
         vae_jax.load(str(folder), seed=3)
@@ -157,7 +157,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(run, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name in ("file", "folder", "other"):
         with pytest.raises(
-            FileExistsError, match=f"{name} holds something else than this export: name another"
+            FileExistsError, match=f"{name} holds something other than this export: name another"
         ) as error:
             export.export(str(run[0]), str(tmp_path / name))
         assert "\n" not in str(error.value)
@@ -404,7 +404,7 @@ def test_an_onnx_program_that_differs_is_refused(monkeypatch):
     changed = trained.with_prior(trained.model.prior)
     vars(changed)["model"] = trained.model._replace(layers=lambda variables: layers)
     monkeypatch.setattr("vae_jax.export.for_onnx.in_float32", lambda pretrained: pretrained)
-    with pytest.raises(ValueError, match="decoder.onnx does not give what the model gives"):
+    with pytest.raises(ValueError, match="the outputs of decoder.onnx differ from the model's"):
         export.FORMATS["onnx"](changed)
 
 

@@ -314,9 +314,7 @@ def test_files_that_cannot_be_written_are_reported_in_one_line_and_leave_nothing
     )
     if problem == "a full disk":
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9000))
-        message = (
-            r"photos, and decoding them takes 0\.1 GiB on the disk of .*, which has 0\.1 GiB free: set XDG_CACHE"
-        )
+        message = r"photos, and decoding them takes 0\.1 GiB on the disk of .*, which has 0\.1 GiB free: set XDG_CACHE"
     if problem == "a disk that fills up":
 
         def save(path, array):

@@ -71,7 +71,7 @@ def test_every_number_stands_beside_its_floor_or_its_error(run, found):
         "nearest_training_distance/rank_test",
     ]:
         assert np.isfinite(found[f"test/{name}"]), name
-    assert found["test/frechet_distance"].startswith("left out: 360 real images are less than the 420")
+    assert found["test/frechet_distance"].startswith("left out: 360 real images are fewer than the 420")
     assert found["test/pareto_k"] == "left out: 12 samples are too few"
     assert found["test/nll/images"] == 40 and found["test/generated_images"] == 360
     assert found["test/nll"] < found["test/nll/with_1_samples"]
@@ -198,7 +198,7 @@ def test_binary_images_and_the_training_split(tmp_path, monkeypatch):
     workdir, config = train(tmp_path, model={"likelihood": "bernoulli"}, data={"binarize": "dynamic"})
     monkeypatch.setattr(full_evaluation.likelihood, "SIMULATED", 16)
     numbers = commands.evaluate(workdir, config, "latest", **QUICK | {"split": "train", "count": 16})
-    assert numbers["train/nll/bits_a_dimension"] == pytest.approx(numbers["train/nll"] / 784 / np.log(2))
+    assert numbers["train/nll/bits_per_dimension"] == pytest.approx(numbers["train/nll"] / 784 / np.log(2))
     assert numbers["train/linear_probe_accuracy"] == "left out: a probe is fitted to the training images"
     assert numbers["train/nearest_training_distance"].startswith("left out: the training images themselves")
     assert np.isfinite(numbers["train/coverage/draws/floor"]) and "train/coverage/floor" not in numbers
@@ -221,7 +221,7 @@ def test_grey_pixels_have_no_bernoulli_likelihood(tmp_path):
     workdir, config = train(tmp_path, model={"likelihood": "bernoulli"})
     subject = full_evaluation.Subject(vae_jax.load(workdir), session.build(config).dataset, "test", None, None, None)
     numbers = full_evaluation.likelihood_numbers(subject, 10, 10, tmp_path / "unused")
-    assert numbers == {"nll": "left out: a Bernoulli is no likelihood of grey pixels"}
+    assert numbers == {"nll": "left out: a Bernoulli is not a likelihood of grey pixels"}
 
 
 BASELINES = {"collapsed model": 26.0, "best linear VAE": 22.0}
@@ -238,10 +238,10 @@ def numbers(**given):
         ({}, "healthy: the latents carry 11.0 nats"),
         (
             {"kl": 0.002, "kl_by_latent": [0.0002] * 10, "active_units": 0, "bound": 26.01},
-            "collapsed: the latents carry 0.002 nats, and the bound 26.01 beside 26.00",
+            "collapsed: the latents carry 0.002 nats, and the bound is 26.01, compared with 26.00",
         ),
         ({"active_units": 0}, "collapsed: the latents carry 11 nats"),
-        ({"kl_by_latent": [3.0] * 3 + [0.001] * 7}, "half asleep: 3 of 10 latents carry more than 0.01 nats"),
+        ({"kl_by_latent": [3.0] * 3 + [0.001] * 7}, "few latents used: 3 of 10 carry more than 0.01 nats"),
         ({"bound": 27.0}, "undertrained: the bound 27.00 is above 26.00"),
         ({"nearest_training_distance/closer_than_1_percent": 0.9}, "memorising: 90% of the generated images"),
         ({"nearest_training_distance/closer_than_1_percent": 0.01}, "healthy"),
@@ -257,6 +257,6 @@ def test_the_verdict_follows_from_the_numbers(given, state):
 def test_the_verdict_names_the_latents_and_the_gap_to_training():
     given = numbers(kl_by_latent=[0.001, 2.5, 0.5]) | {"train/bound": 15.0}
     said = verdict(given, "test", BASELINES)
-    assert said["latents"] == "2 of 3 carry 3.00 nats; most: z1 2.50, z2 0.50; asleep: z0"
+    assert said["latents"] == "2 of 3 carry 3.00 nats; most: z1 2.50, z2 0.50; unused: z0"
     assert said["fit"] == "the bound is 18.50 on test and 15.00 in training, +3.50 nats"
     assert said["verdict"].endswith("but the bound on test is 3.50 nats above that of training")

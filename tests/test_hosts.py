@@ -11,7 +11,7 @@ import pytest
 from program import QUICK, ROOT, fresh
 
 from vae_jax.run import directory as run_directory
-from vae_jax.run import files
+from vae_jax.run import files, hosts
 from vae_jax.run.directory import RunDirectory
 from vae_jax.run.log import read_rows
 from vae_jax.run.stored import steps
@@ -63,15 +63,18 @@ def start(forks):
     return start
 
 
+def free_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
 @pytest.fixture(scope="module")
 def start_pair(start):
     """Starts the program as both hosts; `second` are flags of the second one only."""
 
     def start_pair(workdir, *arguments, second=(), second_source=ROOT):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        common = ["--num_processes=2", f"--coordinator={address}", *arguments]
+        common = ["--num_processes=2", f"--coordinator={free_address()}", *arguments]
         common += ["--heartbeat_timeout=10", "--start_timeout=200"]
         return [
             start(workdir, *common, f"--process_id={host}", *more, devices=2, host=host, source=source)
@@ -204,10 +207,11 @@ def test_an_error_on_one_host_ends_all(tmp_path, start_pair):
 
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_missing_coordinator_is_reported_in_time(tmp_path, start, host):
+    address = free_address()
     process = start(
         tmp_path / "run",
         CONFIG[0],
-        "--coordinator=127.0.0.1:1" if host else "--coordinator=127.0.0.1:45123",
+        "--coordinator=127.0.0.1:1" if host else f"--coordinator={address}",
         "--num_processes=2",
         f"--process_id={host}",
         "--start_timeout=1",
@@ -306,3 +310,18 @@ def test_an_unreachable_remote_directory_is_refused(monkeypatch, error, message)
     monkeypatch.setattr(files.epath, "Path", fail)
     with pytest.raises(ValueError, match="cannot reach gs://no-such/run " + message):
         files.check_reachable("gs://no-such/run")
+
+
+def test_a_signal_that_a_library_handles_stops_nothing(monkeypatch):
+    """Otherwise the first Ctrl-C after it would count as the second one."""
+    ended = []
+    monkeypatch.setattr(hosts, "exit_now", lambda *reason: ended.append(reason))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's own handlers
+    before = signal.set_wakeup_fd(-1)
+    stop = hosts.Stop()
+    signal.set_wakeup_fd(before)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        stop._writer.send(bytes([number]))
+    while stop.signal != signal.SIGINT:
+        time.sleep(0.01)
+    assert not ended

@@ -220,12 +220,5 @@ def test_the_version_is_that_of_the_installed_package():
     assert vae_jax.__version__[0].isdigit()
 
 
-def test_the_package_is_a_command():
-    """`python -m vae_jax` is `python -m vae_jax.main`."""
-    command = [sys.executable, "-m", "vae_jax", "--mode=sample", "--split=train"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2 and result.stderr == "vae_jax: --split has no meaning with --mode=sample\n"
-
-
 def test_type_checkers_find_the_package():
     assert (PACKAGE / "py.typed").exists()

@@ -42,7 +42,7 @@ def test_all_and_no_labels():
 @pytest.mark.parametrize(
     "labelled,seed,message",
     [
-        (2, 0, "data.labelled is 2, but must be -1 for all, 0 for none, or from 3, one a class, to 90"),
+        (2, 0, "data.labelled is 2, but must be -1 for all, 0 for none, or from 3, one per class, to 90"),
         (91, 0, "data.labelled is 91, but must be"),
         (-2, 0, "data.labelled is -2, but must be"),
         (63, 0, "data.labelled is 63, 21 of class 0, which has 20 training images: give fewer, or -1"),
@@ -185,7 +185,7 @@ def test_a_metric_of_the_labelled_counts_them_alone(model, variables):
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: sparse_labels.make((4, 4, 1), 1), "few labels are of at least 2 classes, but the data have 1"),
+        (lambda: sparse_labels.make((4, 4, 1), 1), "labels of at least 2 classes are needed, but the data have 1"),
         (
             lambda: sparse_labels.make((4, 4, 1), 3, likelihood="optimal_gaussian"),
             "model.likelihood is 'optimal_gaussian'",

@@ -140,30 +140,6 @@ def test_rows_after_the_checkpoint_and_an_incomplete_one_are_dropped(tmp_path):
     assert rows == [2, 4, 5, 5, 7, 9, 10, 10] and directory.history == read_rows(tmp_path)
 
 
-def test_a_damaged_row_is_reported(tmp_path):
-    job, config = small_job(steps_per_call=2)
-    run_job(job, config, tmp_path, stop_after(2))
-    file = tmp_path / "metrics.jsonl"
-    file.write_text("x" + file.read_text())
-    with pytest.raises(OSError, match="line 1 of .*metrics.jsonl is damaged"):
-        run_job(job, config, tmp_path)
-
-
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys):
-    job, config = small_job(steps_per_call=2, save_every=2)
-    expected, _ = run_job(job, config, tmp_path)
-    file = tmp_path / "checkpoints" / "10" / "metadata" / "metadata"
-    file.write_bytes(b"")
-    state, _ = run_job(job, config, tmp_path)
-    assert_same_state(state, expected)
-    assert "checkpoint 10 is damaged" in capsys.readouterr().err
-    assert (tmp_path / "checkpoints" / "damaged-10-1").is_dir()
-    for step in steps(tmp_path / "checkpoints"):
-        (tmp_path / "checkpoints" / str(step) / "metadata" / "metadata").write_bytes(b"")
-    with pytest.raises(OSError, match="no checkpoint in .* can be read"):
-        run_job(job, config, tmp_path)
-
-
 @pytest.mark.slow
 def test_more_epochs(finished, tmp_path):
     """Under a constant rate a run of two epochs and one more equals a run of three."""

@@ -353,7 +353,7 @@ def test_the_verdict_says_what_is_explained():
     numbers = {"test/kl": 5.0, "test/bound": 20.5, "test/explained variance": 0.618, "train/bound": 10.0}
     said = verdict(numbers, "test", {"collapsed model": 30.0, "best linear VAE": 22.25})
     assert said["explained"] == (
-        "62% of the variance of the test images, of which the mean training image explains 0%; the bound is 20.50 there, and on "
+        "62% of the variance of the test images (the mean training image explains 0%); the bound is 20.50 there, and on "
         "the training images: collapsed model 30.00, best linear VAE 22.25"
     )
     assert said["what to change"] == "use more images, or fewer epochs"

@@ -74,10 +74,10 @@ def test_samples(vae):
     [
         (
             np.zeros((2, 28, 27, 1)),
-            r"images of shape \(2, 28, 27, 1\), but must be \[n, 28, 28, 1\]",
+            r"images have shape \(2, 28, 27, 1\), but must be \[n, 28, 28, 1\]",
         ),
-        (np.zeros((28, 28)), r"images of shape \(28, 28\)"),
-        (np.zeros((0, 28, 28)), r"images of shape \(0, 28, 28, 1\)"),
+        (np.zeros((28, 28)), r"images have shape \(28, 28\)"),
+        (np.zeros((0, 28, 28)), r"images have shape \(0, 28, 28, 1\)"),
         (
             np.zeros((2, 28, 28), int),
             "images are int64, but must be uint8, or float in",

@@ -42,7 +42,7 @@ def test_the_frechet_distance_does_not_depend_on_a_rotation():
 
 
 def test_too_few_images_for_a_covariance_are_refused():
-    with pytest.raises(ValueError, match="79 generated images are less than the 80 that 8 features need"):
+    with pytest.raises(ValueError, match="79 generated images are fewer than the 80 that 8 features need"):
         frechet_distance(normal(500, 8), normal(79, 8))
     assert np.isfinite(frechet_distance(normal(500, 8), np.zeros((80, 8))))  # a collapsed model has no covariance
 

@@ -15,8 +15,8 @@ from vae_jax.batch import Batch, example_keys
 from vae_jax.families import conditional, semisupervised, stacked, vae
 from vae_jax.likelihoods import HALF_LOG_2PI, Likelihood, align
 from vae_jax.model import Model
-from vae_jax.objectives import log_normal, reparameterize
-from vae_jax.priors import standard_normal
+from vae_jax.objectives import reparameterize
+from vae_jax.priors import log_normal, standard_normal
 from vae_jax.run import session
 
 W, SPREAD, MEANS = 1.3, 0.7, jnp.array([-1.0, 0.5])  # x = W z + MEANS[y] + SPREAD e
@@ -237,6 +237,16 @@ def test_with_m2_at_the_standard_normal_the_bound_is_that_of_m1(both):
     np.testing.assert_allclose(found["bound"], expected, rtol=1e-5)
 
 
+def test_evaluation_classifies_the_mean_code_as_predict_does(both):
+    model, variables = both
+    batch = batch_of([0, 1, 2])
+    keys = example_keys(jax.random.key(2), None, batch.index)
+    found, _ = stacked.make_objective(model, 0.5)(variables, batch, keys, False, None)
+    cross_entropy, _ = found["cross_entropy"]
+    p = model.probabilities(variables, batch.image)
+    np.testing.assert_allclose(cross_entropy, -np.log(p[jnp.arange(3), batch.label]), rtol=1e-5)
+
+
 def test_the_density_of_codes_is_normalised_and_drawn_from():
     p = stacked.density_of_codes()
     raw = jnp.array([0.4, -0.8]).reshape(1, 1, 1, 2)
@@ -263,7 +273,7 @@ def test_numbers_out_of_range(family, fields, message):
 
 @pytest.mark.parametrize("family", [semisupervised, stacked])
 def test_data_without_classes_and_a_likelihood_of_one_reconstruction(family):
-    with pytest.raises(ValueError, match="few labels are of at least 2 classes, but the data have 1"):
+    with pytest.raises(ValueError, match="labels of at least 2 classes are needed, but the data have 1"):
         family.make((4, 4, 1), 1, **SMALL)
     with pytest.raises(ValueError, match="model.likelihood is 'optimal_gaussian'"):
         family.make((4, 4, 1), 3, **SMALL | {"likelihood": "optimal_gaussian"})

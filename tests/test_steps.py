@@ -392,7 +392,7 @@ def test_weight_decay_is_decoupled(weight_decay):
         ({"beta1": 1.0}, "beta1 is 1.0"),
         ({"schedule": "linear"}, "schedule is 'linear'"),
         ({"clip_norm": -1.0}, "clip_norm is -1.0, but must be at least 0"),
-        ({"boundaries": (0.5,)}, "factors is \\(\\), but must be a number above 0 a boundary"),
+        ({"boundaries": (0.5,)}, "factors is \\(\\), but must be one number above 0 for each boundary"),
         ({"boundaries": (0.5,), "factors": (0.1,)}, "left out unless schedule is piecewise"),
         ({"schedule": "piecewise", "boundaries": (0.5, 0.2), "factors": (1.0, 1.0)}, "increasing numbers in"),
         ({"base_batch_size": -1}, "base_batch_size is -1, but must be at least 0"),

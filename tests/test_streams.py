@@ -48,13 +48,6 @@ def test_a_stream_belongs_to_its_example():
     np.testing.assert_array_equal(bits(alone)[0], keys[0])
 
 
-def test_evaluation_does_not_depend_on_the_step():
-    index = jnp.arange(4)
-    np.testing.assert_array_equal(bits(example_keys(ROOT, None, index)), bits(example_keys(ROOT, None, index)))
-    for step in (0, 1, 2**31 - 1):
-        assert (bits(example_keys(ROOT, None, index)) != bits(example_keys(ROOT, step, index))).any()
-
-
 def test_more_samples_leave_the_first_ones_unchanged():
     keys = example_keys(ROOT, 3, jnp.arange(6))
     zeros = jnp.zeros((6, 4))

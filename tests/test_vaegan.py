@@ -18,7 +18,7 @@ from vae_jax import commands, data, objectives
 from vae_jax.batch import Batch, Split, example_keys, named_key
 from vae_jax.evaluation.gradients import gradient_routing
 from vae_jax.evaluation.samples import sharpness
-from vae_jax.evaluation.verdict import one_sided, verdict
+from vae_jax.evaluation.verdict import discriminator_wins, verdict
 from vae_jax.families import vae, vaegan
 from vae_jax.likelihoods import unit_gaussian
 from vae_jax.model import Model
@@ -556,7 +556,7 @@ def test_a_plain_gan_gets_no_verdict_on_an_encoder_that_it_does_not_train():
 def test_a_discriminator_that_wins_is_said_to(data, samples, wins):
     numbers = {"test/kl": 20.0, "test/kl_by_latent": [10.0, 10.0]}
     numbers |= {"test/discriminator_on_data": data, "test/discriminator_on_samples": samples}
-    assert (one_sided(numbers, "test") is not None) == wins
+    assert (discriminator_wins(numbers, "test") is not None) == wins
     found = verdict(numbers, "test", {})
     assert found["verdict"].startswith("the discriminator wins: D is 0.9950 on data") == wins
     assert ("optimizer.rate_multipliers" in found.get("what to change", "")) == wins
@@ -708,7 +708,7 @@ def test_the_floor_of_a_comparison_is_that_of_real_images(tmp_path):
     """Digits are too few for the Frechet distance, which is left out with the reason."""
     dataset = data.load(name="digits")
     floor = comparison.Comparison(tmp_path, dataset, 360).floor()
-    assert floor["frechet_distance"].startswith("left out: 360 real images are less than")
+    assert floor["frechet_distance"].startswith("left out: 360 real images are fewer than")
     assert floor["sharpness"] == pytest.approx(1, abs=0.1) and floor["coverage"] > 0.8
     assert comparison.table([{"stage": "floor", **floor}])[-1][1] == ""
     with pytest.raises(ValueError, match="but the pinned classifier reads"):

@@ -49,7 +49,7 @@ def mean_image(image: UInt8[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
 
 
 def chunks(image: UInt8[np.ndarray, "n ..."]) -> Iterator[UInt8[np.ndarray, "m ..."]]:
-    """Yield the images in chunks of at most `CHUNK` images and 16 MiB, to bound the memory of computations on all of them."""
+    """Yield chunks of at most `CHUNK` images and 16 MiB, to bound the memory of a computation over all images."""
     count = min(CHUNK, max(1, 2**24 // max(1, image[0].nbytes)))
     for start in range(0, len(image), count):
         yield image[start : start + count]
@@ -112,9 +112,10 @@ def weighted_mean(
 
 def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown"]:
     """Positions of the first example of each label, at most ten, or of the first ten examples if all are unlabelled."""
-    if label.max() < 0:
+    known = np.flatnonzero(label >= 0)
+    if not len(known):
         return np.arange(min(10, len(label)))
-    return np.unique(label, return_index=True)[1][:10]
+    return known[np.unique(label[known], return_index=True)[1][:10]]
 
 
 def named_key(key: Key[Array, "*batch"], name: str) -> Key[Array, "*batch"]:

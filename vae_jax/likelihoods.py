@@ -129,8 +129,9 @@ def optimal_gaussian() -> Likelihood:
 
         energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w), over all devices and samples
 
-    By the envelope theorem s needs no gradient, since it minimises the ELBO; an importance-weighted bound would need one. Evaluation
-    uses the debiased moving average from training, so an image's result is its own. Source: Rybkin et al. 2021, equation 6.
+    By the envelope theorem s needs no gradient, since it maximises the ELBO; an importance-weighted bound would
+    need one. Evaluation uses the debiased moving average from training, so an image's result does not depend on other
+    images. Source: Rybkin et al. 2021, equation 6.
     """
 
     def variance(variables):
@@ -169,7 +170,7 @@ def optimal_gaussian() -> Likelihood:
 def bernoulli() -> Likelihood:
     """Bernoulli(x; sigmoid(raw)): energy softplus(raw) - x raw (Kingma & Welling 2013, appendix C.1).
 
-    For pixels between 0 and 1 this is not a likelihood but the cross-entropy, the mean over binary images drawn from them.
+    For grey pixels it is not a likelihood but a cross-entropy: the expected energy of binary images drawn from them.
     """
 
     def energy(variables, raw, image):
@@ -227,7 +228,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
         energy = -log(F((c + 1/2 - m) / 255 s) - F((c - 1/2 - m) / 255 s)),    c = 255 x,    F = sigmoid
 
     The code uses a form without cancellation. `mean` is the mean of the clipped logistic, within half a grey level of the
-    exact mean. Source: Kingma et al. 2016 (IAF), section 5.1, and Salimans et al. 2017 for the tails.
+    exact mean. Source: Kingma et al. 2016 (IAF), and Salimans et al. 2017 for the tails.
     """
     kind = scaled(scale, learn_scale)
 
@@ -265,7 +266,7 @@ class Scale(NamedTuple):
 
 
 def scaled(scale: float, learned: bool) -> Scale:
-    """A fixed scale, or a learned one with this initial value. Raises ValueError unless it is above 0."""
+    """A fixed scale, or a learned one with this initial value. Raises ValueError unless it is positive and finite."""
     if not 0 < scale < math.inf:
         raise ValueError(f"model.scale is {scale}, but must be above 0")
     if not learned:

@@ -25,8 +25,9 @@ MODES = {  # mode -> the flags that it takes besides --config and --workdir
     "export": "checkpoint output formats",
 }
 MODE = """train: train, or continue an interrupted training. The others use a trained model and write to generated/ in the
-run directory. evaluate: the metrics on a split; with --full all that is known about a VAE. sample: images from the prior. reconstruct: images of a split and their
-reconstructions. interpolate: images between two. traverse: one latent moved at a time. encode: the codes of images. predict: labels of --input.
+run directory. evaluate: the metrics on a split; with --full every measurement of a VAE. sample: images from the prior.
+reconstruct: images of a split and their reconstructions. interpolate: images between two. traverse: one latent moved at
+a time. encode: the codes of images. predict: labels of --input.
 export: a folder for a model hub, which is not uploaded."""
 CONFIG = """A preset (vae, conditional, sparse_labels, semisupervised, stacked, vaegan, classifier) or a file, and after a colon its variant:
 vae:digits, configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes other than train need only --workdir."""
@@ -35,9 +36,9 @@ MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 10
 PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
 FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
 images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
-INPUT = """Your own images, prepared as those of the training were: a folder, image files with commas between them, or an .npz with
-`image`. For predict, for sample of a model that completes images, and in place of --split for evaluate, reconstruct, interpolate,
-traverse and encode."""
+INPUT = """Your own images, prepared like the training images: a folder, image files separated by commas, or an .npz
+with `image`. For predict, for sample of a model that completes images, and in place of --split for evaluate,
+reconstruct, interpolate, traverse and encode."""
 HELP = ("--help", "-help", "--helpfull", "-h")
 
 FLAGS = flags.FLAGS
@@ -50,7 +51,7 @@ TABLE = (  # kind, name, default, help
         string,
         "workdir",
         None,
-        "The run directory. Default: runs/CONFIG-VARIANT. For modes also mnist-vae, mnist-classifier.",
+        "The run directory. Default: runs/CONFIG-VARIANT. All modes but train also take mnist-vae, mnist-classifier.",
     ),
     (flags.DEFINE_enum, "mode", "train", [*MODES], MODE),
     (string, "checkpoint", "", "latest, best, or a step. Default: best with validation images, else latest."),
@@ -76,12 +77,12 @@ TABLE = (  # kind, name, default, help
     (string, "input", None, INPUT),
     (switch, "tsne", False, "For encode: also a map of the codes by t-SNE, coloured by label."),
     (switch, "files", False, "For sample: a PNG file for each image, instead of a grid."),
-    (switch, "all", False, "For traverse: also the latents that carry next to nothing."),
+    (switch, "all", False, "For traverse: also the latents that are hardly used."),
     (string, "output", None, "For export: the folder. Default: generated/export-stepSTEP in the run directory."),
     (items, "formats", None, "For export: programs to add to the weights: jax (by jax.export), onnx, or both."),
     (integer, "devices", 0, "Devices that train on each host; 0: all of them."),
     (switch, "distributed", False, "Train on the hosts of a cluster: Cloud TPU, Slurm, Open MPI or Kubernetes (GKE)."),
-    (string, "coordinator", None, "Elsewhere: ADDRESS:PORT of host 0, with --num_processes and --process_id."),
+    (string, "coordinator", None, "On other clusters: ADDRESS:PORT of host 0, with --num_processes and --process_id."),
     (integer, "num_processes", None, "Number of hosts."),
     (integer, "process_id", None, "Number of this host, from 0."),
     (seconds, "start_timeout", 300, "Seconds that the hosts wait for each other at the start."),
@@ -121,6 +122,7 @@ def train(config: dict, workdir: str) -> None:
 
     from vae_jax.run import hosts, session
     from vae_jax.run.environment import check_jax
+    from vae_jax.run.files import describe_error
 
     given = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     if FLAGS.distributed or FLAGS.coordinator:
@@ -138,7 +140,7 @@ def train(config: dict, workdir: str) -> None:
             hosts.exit_now("out of memory: try a smaller batch_size or model; the same command continues", 1)
         if not several:
             raise
-        hosts.exit_now(f"a host was lost ({error})".splitlines()[0], 1)
+        hosts.exit_now(f"a host was lost ({describe_error(error)})", 1)
     if outcome is None:
         print(f"finished already: {workdir.rstrip('/')}/summary.md")
     elif outcome.step < outcome.steps:
@@ -162,7 +164,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     if mode == "evaluate" and not FLAGS.full and any(FLAGS[name].present for name in ("count", "samples", "prior")):
         raise ValueError("--count, --samples and --prior of --mode=evaluate need --full")
     if mode in MOST and not 1 <= count <= MOST[mode]:
-        more = "more do not fit in one picture; vae_jax.load makes as many as you like"
+        more = "more do not fit in one picture; use vae_jax.load for more"
         raise ValueError(f"--count is {count}, but must be 1 to {MOST[mode]:,}: {more}")
     check_local(workdir, f"--mode={mode}")
     if mode == "predict" and FLAGS.input is None:
@@ -175,7 +177,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     if stored is None:
         boxed = ", ".join(weights.SHA256)
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir, such as {boxed}")
-    config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # how it was trained does not matter here
+    config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # `run` and `epochs` do not matter here
     check_same_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
     given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne, "all_latents": FLAGS["all"].value}

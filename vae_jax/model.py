@@ -27,11 +27,11 @@ class Model(NamedTuple):
         num_classes: number of classes.
         condition_on: what p(x | c) is conditioned on: "label", "image" (a part of it), or "" for p(x).
         condition: (image, label) -> the conditions c of a batch, [batch, ...].
-        given: c -> the model of p(x | c); its functions take a batch with these conditions.
+        given: c -> the model of p(x | c), whose functions take batches of the length of c.
         encoder_takes_label: whether q(z | x, y) depends on the label y.
         features: (variables, image) -> features for comparing generated and real images, [batch, feature].
         layers: variables -> {network: its layers as data, as `nn.description.Layer`}, for other runtimes.
-        apply: the family's private one-pass function, used only by its objective.
+        apply: private to the family and used only by its objective, such as a one-pass function of several networks.
     """
 
     init: Callable[..., Variables]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from vae_jax.batch import Batch, named_key, weighted_mean
 from vae_jax.likelihoods import distortion
 from vae_jax.model import Model, Variables
+from vae_jax.priors import log_normal
 
 
 @runtime_checkable
@@ -67,17 +68,6 @@ def negative_elbo(
     Source: Kingma & Welling 2013, equation 7; beta: Higgins et al. 2017.
     """
     return distortion.mean(axis=0) + beta * kl
-
-
-def log_normal(
-    z: Float[Array, "*samples batch latent"],
-    mean: Float[Array, "batch latent"],
-    logvar: Float[Array, "batch latent"],
-) -> Float[Array, "*samples batch"]:
-    """log N(z; mean, exp(logvar)), summed over latents, in nats."""
-    mean, logvar = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in (mean, logvar))
-    square = (z - mean) ** 2 * jnp.exp(-logvar)
-    return -0.5 * jnp.sum(square + logvar + math.log(2 * math.pi), axis=-1)
 
 
 def log_weights(
@@ -136,7 +126,7 @@ def free_bits_kl(
     """The KL with free bits: each latent costs at least `least` on average, sum_j max(least, mean_i KL_ij).
 
     An example pays sum_j (KL_ij if mean_i KL_ij > least else least). The mean over the batch, across all devices, has the
-    value and the gradient of the sum above. Source: Kingma et al. 2016, section 3.2 and appendix C.8.
+    value and the gradient of the sum above. Source: Kingma et al. 2016, appendix C.8.
     """
     paid = jax.lax.stop_gradient(weighted_mean(kl, weight, axis_name)) > least
     return jnp.sum(jnp.where(paid, kl, least), axis=-1)
@@ -158,7 +148,7 @@ def discriminator_loss(
     """-1/2 log D(x) - 1/2 mean_k log(1 - D(fake_k)) from the logits of D; ln 2 if D is 1/2 everywhere.
 
     All kinds of fakes together have weight 1/2, so the optimal D is still 1/2 when fakes and data are indistinguishable.
-    Source: Goodfellow et al. 2014, equation 1; Larsen et al. 2016, equation 3.
+    Source: Goodfellow et al. 2014, equation 1; Larsen et al. 2016.
     """
     return 0.5 * (jax.nn.softplus(-on_data) + jax.nn.softplus(on_fakes).mean(axis=0))
 

@@ -115,7 +115,7 @@ def make_schedule(
         ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
         ("schedule", schedule, schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
         ("boundaries", boundaries, is_increasing((0.0, *boundaries, 1.0)), "increasing numbers in (0, 1)"),
-        ("factors", factors, matched, "a number above 0 a boundary"),
+        ("factors", factors, matched, "one number above 0 for each boundary"),
         ("boundaries", boundaries, not boundaries or schedule == "piecewise", "left out unless schedule is piecewise"),
     )
     return SCHEDULES[schedule](learning_rate, steps, warmup, dict(zip(boundaries, factors)))

@@ -12,12 +12,12 @@ ABSENT: Any = None
 
 
 class Prior(NamedTuple):
-    """Pure functions that take the model's `variables` first and read only `params/prior`.
+    """Pure functions that take the model's `variables` first. They read `params/prior`; those of vamp also the networks.
 
     Attributes:
         init: key -> the parameters, {} if there are none.
         log_prob: (variables, z) -> log p(z), summed over latents, in nats. `z` may have leading sample axes.
-        sample: (variables, key, count) -> `count` draws z ~ p(z), [count, latent].
+        sample: (variables, key, count) -> `count` draws z ~ p(z), [count, latent]; for p(z | c) one per condition.
         kl: (variables, mean, logvar) -> KL(N(mean, exp(logvar)) || p) of each latent, in nats, [batch, latent]; ABSENT
             (None) if there is no closed form.
         shared: whether p is the same for all examples; a learned p(z | c) is not.
@@ -28,6 +28,17 @@ class Prior(NamedTuple):
     sample: Callable[[Any, Any, int], Float[Array, "count latent"]]
     kl: Callable[[Any, Any, Any], Float[Array, "batch latent"]] = ABSENT
     shared: bool = True
+
+
+def log_normal(
+    z: Float[Array, "*samples batch latent"],
+    mean: Float[Array, "batch latent"],
+    logvar: Float[Array, "batch latent"],
+) -> Float[Array, "*samples batch"]:
+    """log N(z; mean, exp(logvar)), summed over latents, in nats."""
+    mean, logvar = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in (mean, logvar))
+    square = (z - mean) ** 2 * jnp.exp(-logvar)
+    return -0.5 * jnp.sum(square + logvar + math.log(2 * math.pi), axis=-1)
 
 
 def standard_normal(latent_dim: int) -> Prior:
@@ -59,8 +70,7 @@ def conditional_normal(parts: Callable[[Any], tuple]) -> Prior:
     """
 
     def log_prob(variables, z: Float[Array, "*samples batch latent"]) -> Float[Array, "*samples batch"]:
-        m, log_v = (part.reshape((1,) * (z.ndim - 2) + part.shape) for part in parts(variables))
-        return -0.5 * jnp.sum((z - m) ** 2 * jnp.exp(-log_v) + log_v + math.log(2 * math.pi), axis=-1)
+        return log_normal(z, *parts(variables))
 
     def sample(variables, key: Key[Array, ""], count: int) -> Float[Array, "count latent"]:
         m, log_v = parts(variables)

@@ -20,7 +20,7 @@ class TrainState:
 
     step: Any  # int32
     params: Any
-    model_state: Any  # BatchNorm's running statistics; {} for the VAE
+    model_state: Any  # such as BatchNorm's running statistics; {} if the model has no state
     opt_state: Any
     key: Any  # the root of all noise; never changes
     ema: Any = None  # moving average of the variables, if `ema_decay` is above 0

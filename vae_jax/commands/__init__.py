@@ -26,7 +26,7 @@ from vae_jax.evaluation.latents import tsne_plane
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.export import export as export_model
 from vae_jax.full_evaluation import evaluate_fully
-from vae_jax.full_evaluation.prior import fit_prior
+from vae_jax.full_evaluation.prior import compare_bounds, fit_prior
 from vae_jax.pretrained import of_seed
 from vae_jax.pretrained.loading import load_variables
 from vae_jax.run.files import as_csv, save_figure, write_atomically
@@ -68,7 +68,7 @@ def evaluate(
     found, ledger, judged = {"step": metadata["step"]} | named, job.ledger(named, split), {}
     if full:
         if prior == "gmm":
-            vae = vae.with_prior(fit_prior(vae, job.dataset)[0])
+            vae = vae.with_prior(fit_prior(vae, job.dataset))
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
         judged = verdict(found | ledger, split, job.baselines())
     notes = {"what was done to the images": "; ".join(examples.notes)} if own is not None and examples.notes else {}
@@ -109,7 +109,8 @@ def sample(
         if labels is not None or own is not None:
             raise ValueError("--labels and --input do not go with --prior=gmm: a mixture takes no condition")
         vae, dataset = load_with_data(workdir, config, checkpoint)
-        gmm, lines = fit_prior(vae, dataset)
+        gmm = fit_prior(vae, dataset)
+        lines = compare_bounds(vae, gmm, dataset)
         z = gmm.sample(vae.variables, jax.random.key(seed), count)
         image, of, named = vae.decode(z), "a mixture fitted to the posteriors", f"-{prior}"
     title = f"{count} images decoded from {of}: {vae.title}"
@@ -158,7 +159,7 @@ def interpolate(
     """Decode points on the line between the encodings of two images, which `choose_images` chooses."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
     if count < 2:
-        raise ValueError(f"--count is {count}, but an interpolation has at least 2")
+        raise ValueError(f"--count is {count}, but an interpolation needs at least 2")
     index = choose_images(examples, examples.title, 2, images, labels)
     image, label = examples.image[index], examples.label[index]
     mean, _ = vae.encode(image, **vae.own_label(label))

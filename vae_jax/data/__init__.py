@@ -141,7 +141,7 @@ def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Spl
         return split
     if labelled and not num_classes <= labelled <= known:
         raise ValueError(
-            f"data.labelled is {labelled}, but must be -1 for all, 0 for none, or from {num_classes}, one a class, to {known}"
+            f"data.labelled is {labelled}, but must be -1 for all, 0 for none, or from {num_classes}, one per class, to {known}"
         )
     if seed < 0:
         raise ValueError(f"data.label_seed is {seed}, but must be at least 0")

@@ -10,14 +10,14 @@ from jaxtyping import Array, Float, Key
 from vae_jax.batch import Batch
 from vae_jax.likelihoods import distortion
 from vae_jax.model import Model
-from vae_jax.objectives import log_normal, reparameterize
-from vae_jax.priors import Prior
+from vae_jax.objectives import reparameterize
+from vae_jax.priors import Prior, log_normal
 
 
 def fit_gmm(z: Float[np.ndarray, "n latent"], components: int = 10, seed: int = 0) -> Prior:
     """A mixture of Gaussians with full covariances, fitted by scikit-learn to draws of q(z | x) over the training images.
 
-    Source: Ghosh et al. 2020, section 4, who sample from it instead of p(z). It also works as the prior of the bound.
+    Source: Ghosh et al. 2020, section 4, who sample from it instead of p(z). It can also replace p(z) in the bound.
     """
     from sklearn.mixture import GaussianMixture
 

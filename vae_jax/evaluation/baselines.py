@@ -83,7 +83,7 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
 
         loss                           nats without the likelihood's constant: what training minimises
         nats                           loss + pixels * constant
-        bits a dimension               nats / (pixels ln 2)
+        bits per dimension               nats / (pixels ln 2)
         bits a dequantised dimension   8 more: for a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
 
     Bits per dimension are defined for a mass on 0..255. For a density on [0, 1] only the dequantised bits are defined, and
@@ -98,7 +98,7 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
     to_nats = {
         "loss": lambda value: value + pixels * constant,
         "nats": lambda value: value,
-        "bits a dimension": lambda value: value * bit,
+        "bits per dimension": lambda value: value * bit,
         "bits a dequantised dimension": lambda value: (value - 8) * bit,
     }
     if source not in to_nats:
@@ -107,7 +107,7 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
     return {
         "loss": nats - pixels * constant,
         "nats": nats,
-        "bits a dimension": nats / bit,
+        "bits per dimension": nats / bit,
         "bits a dequantised dimension": nats / bit + 8,
     }
 

@@ -23,7 +23,7 @@ def networks(params: Mapping[str, Any]) -> dict[str, Any]:
 def gradient_routing(
     objective: Objective, variables: Mapping[str, Any], batch: Batch, keys: Key[Array, " batch"], terms: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """{term: {network: |d mean(term) / d network|}}, over the examples of a batch, with the gradients of a training step.
+    """{term: {network: |d mean(term) / d network|}} over a batch, in training mode, with schedules at their end.
 
     The terms are the metrics in `terms` that the objective returns, and the loss last. An exact 0 means that the term does not
     train the network. The networks are those of the function `networks`.

@@ -1,7 +1,7 @@
 """Estimates of log p(x) by importance sampling from q(z | x), and diagnostics of their reliability.
 
 The estimate is the bound with K samples (Burda et al. 2016), log(1/K sum_k w_k) with w_k = p(x, z_k) / q(z_k | x). Its mean
-is below log p(x) for every K. For images drawn from the model there is also an upper bound.
+is at most log p(x) for every K. For images drawn from the model there is also an upper bound.
 """
 
 import math

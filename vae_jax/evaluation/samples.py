@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
 
 ROWS = 1000  # rows of a distance matrix in memory at once
-IMAGES_A_DIMENSION = 10  # fewest images per dimension for a covariance
+IMAGES_PER_DIMENSION = 10  # fewest images per dimension for a covariance
 PRECISION_K, COVERAGE_K = 3, 5  # nearest neighbours, as published
 
 
@@ -27,10 +27,10 @@ def frechet_distance(real: Float[np.ndarray, "n feature"], fake: Float[np.ndarra
     Raises ValueError for fewer than ten images per dimension.
     """
     for name, features in (("real", real), ("generated", fake)):
-        least = IMAGES_A_DIMENSION * features.shape[1]
+        least = IMAGES_PER_DIMENSION * features.shape[1]
         if len(features) < least:
             raise ValueError(
-                f"{len(features)} {name} images are less than the {least} that {features.shape[1]} features need"
+                f"{len(features)} {name} images are fewer than the {least} that {features.shape[1]} features need"
             )
     real, fake = real.astype(np.float64), fake.astype(np.float64)
     gap = real.mean(axis=0) - fake.mean(axis=0)
@@ -51,7 +51,7 @@ class Manifold(NamedTuple):
 def manifold(points: Float[np.ndarray, "n feature"]) -> Manifold:
     """Compute the `Manifold` of the points. Raises ValueError if there are too few."""
     if len(points) <= COVERAGE_K:
-        raise ValueError(f"{len(points)} images are less than the {COVERAGE_K + 1} that {COVERAGE_K} neighbours need")
+        raise ValueError(f"{len(points)} images are fewer than the {COVERAGE_K + 1} that {COVERAGE_K} neighbours need")
     points = points.astype(np.float64)
     nearest = [np.partition(rows, (PRECISION_K, COVERAGE_K), axis=1) for _, rows in distances(points, points)]
     ordered = np.concatenate([rows[:, [PRECISION_K, COVERAGE_K]] for rows in nearest])  # entry 0 is the point itself

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WON = 0.99  # the discriminator has won if it gives more than this probability to the right answer
-ASLEEP = 0.01  # nats of KL; a latent with less carries no information
+UNUSED = 0.01  # nats of KL; a latent with less carries no information
 GAP = 0.05  # largest acceptable excess of the test bound over the training bound, relative to the latter
 COPIES = 0.2  # largest acceptable share of generated images closer to training data than the closest 1 % of test images
 
@@ -12,10 +12,10 @@ COPIES = 0.2  # largest acceptable share of generated images closer to training 
 def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> dict[str, str]:
     """{what: sentence} from the available numbers of a split: state, explained variance, latents, fit, copies, what to change.
 
-    The state is one of "the discriminator wins", "collapsed", "memorising", "half asleep", "undertrained" and "healthy".
+    The state is one of "the discriminator wins", "collapsed", "memorising", "few latents used", "undertrained" and "healthy".
     """
     if not trains_an_encoder(numbers, split):
-        return dict(zip(("verdict", "what to change"), one_sided(numbers, split) or ()))
+        return dict(zip(("verdict", "what to change"), discriminator_wins(numbers, split) or ()))
     found = {}
     explained = describe_explained(numbers, split, baselines)
     if explained:
@@ -26,7 +26,7 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent")
     if isinstance(copies, float):
         found["copies"] = (
-            f"{copies:.1%} of the generated images lie nearer to a training image than the nearest 1 % of the {split} images do"
+            f"{copies:.1%} of the generated images lie nearer to a training image than 99 % of the {split} images do"
         )
     trained, tested = numbers.get("train/bound"), numbers.get(f"{split}/bound")
     if trained is not None and tested is not None and split != "train":
@@ -43,8 +43,8 @@ def trains_an_encoder(numbers: Mapping[str, Any], split: str) -> bool:
     return has_latents and (f"{split}/adversarial" not in numbers or f"{split}/feature_reconstruction" in numbers)
 
 
-def one_sided(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
-    """That the discriminator wins, so that the decoder learns little from it, and what to change; None if it does not."""
+def discriminator_wins(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
+    """The verdict that the discriminator wins, and what to change; None if it does not win."""
     data, samples = (numbers.get(f"{split}/discriminator_on_{what}") for what in ("data", "samples"))
     if data is None or samples is None or data <= WON or 1 - samples <= WON:
         return None
@@ -61,13 +61,13 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
     collapsed = next((value for name, value in baselines.items() if name.startswith("collapsed")), None)
     active = numbers.get(f"{split}/active_units")
-    if won := one_sided(numbers, split):
+    if won := discriminator_wins(numbers, split):
         return won
-    if active == 0 or (kl is not None and kl < ASLEEP):
+    if active == 0 or (kl is not None and kl < UNUSED):
         reached = (
             ""
             if collapsed is None or bound is None
-            else f", and the bound {bound:.2f} beside {collapsed:.2f} without latents"
+            else f", and the bound is {bound:.2f}, compared with {collapsed:.2f} without latents"
         )
         return (
             f"collapsed: the latents carry {kl:.3g} nats{reached}",
@@ -75,18 +75,18 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
         )
     if isinstance(copies, float) and copies > COPIES:
         return (
-            f"memorising: {copies:.0%} of the generated images are nearer to a training image than 1 % of the {split} images",
+            f"memorising: {copies:.0%} of the generated images are nearer to training than 99 % of the {split} images are",
             "use more images, a smaller network, or fewer epochs",
         )
-    used = sum(value >= ASLEEP for value in by_latent or [])
+    used = sum(value >= UNUSED for value in by_latent or [])
     if by_latent is not None and used < len(by_latent) / 2:
         return (
-            f"half asleep: {used} of {len(by_latent)} latents carry more than {ASLEEP} nats",
-            f"lower model.latent_dim to {used}, which changes little, or wake them by objective.free_bits or a lower objective.beta",
+            f"few latents used: {used} of {len(by_latent)} carry more than {UNUSED} nats",
+            f"lower model.latent_dim to {max(used, 1)}, which changes little, or raise objective.free_bits, or lower beta",
         )
     if collapsed is not None and bound is not None and bound > collapsed:
         return (
-            f"undertrained: the bound {bound:.2f} is above {collapsed:.2f}, which a model reaches that ignores its latents",
+            f"undertrained: the bound {bound:.2f} is above {collapsed:.2f}, the loss of a model without latents",
             "train longer, or raise optimizer.learning_rate",
         )
     healthy = f"healthy: the latents carry {kl:.1f} nats"
@@ -109,19 +109,19 @@ def describe_explained(numbers: Mapping[str, Any], split: str, baselines: Mappin
     if share is None or bound is None:
         return ""
     beside = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
-    said = f"{max(share, 0.0):.0%} of the variance of the {split} images, of which the mean training image explains 0%"
+    said = f"{max(share, 0.0):.0%} of the variance of the {split} images (the mean training image explains 0%)"
     return said + (f"; the bound is {bound:.2f} there, and on the training images: {beside}" if beside else "")
 
 
 def describe_latents(kl_by_latent: Sequence[float]) -> str:
     """The KL that the latents carry, the latents with the most, and the unused ones."""
     order = sorted(range(len(kl_by_latent)), key=lambda latent: -kl_by_latent[latent])
-    used = [latent for latent in order if kl_by_latent[latent] >= ASLEEP]
-    asleep = [latent for latent in order if kl_by_latent[latent] < ASLEEP]
+    used = [latent for latent in order if kl_by_latent[latent] >= UNUSED]
+    unused = [latent for latent in order if kl_by_latent[latent] < UNUSED]
     most = ", ".join(f"z{latent} {kl_by_latent[latent]:.2f}" for latent in used[:3])
     text = (
         f"{len(used)} of {len(kl_by_latent)} carry {sum(kl_by_latent):.2f} nats; most: {most}"
         if used
         else "none carries any"
     )
-    return text + (f"; asleep: {', '.join(f'z{latent}' for latent in sorted(asleep))}" if used and asleep else "")
+    return text + (f"; unused: {', '.join(f'z{latent}' for latent in sorted(unused))}" if used and unused else "")

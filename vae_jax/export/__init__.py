@@ -92,7 +92,7 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
     paths = [folder / name for name in contents]
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not holds(folder, contents):
-            raise FileExistsError(f"{folder} holds something else than this export: name another with --output")
+            raise FileExistsError(f"{folder} holds something other than this export: name another with --output")
         return paths
     with explained("cannot write the export", "name another folder with --output"):
         part = folder.parent / f".{folder.name}-{os.getpid()}"

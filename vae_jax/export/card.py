@@ -26,7 +26,11 @@ def model_card(pretrained: Pretrained, metadata: Mapping[str, Any], files: Seque
     generates = model.decode_raw is not None
     facts = {
         "library_name": "vae_jax",
-        "pipeline_tag": "unconditional-image-generation" if generates else "image-classification",
+        **(
+            {}
+            if model.condition_on
+            else {"pipeline_tag": "unconditional-image-generation" if generates else "image-classification"}
+        ),
         "datasets": [config["data"]["name"]],
         "tags": ["jax", "flax", *(["variational-autoencoder"] if generates else []), config["model"]["name"]],
     }

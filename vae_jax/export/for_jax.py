@@ -84,5 +84,5 @@ def check_agreement(name: str, program: Program, exported: Callable[..., Any]) -
             one, other = np.asarray(one), np.asarray(other)
             if one.shape != other.shape or not np.abs(one - other).max() <= TOLERANCE * max(1, np.abs(one).max()):
                 raise ValueError(
-                    f"{name} does not give what the model gives, so nothing was exported: leave this format out"
+                    f"the outputs of {name} differ from the model's, so nothing was exported: leave this format out"
                 )

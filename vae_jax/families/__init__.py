@@ -57,8 +57,8 @@ class Family(Protocol):
         make_final_probes: (model, number of samples from the run options, data.binarize) -> probes measured once, on the test
             split at the end of training, or None.
         check_data: raises ValueError for data that the family cannot learn from.
-        decodes_per_example: (fields of objective) -> the number of images that the objective decodes per example; evaluation
-            divides its batch size by it, and the memory check multiplies by it.
+        decodes_per_example: (model, fields of objective) -> the number of images that the objective decodes per
+            example; evaluation divides its batch size by it, and the memory check multiplies by it.
         baselines: (model, training images, fields of model and objective) -> {name: loss}, closed-form baselines.
         ledger: (model, numbers, split, pixels of an image, whether they are binary, variance of the split's images about the
             mean training image, fields of model) -> {what: value}: what the numbers measure, and their values in other

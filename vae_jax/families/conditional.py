@@ -151,7 +151,7 @@ def make_given(
 
 
 def one_hot(label: Int[Array | np.ndarray, " batch"], num_classes: int) -> Float[Array, "batch classes"]:
-    """Labels as conditions. Raises ValueError for a label that no class has; under `jit` such a label gives zeros."""
+    """Labels as conditions. Raises ValueError for a label outside the classes; under `jit` such a label gives zeros."""
     if not isinstance(label, jax.core.Tracer):
         lowest, highest = np.asarray(label).min(), np.asarray(label).max()
         if lowest < 0 or highest >= num_classes:
@@ -161,7 +161,7 @@ def one_hot(label: Int[Array | np.ndarray, " batch"], num_classes: int) -> Float
 
 def needs_condition(*arguments):
     """Raise ValueError: a conditional model was called without a condition."""
-    raise ValueError("this model needs a condition: take model.given(condition)")
+    raise ValueError("this model needs a condition: use model.given(condition)")
 
 
 def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.ndarray, "height width 1"]:
@@ -187,7 +187,7 @@ def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], nam
     Raises ValueError if its variance depends on all pixels.
     """
     if p_x.update is not None:
-        raise ValueError(f"model.likelihood is {name!r}, whose variance is that of all pixels: take another one")
+        raise ValueError(f"model.likelihood is {name!r}, whose variance is computed over all pixels: take another")
     hidden = 1 - visible
 
     def energy(variables, raw, image):
@@ -215,8 +215,8 @@ def bayes(
 ) -> Float[Array, "batch classes"]:
     """p(y | x) by Bayes' rule, with uniform p(y) and p(x | y) from `samples` importance samples of q(z | x, y).
 
-    The noise is the same for all images, so an image's result does not depend on the others. Source: Kingma et al. 2014, section
-    3.1.2, which uses an inference network instead.
+    The noise is the same for all images, so an image's result does not depend on the others. Kingma et al. 2014, in
+    section 3.1.2, use an inference network q(y | x) instead.
     """
     return jax.nn.softmax(log_likelihood_by_label(model, variables, image, samples), axis=-1)
 
@@ -224,7 +224,7 @@ def bayes(
 def log_likelihood_by_label(
     model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int
 ) -> Float[Array, "batch classes"]:
-    """log p(x | y) for every label, without the likelihood's constant."""
+    """log p(x | y) for every label by importance sampling, without the likelihood's constant."""
     same = jnp.zeros(len(image), jnp.int32)
     weigh = make_log_weights(model, samples, min(samples, DECODED))
 
@@ -242,7 +242,7 @@ def check_data(dataset) -> None:
         unlabelled = int(np.sum(split.label < 0))
         if unlabelled and dataset.num_classes:
             raise ValueError(
-                f"{unlabelled} of {len(split.label)} {name} images have no label: give all, or the family vae"
+                f"{unlabelled} of {len(split.label)} {name} images have no label: label them all, or use the family vae"
             )
 
 
@@ -269,7 +269,7 @@ def make_figures(model: Model, test, key, title: str):
     def samples(variables):
         made, heading = np.asarray(rows(variables)), [str(one) for one in label]
         if model.condition_on == "label":
-            return figures.image_rows(made, [""] * STYLES, heading, f"One style a row: {title}")
+            return figures.image_rows(made, [""] * STYLES, heading, f"One style per row: {title}")
         table = np.stack([np.asarray(condition), *made[: STYLES // 2], image])
         names = ["visible", *["completed"] * (STYLES // 2), "truth"]
         return figures.image_rows(table, names, heading, f"Completions of the visible part: {title}")

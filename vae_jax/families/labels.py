@@ -14,7 +14,7 @@ from vae_jax.model import Model
 from vae_jax.objectives import cross_entropy, marginalize_label
 
 METRICS = reports.METRICS | {
-    "loss": Metric("loss: U(x), of a labelled training image L(x, y) + alpha CE(y, q(y | x))", "nats", "lower"),
+    "loss": Metric("loss: U(x), or L(x, y) + alpha CE(y, q(y | x)) for a labelled training image", "nats", "lower"),
     "bound": Metric("U(x), a bound on -log p(x) with the label summed out", "nats", "lower"),
     "cross_entropy": Metric("cross-entropy of the labelled images", "nats", "lower"),
     "accuracy": Metric("accuracy on the labelled images", "share", "higher"),
@@ -57,12 +57,12 @@ def weight_of_labels(alpha: float, labelled_share: float) -> float:
 
 
 def check_classes(num_classes: int, update: Any, likelihood: str) -> None:
-    """Raise ValueError for data with fewer than 2 classes, and for a likelihood whose variance depends on one reconstruction."""
+    """Raise ValueError for data with fewer than 2 classes, and for a likelihood with its variance fitted to a batch."""
     if num_classes < 2:
-        raise ValueError(f"few labels are of at least 2 classes, but the data have {num_classes}: give labelled data")
+        raise ValueError(f"labels of at least 2 classes are needed, but the data have {num_classes}: give labels")
     if update is not None:
         raise ValueError(
-            f"model.likelihood is {likelihood!r}, whose variance depends on one reconstruction: take another"
+            f"model.likelihood is {likelihood!r}, whose variance needs a single reconstruction per image: take another"
         )
 
 

@@ -18,7 +18,8 @@ from vae_jax.evaluation.latents import Axes, active_units, decompose_kl, princip
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, make_log_weights, summarize
 from vae_jax.families import Metric, Model, Probes
 from vae_jax.likelihoods import BINARY, DENSITY
-from vae_jax.objectives import log_normal, reparameterize
+from vae_jax.objectives import reparameterize
+from vae_jax.priors import log_normal
 
 GREY = "grey cross-entropy"
 MANIFOLD = 16  # images along each axis of the figure "manifold"
@@ -28,7 +29,7 @@ METRICS = {
     "kl": Metric("KL from the prior", "nats", "lower"),
     "bound": Metric("-ELBO, or the importance-weighted bound: the loss at beta 1", "nats", "lower"),
     "scale": Metric("the scale that the likelihood has learned", "pixels in [0, 1]"),
-    "active_units": Metric("latents whose posterior mean varies by at least 0.01", "latents"),
+    "active_units": Metric("latents whose posterior mean has a variance of at least 0.01", "latents"),
     "kl_by_latent": Metric("KL from the prior of each latent", "nats"),
 }
 PANELS = {name: METRICS[name].meaning for name in ("loss", "reconstruction", "kl")}
@@ -142,16 +143,16 @@ def ledger(
         f"{split}/bound, with its constant, nats": nats,
     }
     if p_x.support == DENSITY:
-        lines[f"{split}/bound, bits a dimension"] = "none, since the pixels are not dequantised"
+        lines[f"{split}/bound, bits per dimension"] = "none, since the pixels are not dequantised"
     else:
-        lines[f"{split}/bound, bits a dimension"] = convert(nats, "nats", covered)["bits a dimension"]
+        lines[f"{split}/bound, bits per dimension"] = convert(nats, "nats", covered)["bits per dimension"]
     if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
         error = 2 * scale**2 * numbers[f"{split}/reconstruction"]
         lines[f"{split}/squared error of an image"] = error
         if variance and model.condition_on != "image":  # otherwise the error covers only the hidden pixels
             lines[f"{split}/explained variance"] = 1 - error / variance
         lines[f"{split}/scale that this error implies"] = math.sqrt(error / covered)
-        lines["weight of the KL beside half the squared error, at beta 1"] = scale**2
+        lines["weight of the KL relative to half the squared error, at beta 1"] = scale**2
     return lines
 
 

@@ -3,8 +3,8 @@
     pi = p(y | x) from the last layer of the encoder,    z ~ q(z | x),    x ~ p(x | z, pi)
     loss = -log p(x | z, pi) + beta KL(q(z | x) || p(z)) + alpha 1[labelled] CE(y, pi)
 
-This is the published loss. In it pi is a side channel that costs nothing, so it is not a bound on a likelihood. With `charge`
-the loss is a bound: the label is summed out, p(y) is uniform, and an image pays KL(pi || p(y)), or ln C if its label is known:
+This is the published loss. It is not a bound on a likelihood, because pi carries information at no cost. With `charge`
+the loss is a bound: the label is summed out, p(y) is uniform, and KL(pi || p(y)) is added, or ln C for a known label:
 
     U(x) = sum_y pi_y (-log p(x | z, y)) + KL(q(z | x) || p(z)) + KL(pi || p(y))
 """

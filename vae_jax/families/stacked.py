@@ -5,9 +5,9 @@
     loss = E_q(c | x)[-log p(x | c)] + beta KL(q(c | x) || N(0, I))    M1
          + E_q(c | x)[L(c, y) + alpha CE(y, q(y | c)), or U(c)]        M2; the codes c are its data
 
-Both train at the same time. The gradient of M2 stops at the codes, so M2 never changes M1. M1 is therefore the VAE of
-families/vae.py. M2 is what a second training on the codes of M1 gives, apart from the codes of the first epochs. Together
-they are one model, with M2 as the prior of the codes:
+Both train at the same time. The gradient of M2 stops at the codes, so M1 is the VAE of families/vae.py, unless
+`optimizer.clip_norm` clips the gradients of both together. M2 trains as it would on the codes of a finished M1, except
+that the codes change at first. Together they are one model, with M2 as the prior of the codes:
 
     bound = E_q(c | x)[-log p(x | c) + log q(c | x) + U(c)]  >=  -log p(x)
 """
@@ -20,13 +20,13 @@ from jaxtyping import Array, Float
 from vae_jax.batch import named_key
 from vae_jax.families import Metric, labels, semisupervised, vae
 from vae_jax.families.conditional import make_figures, needs_condition  # noqa: F401
-from vae_jax.families.labels import baselines, check_classes, check_data, decodes_per_example  # noqa: F401
+from vae_jax.families.labels import baselines, check_classes, check_data, of_labelled  # noqa: F401
 from vae_jax.families.reports import ledger, make_probes  # noqa: F401
 from vae_jax.likelihoods import HALF_LOG_2PI, Likelihood, align
 from vae_jax.model import ABSENT, Model
 from vae_jax.nn.networks import Autoencoder, DenseDecoder, DenseEncoder, check_sizes
-from vae_jax.objectives import log_normal, reparameterize
-from vae_jax.priors import Prior
+from vae_jax.objectives import reparameterize
+from vae_jax.priors import Prior, log_normal
 
 NAME = "Stacked semi-supervised VAE (M1 + M2)"
 TERMS = ("reconstruction", "kl", "code_bound", "cross_entropy")
@@ -151,7 +151,10 @@ def make_objective(
     alpha: float = 0.1,
     label_warmup_steps: int = 0,
 ):
-    """The sum of the losses of M1 and M2; fields as in the families vae (for M1: beta, warmup_steps) and semisupervised."""
+    """The sum of the losses of M1 and M2; fields as in the families vae (for M1: beta, warmup_steps) and semisupervised.
+
+    Training classifies a draw from q(c | x); evaluation, like `probabilities`, classifies its mean.
+    """
     m1, m2 = model.apply
     of_image = vae.make_objective(m1, binarize, beta=beta, warmup_steps=warmup_steps)
     of_code = semisupervised.make_objective(m2, labelled_share, alpha=alpha, label_warmup_steps=label_warmup_steps)
@@ -163,11 +166,18 @@ def make_objective(
         data = batch._replace(image=as_image(lax.stop_gradient(drawn)))
         code, _ = of_code(of_codes(variables), data, named_key(keys, "codes"), train, step)
         metrics = {name: code[name] for name in ("label_entropy", "cross_entropy", "accuracy")}
+        if not train:
+            metrics |= of_labelled(m2.apply(of_codes(variables), as_image(mean)), batch.label)
         metrics["code_bound"] = code["bound"] + model.latent_dim * HALF_LOG_2PI
         metrics["bound"] = image["reconstruction"] + log_normal(drawn, mean, logvar) + metrics["code_bound"]
         return image | metrics | {"loss": image["loss"] + code["loss"]}, model_state
 
     return objective
+
+
+def decodes_per_example() -> int:
+    """One image; M2 decodes codes, which are small."""
+    return 1
 
 
 def make_final_probes(model: Model, samples: int, binarize: str) -> None:

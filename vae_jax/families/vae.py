@@ -30,13 +30,12 @@ from vae_jax.objectives import (
     doubly_reparameterized,
     free_bits_kl,
     importance_weighted_bound,
-    log_normal,
     log_weights,
     negative_elbo,
     reparameterize,
     warm_up,
 )
-from vae_jax.priors import PRIORS, Prior
+from vae_jax.priors import PRIORS, Prior, log_normal
 
 NAME = "VAE"
 ESTIMATORS = ("iwae", "dreg")
@@ -215,8 +214,8 @@ def check_objective(
         )
     if model.likelihood.update is not None and samples > 1:
         raise ValueError(
-            f"objective.samples is {samples}, but the optimal variance of this likelihood is that of the ELBO: leave samples "
-            "at 1, or take model.likelihood=gaussian with model.learn_scale"
+            f"objective.samples is {samples}, but this likelihood's variance is optimal only for the ELBO: leave "
+            "samples at 1, or take model.likelihood=gaussian with model.learn_scale"
         )
     if not model.latent_dim and (beta, warmup_steps, free_bits, samples) != (1, 0, 0, 1):
         raise ValueError(

@@ -51,10 +51,10 @@ METRICS = reports.METRICS | {
     "bound": Metric("-ELBO of the pixels, on which only the method vae trains", "nats", "lower"),
     "feature_reconstruction": Metric("R: half the squared error of the discriminator's features", "nats"),
     "adversarial": Metric("A: the decoder's adversarial term, without its weight", "nats"),
-    "discriminator": Metric("L_D: the discriminator's cross-entropy, ln 2 where it knows nothing", "nats"),
+    "discriminator": Metric("L_D: the discriminator's cross-entropy, ln 2 if it cannot tell samples from data", "nats"),
     "penalty": Metric("R1 penalty of the discriminator", "nats"),
-    "discriminator_on_data": Metric("D(x): mean probability of being real that data get", "share"),
-    "discriminator_on_samples": Metric("D(x_p): mean probability of being real that samples get", "share"),
+    "discriminator_on_data": Metric("D(x): mean probability of being real, for data", "share"),
+    "discriminator_on_samples": Metric("D(x_p): mean probability of being real, for samples", "share"),
 }
 PANELS = {"loss": "loss: all terms", "reconstruction": "pixels"} | {
     "feature_reconstruction": "features",

@@ -1,4 +1,4 @@
-"""`--mode=evaluate --full`: every measurement of a trained VAE, with its floor, its ceiling or its error.
+"""`--mode=evaluate --full`: every measurement of a trained VAE, with reference values or standard errors.
 
 Measurements that do not apply are replaced by the reason. The numbers go to generated/evaluation-*.json, and the figures to
 the same folder.

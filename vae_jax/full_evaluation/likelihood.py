@@ -36,7 +36,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
     """-log p(x) by importance sampling, diagnostics of its reliability, and the `sandwich` bounds on simulated images."""
     vae, p_x = subject.vae, subject.vae.model.likelihood
     if p_x.support == BINARY and not subject.dataset.is_binary:
-        return {"nll": "left out: a Bernoulli is no likelihood of grey pixels"}
+        return {"nll": "left out: a Bernoulli is not a likelihood of grey pixels"}
     pixels = int(np.prod(vae.image_shape))
     each = weigh(subject, samples, count, path)
     nll = each["nll"] + pixels * p_x.constant
@@ -48,8 +48,8 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
         "nll/samples": samples,
     }
     if p_x.support != DENSITY:
-        numbers["nll/bits_a_dimension"] = convert(numbers["nll"], "nats", round(pixels * p_x.covered))[
-            "bits a dimension"
+        numbers["nll/bits_per_dimension"] = convert(numbers["nll"], "nats", round(pixels * p_x.covered))[
+            "bits per dimension"
         ]
     for name, values in each.items():
         if name.startswith("bound_"):

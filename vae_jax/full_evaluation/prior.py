@@ -1,5 +1,8 @@
 """A prior fitted after training, --prior=gmm."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -10,19 +13,26 @@ from vae_jax.priors import Prior
 from vae_jax.run.evaluate import as_seen, map_examples
 
 
-def fit_prior(vae: Pretrained, dataset: Dataset) -> tuple[Prior, list[str]]:
-    """A mixture fitted to draws of q(z | x) on the training images, and lines with the test bound under it and under p(z)."""
-    seed = vae.config["seed"]
+def fit_prior(vae: Pretrained, dataset: Dataset) -> Prior:
+    """A mixture fitted to draws of q(z | x) on the training images. Raises ValueError for a conditional model."""
     if vae.model.condition_on:
         raise ValueError("--prior=gmm replaces p(z), but the prior of a conditional model depends on its condition")
+    return fit_gmm(_map_split(vae, dataset, "train", draw_posterior(vae.model)))
 
-    def on(split, function):
-        def measure(variables, batch, key):
-            return function(variables, batch, example_keys(key, None, batch.index))
 
-        seen = as_seen(dataset.splits[split], dataset.binarize, seed)
-        return map_examples(measure, seen)(vae.variables, jax.random.key(seed))
+def compare_bounds(vae: Pretrained, mixture: Prior, dataset: Dataset) -> list[str]:
+    """Lines with the test bound under p(z) and under the mixture."""
+    priors = {"the model's prior": vae.model.prior, "the mixture": mixture}
+    bounds = _map_split(vae, dataset, "test", bound_under(vae.model, priors))
+    return [f"test/bound under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()]
 
-    gmm = fit_gmm(on("train", draw_posterior(vae.model)))
-    bounds = on("test", bound_under(vae.model, {"the model's prior": vae.model.prior, "the mixture": gmm}))
-    return gmm, [f"test/bound under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()]
+
+def _map_split(vae: Pretrained, dataset: Dataset, split: str, function: Callable) -> Any:
+    """`function(variables, batch, keys)` on all images of a split, with the noise of the run's evaluation."""
+
+    def measure(variables, batch, key):
+        return function(variables, batch, example_keys(key, None, batch.index))
+
+    seed = vae.config["seed"]
+    seen = as_seen(dataset.splits[split], dataset.binarize, seed)
+    return map_examples(measure, seen)(vae.variables, jax.random.key(seed))

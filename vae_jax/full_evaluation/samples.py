@@ -75,16 +75,16 @@ def generate(subject: Subject, count: int) -> tuple[np.ndarray, np.ndarray]:
     vae = subject.vae
 
     @jax.jit
-    def some(key, batch):
+    def some(variables, key, batch):
         model = vae.model.of(batch)
-        raw = model.decode_raw(vae.variables, model.prior.sample(vae.variables, key, BATCH_SIZE))
-        drawn = model.likelihood.sample(vae.variables, named_key(key, "pixels"), raw)
-        return model.likelihood.mean(vae.variables, raw), drawn.clip(0, 1)
+        raw = model.decode_raw(variables, model.prior.sample(variables, key, BATCH_SIZE))
+        drawn = model.likelihood.sample(variables, named_key(key, "pixels"), raw)
+        return model.likelihood.mean(variables, raw), drawn.clip(0, 1)
 
     root = named_key(subject.root, "generate")
     keys = jax.random.split(root, -(-count // BATCH_SIZE))
     batches = (subject.batch(i * BATCH_SIZE, BATCH_SIZE) for i in range(len(keys)))
-    means, draws = zip(*(jax.device_get(some(key, batch)) for key, batch in zip(keys, batches)))
+    means, draws = zip(*(jax.device_get(some(vae.variables, key, batch)) for key, batch in zip(keys, batches)))
     return np.concatenate(means)[:count], np.concatenate(draws)[:count]
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vae_jax.batch import Batch, Dataset, Split, example_keys, make_batch
-from vae_jax.objectives import log_normal, reparameterize
+from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
+from vae_jax.priors import log_normal
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import map_examples
 

@@ -1,7 +1,8 @@
 """The products of a convolution in bfloat16, on CPUs with AMX.
 
-AMX, in Intel's Xeons since 2023, multiplies matrices of bfloat16 into float32, four times as fast as float32's own
-instructions. Only the products' operands are bfloat16: XLA's loops over bfloat16 are slow. Narrow products need no widening.
+AMX, in Intel Xeons since 2023, multiplies bfloat16 matrices and sums in float32, four times as fast as the float32
+instructions. Only the operands of products are bfloat16, because XLA's loops over bfloat16 are slow. Unlike in
+convolution.py, small pixels are not combined, because narrow products are fast enough here.
 """
 
 import functools
@@ -44,7 +45,7 @@ def kernel_grad(x, g, geometry):
 
 
 def _patches(x, geometry):
-    # Gathering adds. Integers are added fast, and zero plus any bits gives the same bits.
+    # im2col adds zero-padded slices. XLA adds integers faster than bfloat16, and adding zero keeps the bits.
     bits = lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     return lax.bitcast_convert_type(im2col(bits, geometry), jnp.bfloat16)
 
@@ -55,5 +56,5 @@ def _columns(x):
 
 def _multiply(a, b, contracted):
     product = lax.dot_general(a, b, ((contracted[:1], contracted[1:]), ((), ())), preferred_element_type=jnp.float32)
-    # XLA runs few forms of this product, so its simplifier must not transpose it.
+    # Only a few forms of this product are fast in XLA, so its simplifier must not transpose it.
     return lax.optimization_barrier(product)

@@ -168,7 +168,7 @@ def _primitive(name, product, in_bfloat16, convolution, shape, channels, has_ker
             images = jnp.moveaxis(operands[0], axes[0], 0)
             out = primitive.bind(images.reshape(-1, *images.shape[2:]), operands[1], **how)
             return out.reshape(*images.shape[:2], *out.shape[1:]), 0
-        # lax would turn several kernels into a grouped convolution, which is slow also on GPUs.
+        # With several kernels, lax would use a grouped convolution, which is slow on GPUs too.
         gpu = functools.partial(product, geometry=geometry)
         forms = {"cpu": functools.partial(on_cpu, **how), "cuda": gpu, "default": functools.partial(elsewhere, **how)}
         forms = {platform: jax.vmap(form, axes) for platform, form in forms.items()}

@@ -23,7 +23,7 @@ from vae_jax.priors import Prior
 from vae_jax.run.config import make_title
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
-MOST_SAMPLES = 1_000_000  # of a call, and of a likelihood estimate
+MOST_SAMPLES = 1_000_000  # largest `count` of `sample`, and largest `samples` of a likelihood estimate
 WEIGHED = 16  # images per batch of a likelihood estimate; SAMPLES_AT_ONCE samples of each are decoded at once
 
 
@@ -167,9 +167,9 @@ class Pretrained:
         """Estimate log p(image) in nats, including the likelihood's constant, from `samples` draws of q(z | image).
 
         The estimate's mean lies below log p(image), by less with more samples (Burda et al. 2016, equation 8).
-        `evaluation.likelihood` says how to judge whether to trust it. An image's noise depends only on its position. A
-        conditional model gives log p(image | label), or log p(hidden pixels | visible pixels). A Bernoulli refuses grey images,
-        for which it is no likelihood.
+        `evaluation.likelihood` has diagnostics of its reliability. An image's noise depends only on its position. A
+        conditional model gives log p(image | label), or log p(hidden pixels | visible pixels). With a Bernoulli, grey
+        images raise ValueError, since it is not a likelihood of them.
         """
         self.check_has("encode", "encoder")
         self.check_has("decode_raw", "decoder")
@@ -215,7 +215,7 @@ class Pretrained:
             raise ValueError("this model completes images: give image= (or --input), whose visible part it keeps")
         image = self._as_seen(image)
         if len(image) not in (1, count):
-            raise ValueError(f"there are {len(image)} images, but must be 1 or {count}")
+            raise ValueError(f"there are {len(image)} images, but there must be 1 or {count}")
         return np.broadcast_to(np.asarray(self.model.condition(image, labels)), (count, *self.image_shape))
 
     def probabilities(self, image) -> Float[np.ndarray, "n classes"]:

@@ -37,7 +37,7 @@ def check_images(image: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "
         image = image[..., None]
     if image.ndim != 4 or image.shape[1:] != shape or len(image) == 0:
         wanted = ", ".join(map(str, shape))
-        raise ValueError(f"images of shape {image.shape}, but must be [n, {wanted}]")
+        raise ValueError(f"images have shape {image.shape}, but must be [n, {wanted}]")
     if image.dtype == np.uint8:
         return image / np.float32(255)
     if not np.issubdtype(image.dtype, np.floating):

@@ -25,9 +25,7 @@ def load_variables(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     except OSError as error:
         if str(which) == str(metadata["step"]):  # chosen by its step
             return metadata, variables
-        raise ValueError(
-            f"{error}; so nobody knows which checkpoint is the latest: restore it, or choose a step"
-        ) from error
+        raise ValueError(f"{error}; so the latest checkpoint is unknown: restore the file, or choose a step") from error
     if changed := changes(metadata["config"] | {"epochs": stored["epochs"]}, stored):
         raise ValueError(
             f"config.json in {workdir} is not what checkpoint {metadata['step']} was trained with "
@@ -40,7 +38,7 @@ def load_exported(workdir: str, which: str | int = "") -> tuple[dict, dict]:
     """Load the metadata and the variables of an exported model; config fields added since then get their defaults."""
     metadata, variables = weights.read(local_path(workdir))
     if str(which) not in ("", "latest", "best", str(metadata["step"])):
-        raise ValueError(f"there is no checkpoint {which!r} in {workdir}: it holds step {metadata['step']} alone")
+        raise ValueError(f"there is no checkpoint {which!r} in {workdir}: it holds only step {metadata['step']}")
     metadata["config"] = with_defaults(metadata["config"])
     like = seeded_shapes(metadata)
     found, expected = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (variables, like))

@@ -14,6 +14,7 @@ from etils import epath
 from vae_jax.run.config import changes
 from vae_jax.run.environment import code_version
 from vae_jax.run.files import (
+    atomic_file,
     describe_error,
     describe_os_error,
     is_remote,
@@ -92,6 +93,8 @@ class RunDirectory:
         self.command, self._config = command, config
         self._code = code_version()  # taken at the start: the files may change during training
         with contextlib.ExitStack() as on_error:
+            if self.remote:
+                on_error.callback(shutil.rmtree, self.path)
             try:
                 self._owned = OwnedDirectory(self.path, "metrics.jsonl")
                 on_error.callback(self._owned.close)
@@ -126,9 +129,9 @@ class RunDirectory:
 
     def mark_saved(self, step: int) -> None:
         """Record the step of the latest checkpoint in config.json, so that its loss is noticed."""
-        first, self._saved = not self._saved, step
+        self._saved = step
         self._write_settings()
-        self.upload("*" if first else "config.json")
+        self.upload("config.json")
 
     @property
     def history(self) -> list[dict]:
@@ -154,7 +157,7 @@ class RunDirectory:
         self._keep({(row["step"], *sorted(row)): row for row in reversed(rows)}.values())
         if self._saved:
             self.mark_saved(step)
-        self._started = time.time() - (self.history[-1]["seconds"] if rows else 0.0)
+        self._started = time.monotonic() - (self.history[-1]["seconds"] if rows else 0.0)
         return log is None or (len(rows) == log["rows"] and self.log_digest() == log)
 
     def _keep(self, rows):
@@ -167,7 +170,7 @@ class RunDirectory:
 
     def log(self, row: dict) -> None:
         """Append a row of `step`, `epoch` and metrics such as `train/loss`, and add the seconds of training so far."""
-        row = self._timed(row, time.time() - self._started)
+        row = self._timed(row, time.monotonic() - self._started)
         self._owned.append(row)
         self._digest.add(row)
 
@@ -188,7 +191,8 @@ class RunDirectory:
             save_figure(draw(), folder / f"{name}.png")
             if name in FILMED:
                 (folder / "epochs").mkdir(exist_ok=True)
-                shutil.copyfile(folder / f"{name}.png", folder / "epochs" / f"{name}-{epoch:05d}.png")
+                with atomic_file(folder / "epochs" / f"{name}-{epoch:05d}.png") as part:
+                    shutil.copyfile(folder / f"{name}.png", part)
                 frames = sorted((folder / "epochs").glob(f"{name}-*.png"))
                 save_film(
                     [np.asarray(Image.open(frame).convert("RGB")) for frame in frames], folder / f"{name}.webp", FRAME

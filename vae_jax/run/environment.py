@@ -67,9 +67,7 @@ def check_jax() -> None:
     try:
         jax.local_devices()
     except RuntimeError as error:
-        raise ValueError(
-            f"JAX finds no device ({' '.join(str(error).split())[:120]}): check JAX_PLATFORMS"
-        ) from error
+        raise ValueError(f"JAX finds no device ({' '.join(str(error).split())[:120]}): check JAX_PLATFORMS") from error
 
 
 def processor() -> str:

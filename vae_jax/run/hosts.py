@@ -19,16 +19,15 @@ from jax.experimental import multihost_utils
 from vae_jax.run.config import flatten
 from vae_jax.run.environment import versions
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a process saves and ends
+
 
 class NotPrimary:
     """Stands in for run directory, checkpoints and progress on every host but the primary; its methods do nothing."""
 
-    summary = path = best = restored = None
+    summary = best = restored = None
     history = kept = ()
     stopped_early = False
-
-    def restore(self, like, note):
-        return None
 
     def restore_evaluated(self, step, like):
         return None
@@ -172,14 +171,16 @@ class Stop:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
         while True:
-            (number,) = self._reader.recv(1)
+            (number,) = self._reader.recv(1)  # any signal with a Python handler, also one that a library installed
+            if number not in STOPS:
+                continue
             if self.signal and number == signal.SIGINT:
                 exit_now("interrupted", 128 + number)
             self.signal = number
@@ -189,7 +190,7 @@ class Stop:
 
 
 class StopOnAllHosts:
-    """Whether SIGTERM or Ctrl-C asked any host to stop; all hosts return True from the same call on.
+    """Whether SIGTERM, SIGHUP or Ctrl-C asked any host to stop; all hosts return True from the same call on.
 
     JAX treats SIGTERM as a preemption notice, and the hosts agree on the next call that all of them can reach.
     """
@@ -198,7 +199,9 @@ class StopOnAllHosts:
 
     def __init__(self):
         self._calls = 0
-        signal.signal(signal.SIGINT, self._forward)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._forward)
 
     def _forward(self, number, frame):
         os.kill(os.getpid(), signal.SIGTERM)

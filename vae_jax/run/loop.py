@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vae_jax.evaluation.verdict import one_sided, verdict
+from vae_jax.evaluation.verdict import discriminator_wins, verdict
 from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.devices import Devices
 from vae_jax.run.directory import RunDirectory
@@ -187,7 +187,7 @@ class Loop:
                 stopped = f"{self.job.best[0]} has not improved for {waited} epochs, since epoch {epoch - waited}"
                 self.progress.note(f"the training ends after epoch {epoch}: {stopped}")
                 final["stopped early"] = stopped
-            if (warning := one_sided(trained, "train")) and not self.warned:
+            if (warning := discriminator_wins(trained, "train")) and not self.warned:
                 self.progress.note(f"epoch {epoch}: {': '.join(warning)}")
                 self.warned = True
             if epoch == 1 or last or epoch % self.job.run.figures_every == 0:

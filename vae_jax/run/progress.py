@@ -25,7 +25,7 @@ class Progress:
             total=images, unit=" images", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
         self._left, self._done, self._epochs = images, 0, epochs
-        self._started = self._printed = time.time()
+        self._started = self._printed = time.monotonic()
         self._tested = ""
 
     def skip(self, images: int) -> None:
@@ -62,7 +62,7 @@ class Progress:
     def epoch_done(self, epoch: int, metrics: dict, last: bool = False) -> None:
         """Show an epoch's metrics, including `train/loss` and `test/loss`; always for the first and the last epoch."""
         self._tested = f", test {metrics['test/loss']:.2f}"
-        now = time.time()
+        now = time.monotonic()
         if self._bar.disable and (now - self._printed > self.PAUSE or last or epoch == 1):
             losses = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith("/loss"))
             rate = self._done / (now - self._started)
