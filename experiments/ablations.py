@@ -2,8 +2,8 @@
 
     python -m experiments.ablations --workdir=runs/ablations [--data=mnist] [--epochs=10]
 
-Trains the reference and its variants for the same number of epochs, one run directory each, then draws their samples and
-reconstructions and tabulates the parts of their losses. The same command resumes an interrupted experiment.
+Trains the reference and its variants for the same number of epochs, one run directory each, then draws their samples
+and reconstructions and tabulates the parts of their losses. The same command resumes an interrupted experiment.
 """
 
 from collections.abc import Mapping

@@ -2,11 +2,11 @@
 
     python -m experiments.completions --workdir=runs/completions [--data=mnist] [--epochs=20]
 
-Networks and data are those of Pyro's tutorial "Conditional Variational Auto-encoder": dense layers of 500 units, 200 latents, grey
-pixels. The regression is the same decoder without latents. Checkpoints are chosen by 5,000 validation images. The summary gives
--log p(hidden pixels | visible ones) on all test images, by importance samples of z, and one picture shows completions
-by the available models. Each finished model is one line of results.jsonl, so the same command resumes an interrupted
-experiment.
+Networks and data are those of Pyro's tutorial "Conditional Variational Auto-encoder": dense layers of 500 units, 200
+latents, grey pixels. The regression is the same decoder without latents. Checkpoints are chosen by 5,000 validation
+images. The summary gives -log p(hidden pixels | visible ones) on all test images, by importance samples of z, and one
+picture shows completions by the available models. Each finished model is one line of results.jsonl, so the same command
+resumes an interrupted experiment.
 """
 
 import itertools
@@ -79,7 +79,8 @@ def complete(vae: Pretrained, image: np.ndarray, count: int) -> np.ndarray:
 
 
 def draw(workdir: Path, quadrants: list[int], dataset: Dataset, title: str) -> Figure:
-    """For each of these numbers of quadrants, draw the visible part, the regression's completion and three of the VAE's.
+    """For each of these numbers of quadrants, draw the visible part, the regression's completion and three of the
+    VAE's.
 
     The truth comes last.
     """

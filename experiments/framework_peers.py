@@ -1,4 +1,5 @@
-"""The trainers that experiments/frameworks.py compares: (training images, test images, epochs, data fields) -> last test loss.
+"""The trainers that experiments/frameworks.py compares: (training images, test images, epochs, data fields) -> last
+test loss.
 
 Images are float32 in [0, 1], [n, 28, 28, 1]. Each trainer follows its framework's documentation.
 """
@@ -115,7 +116,9 @@ def lightning(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) ->
 
 
 def pythae(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> float:
-    """pythae's TrainingPipeline. Its loss is also half the squared error plus the KL; the test loss takes one more evaluation."""
+    """pythae's TrainingPipeline. Its loss is also half the squared error plus the KL; the test loss takes one more
+    evaluation.
+    """
     import torch
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput

@@ -2,11 +2,11 @@
 
     python -m experiments.frameworks --workdir=runs/frameworks [--data=mnist] [--epochs=5] [--rounds=3]
 
-All train the post's network with Adam (0.001) on shuffled batches of 128, from images in memory, and compute the test loss after
-each epoch. Each training is a fresh process on the CPU, timed from images in memory to the last test loss, with
-compilation and without imports. Ours also reads the data set, draws its figures and writes its checkpoints and summary.
-Rounds go through all peers in turn, so ratios hold even if the machine's speed drifts. Peers that are not installed are
-left out. The same command resumes.
+All train the post's network with Adam (0.001) on shuffled batches of 128, from images in memory, and compute the test
+loss after each epoch. Each training is a fresh process on the CPU, timed from images in memory to the last test loss,
+with compilation and without imports. Ours also reads the data set, draws its figures and writes its checkpoints and
+summary. Rounds go through all peers in turn, so ratios hold even if the machine's speed drifts. Peers that are not
+installed are left out. The same command resumes.
 """
 
 import importlib

@@ -2,9 +2,10 @@
 
     python -m experiments.iwae --workdir=runs/iwae [--samples=1,5,50] [--epochs=60] [--seeds=3]
 
-Network, data and evaluation are the paper's: 5,000 samples on all 10,000 test images. The training is shorter and modern: batches
-of 128, shuffled, and a one-cycle schedule; the paper's own 3,280 epochs are configs/vae.py:iwae_paper. Each finished number of
-samples is one line of results.jsonl, so the same command resumes an interrupted experiment, its evaluation included.
+Network, data and evaluation are the paper's: 5,000 samples on all 10,000 test images. The training is shorter and
+modern: batches of 128, shuffled, and a one-cycle schedule; the paper's own 3,280 epochs are configs/vae.py:iwae_paper.
+Each finished number of samples is one line of results.jsonl, so the same command resumes an interrupted experiment, its
+evaluation included.
 """
 
 from pathlib import Path

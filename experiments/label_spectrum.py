@@ -3,8 +3,8 @@
     python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000] [--draws=5]
 
 Each method sees all training images but few labels, drawn anew for each of `--draws`, and is tested on all test images.
-Nothing is tuned on other labels. Each result is one line of results.jsonl, so the same command resumes an interrupted study;
-`--methods` computes a part of it. summary.md and the figure come last, from the available results.
+Nothing is tuned on other labels. Each result is one line of results.jsonl, so the same command resumes an interrupted
+study; `--methods` computes a part of it. summary.md and the figure come last, from the available results.
 """
 
 import functools
@@ -42,14 +42,16 @@ class Family(NamedTuple):
     folder: str
     config: str
     epochs: int = 10  # the 25 runs of M2 take an hour and a half on two cores
-    few: bool = True  # whether it learns from unlabelled images too
+    uses_unlabelled: bool = True
 
 
 FAMILIES = {
     "sparse labels": Family("sparse", "configs/sparse_labels.py:dense"),
     "M2": Family("m2", "configs/semisupervised.py"),
     "M1 + M2": Family("stacked", "configs/stacked.py", epochs=20),
-    "conditional VAE, Bayes' rule": Family("conditional", "configs/conditional.py:dense", epochs=100, few=False),
+    "conditional VAE, Bayes' rule": Family(
+        "conditional", "configs/conditional.py:dense", epochs=100, uses_unlabelled=False
+    ),
 }
 # name: (method of `Spectrum`, its arguments); each computes all draws at once
 METHODS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -154,19 +156,19 @@ class Spectrum:
 
     def family(self, method: str, labels: int, draw: int) -> dict:
         """Train a generative model of images and labels once; returns its test numbers."""
-        folder, config, epochs, few = FAMILIES[method]
+        folder, config, epochs, uses_unlabelled = FAMILIES[method]
         run = self._path / f"{folder}-{labels}-{draw}"
         fields = {"epochs": self._settings["epochs"] or epochs, "seed": draw}
-        if few:
+        if uses_unlabelled:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
         self._run(config, run, fields)
         last = launch.last_test(run)
         found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}
-        return found if few else found | self._by_bayes(run)
+        return found if uses_unlabelled else found | self._by_bayes(run)
 
     def _by_bayes(self, run: Path) -> dict[str, float]:
-        """Test accuracy by Bayes' rule, and the nats -log p(x | y) and -log p(x) = -log 1/C sum_y p(x | y), each a mean."""
+        """Test accuracy by Bayes' rule, and the mean nats -log p(x | y) and -log p(x) = -log 1/C sum_y p(x | y)."""
         vae, test = vae_jax.load(str(run)), self._test
         of_label = [vae.log_likelihood(test.image, BAYES_SAMPLES, label=label) for label in range(self._classes)]
         log_p = np.stack(of_label, axis=1)
@@ -193,7 +195,7 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
         else:
             compute = functools.partial(spectrum.family, method)
             all_labels, draws = [-1], range(1)
-            if FAMILIES[method].few:
+            if FAMILIES[method].uses_unlabelled:
                 all_labels, draws = settings["labels"], range(settings["draws"])
             for draw, labels in itertools.product(draws, all_labels):
                 compute_once(study, method, compute, labels=labels, draw=draw)

@@ -2,10 +2,10 @@
 
     python -m experiments.likelihoods --workdir=runs/likelihoods [--data=mnist] [--epochs=20] [--seeds=3]
 
-Trains the post's network by the recipe of configs/vae.py:best under each likelihood, one run directory each. The summary has
-one table for each kind of number, since a density, a mass on 256 levels and a mass on two cannot be compared, and one
-picture of the finished runs. Each finished likelihood is one line of results.jsonl, so the same command resumes an
-interrupted experiment.
+Trains the post's network by the recipe of configs/vae.py:best under each likelihood, one run directory each. The
+summary has one table for each kind of number, since a density, a mass on 256 levels and a mass on two cannot be
+compared, and one picture of the finished runs. Each finished likelihood is one line of results.jsonl, so the same
+command resumes an interrupted experiment.
 """
 
 import math

@@ -2,9 +2,9 @@
 
     python -m experiments.rate_distortion --workdir=runs/rate-distortion [--data=mnist] [--epochs=5]
 
-Trains the post's VAE for each beta and for each latent size, one run directory each, evaluates each with --full, and draws the
-curve next to the closed-form curve of the best linear VAE. Each finished run is one line of results.jsonl, so the same command
-resumes an interrupted experiment.
+Trains the post's VAE for each beta and for each latent size, one run directory each, evaluates each with --full, and
+draws the curve next to the closed-form curve of the best linear VAE. Each finished run is one line of results.jsonl, so
+the same command resumes an interrupted experiment.
 """
 
 from collections.abc import Mapping

@@ -250,7 +250,7 @@ latents. It is in nats, with one sample of z per image, averaged over the test i
 
 ## Figure 6: what fails
 
-The post reports that pooling layers and shorter latents do much worse, and shows images without numbers. Test losses
+The post reports that pooling layers and fewer latents do much worse, and shows images without numbers. Test losses
 relative to the post's model after the same {epochs} epochs, in nats: {costs}.
 
 **Test images after {epochs} epochs**
@@ -259,7 +259,7 @@ relative to the post's model after the same {epochs} epochs, in nats: {costs}.
 
 ![Samples and reconstructions of each model](report/ablations.png)
 
-*Figure 6: the post's model, pooling instead of strided convolutions, and shorter latents.*
+*Figure 6: the post's model, pooling instead of strided convolutions, and fewer latents.*
 
 ## Table 4: the classifier
 

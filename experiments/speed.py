@@ -3,10 +3,10 @@
     python -m experiments.speed [--model=both] [--precision=both] [--batch_size=128] [--steps=20] [--rounds=9] [--out=speed]
     python -m experiments.speed --sweep --out=sweep     microseconds per image by batch size and width of the network
 
-Each round times every implementation once, so ratios hold even if the machine's speed drifts; the table gives the median
-over rounds, the lowest and the highest. The limit is the rate of a large matrix product in the same rounds. The share of it
-counts only the arithmetic of the model's convolutions and dense layers. PyTorch takes part if it is installed. --out writes
-a table (.json) and a chart (.png).
+Each round times every implementation once, so ratios hold even if the machine's speed drifts; the table gives the
+median over rounds, the lowest and the highest. The limit is the rate of a large matrix product in the same rounds. The
+share of it counts only the arithmetic of the model's convolutions and dense layers. PyTorch takes part if it is
+installed. --out writes a table (.json) and a chart (.png).
 """
 
 import functools
@@ -82,8 +82,8 @@ def product_peers(precisions: list[str]) -> list[Peer]:
 def operations(model: str, train: bool) -> float:
     """Additions and multiplications per image in the layers' products.
 
-    The backward pass takes two products of the forward pass's size for every layer but the first, which needs no gradient
-    with respect to the image.
+    The backward pass takes two products of the forward pass's size for every layer but the first, which needs no
+    gradient with respect to the image.
     """
     variables = jax.eval_shape(speed_peers.ours(model).init, jax.random.key(0))
     forward = {

@@ -2,8 +2,8 @@
 
     python -m experiments.streaming [--rounds=7] [--calls=3] [--size=60000]
 
-The post's VAE, random images of 28x28, batches of 128, calls of 20 steps. All are compiled first, then timed in turn, round
-by round, in one process; a ratio is the median of the rounds' ratios.
+The post's VAE, random images of 28x28, batches of 128, calls of 20 steps. All are compiled first, then timed in turn,
+round by round, in one process; a ratio is the median of the rounds' ratios.
 """
 
 import tempfile
@@ -35,7 +35,8 @@ def main() -> None:
     held = given.size // (128 * 20)
     if given.calls > held:
         raise ValueError(
-            f"--calls is {given.calls}, but an epoch of {given.size} images holds {held}: give fewer, or a larger --size"
+            f"--calls is {given.calls}, but an epoch of {given.size} images holds {held}: give fewer, or a larger "
+            "--size"
         )
     image = np.random.default_rng(0).integers(0, 256, (given.size, 28, 28, 1), np.uint8)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,10 +2,10 @@
 
     python -m experiments.vaegan --workdir=runs/vaegan [--data=mnist] [--epochs=10] [--seeds=3]
 
-Trains each method for the same number of steps, one run directory for each method and seed, then compares images from the prior and
-reconstructions with the test images. Each finished measurement is one line of results.jsonl, so the same command resumes an
-interrupted comparison. Once the four lines of a seed are written, its runs are needed only for the picture, which shows
-the first seed with all its runs.
+Trains each method for the same number of steps, one run directory for each method and seed, then compares images from
+the prior and reconstructions with the test images. Each finished measurement is one line of results.jsonl, so the same
+command resumes an interrupted comparison. Once the four lines of a seed are written, its runs are needed only for the
+picture, which shows the first seed with all its runs.
 """
 
 import functools

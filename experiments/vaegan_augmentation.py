@@ -2,9 +2,9 @@
 
     python -m experiments.vaegan_augmentation --workdir=runs/vaegan-augmentation [--data=mnist] [--percentages=1,5] [--seeds=5]
 
-Both models train on half A of the training images, without labels. The classifier trains on p % of half B, shifted and rotated, and
-on one draw from q(z | x) of each image of half A, labelled by the classifier trained without them. Each finished result is one
-line of results.jsonl, so the same command resumes an interrupted experiment.
+Both models train on half A of the training images, without labels. The classifier trains on p % of half B, shifted and
+rotated, and on one draw from q(z | x) of each image of half A, labelled by the classifier trained without them. Each
+finished result is one line of results.jsonl, so the same command resumes an interrupted experiment.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""Photos as a phone and the web leave them: pieces of scikit-learn's two sample images, of mixed sizes, formats and marks."""
+"""Photos as a phone and the web leave them: pieces of scikit-learn's two sample images, of mixed sizes, formats and
+marks.
+"""
 
 from pathlib import Path
 

@@ -1,10 +1,11 @@
-"""Command lines as processes: in a fresh Python, as a user starts them, or in a fork of one that has imported everything.
+"""Command lines as processes: in a fresh Python, as a user starts them, or in a fork of one that has imported
+everything.
 
 Imports take more than half the time of a small training, and nearly all the time of a command line that is refused;
-`Forks` pays for them once. The forking process starts no JAX backend, because a backend's threads do not survive a fork.
-A fork gives the exit code, the output and the reaction to signals of a fresh process. It hides two faults, which tests
-with fresh processes must find: a missing import, and a complaint while Python tears itself down. Its figures are empty
-files unless the test asks for them, since drawing would take half the time of a small training.
+`Forks` pays for them once. The forking process starts no JAX backend, because a backend's threads do not survive a
+fork. A fork gives the exit code, the output and the reaction to signals of a fresh process. It hides two faults, which
+tests with fresh processes must find: a missing import, and a complaint while Python tears itself down. Its figures are
+empty files unless the test asks for them, since drawing would take half the time of a small training.
 """
 
 import atexit
@@ -26,9 +27,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 180  # seconds after which a process that should have ended counts as hung
-# Tests compile for longer than they compute, so XLA generates code quickly for them, and as for a user where they ask for
-# USUAL. With XLA_FLAGS=--xla_backend_optimization_level=3 pytest runs all of them as for a user. Its workers inherit what
-# conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.
+# Tests compile for longer than they compute, so XLA generates code quickly for them, and as for a user where they ask
+# for USUAL. With XLA_FLAGS=--xla_backend_optimization_level=3 pytest runs all of them as for a user. Its workers
+# inherit what conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.
 USUAL = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
 QUICK = f"--xla_backend_optimization_level=0 {USUAL}"
 DRAWN = "VAE_JAX_TESTS_DRAWN"
@@ -113,7 +114,8 @@ def fresh(*arguments, cwd=ROOT, **variables) -> Process:
 
 
 class Forks:
-    """`forks(*arguments)` starts the command line that `fresh(*arguments)` starts, without its imports, and compiles it quickly.
+    """`forks(*arguments)` starts the command line that `fresh(*arguments)` starts, without its imports, and compiles it
+    quickly.
 
     Args:
         variables: environment variables that JAX reads when it is imported.

@@ -78,7 +78,7 @@ def lines_of(path):
 )
 @pytest.mark.parametrize("epochs", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_changed_log_is_repaired_or_reported(finished, copy, capsys, change, repaired, epochs):
-    """Also in a finished run, which is then not reported as "finished already"."""
+    """Also in a finished run, which is then not reported as "already finished"."""
     lines = lines_of(copy)
     (copy / "metrics.jsonl").write_text("".join(change(lines)))
     job, config = validated(epochs)

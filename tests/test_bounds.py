@@ -181,7 +181,9 @@ def test_the_reported_value_falls_along_the_negative_gradient():
 
 @pytest.mark.slow
 def test_bounds_fall_with_the_samples():
-    """On average over images, with a model of random weights, and an estimated KL where the prior has none in closed form."""
+    """On average over images, with a model of random weights, and an estimated KL where the prior has none in closed
+    form.
+    """
     for prior in ("standard_normal", "mixture", "vamp"):
         model = vae.make(
             (8, 8, 1), latent_dim=3, encoder_features=(4,), decoder_features=(4,), prior=prior, **some(prior)

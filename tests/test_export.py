@@ -307,7 +307,9 @@ def numpy_layer(layer, x):
 
 
 def numpy_conv(x, kernel, stride, transpose):
-    """SAME, by the sum over the kernel's places; the transposed one is the convolution of x with zeros between its pixels."""
+    """SAME, by the sum over the kernel's places; the transposed one is the convolution of x with zeros between its
+    pixels.
+    """
     size = kernel.shape[0]
     if transpose:
         small, out = x.shape[1:3], [n * stride for n in x.shape[1:3]]

@@ -1,4 +1,6 @@
-"""Sets larger than memory: mapped from a file that is checked, sent to the device call by call, and not one bit different."""
+"""Sets larger than memory: mapped from a file that is checked, sent to the device call by call, and not one bit
+different.
+"""
 
 import errno
 import itertools
@@ -125,7 +127,9 @@ def test_the_same_bits_on_several_devices_and_of_several_seeds(images, tmp_path,
 
 @pytest.mark.parametrize("count,seeds", [(1, 1), (4, 1), (1, 2), (4, 2)])
 def test_a_call_sees_the_same_examples_either_way(images, cap, count, seeds):
-    """A step that only notes, by index, when it got which image and label; a call begins in the middle of the second epoch."""
+    """A step that only notes, by index, when it got which image and label; a call begins in the middle of the second
+    epoch.
+    """
     devices = Devices(count)
     job, _ = make_job(images, seeds=seeds)
     size = len(job.dataset.splits["train"].label)

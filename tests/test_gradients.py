@@ -28,7 +28,9 @@ def route(objective, variables, batch, terms):
 
 
 def quadratic(variables, batch, keys, train, step, axis_name=None):
-    """first = a^2 / 2 + b, second = 3 c of the examples labelled 1 alone, loss = first + 10 second; a is stopped in the loss."""
+    """first = a^2 / 2 + b, second = 3 c of the examples labelled 1 alone, loss = first + 10 second; a is stopped in the
+    loss.
+    """
     assert train and step is None
     params, ones = variables["params"], jnp.ones(len(batch.label))
     a, b, c = params["autoencoder"]["encoder"], params["autoencoder"]["decoder"], params["head"]

@@ -126,7 +126,7 @@ def test_two_processes_run_out_of_patience_together(tmp_path, start_pair):
     assert params(tmp_path / "run", 0)["step"] == params(tmp_path / "run", 1)["step"] == 10 * len(bounds)
     pair = start_pair(tmp_path / "run", *CONFIG, *wild)
     finish(*pair)
-    assert all("finished already" in process.stdout for process in pair)
+    assert all("already finished" in process.stdout for process in pair)
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_a_missing_coordinator_is_reported_in_time(tmp_path, start, host):
         ),
         (["--devices=3"], 1, "--devices is 3, but there are 2: give 1 to 2"),
         (["--config.batch_size=33"], 1, "batch_size 33 is not divisible by 2 devices"),
-        (["--mode=sample", "--devices=1"], 2, "--devices has no meaning with --mode"),
+        (["--mode=sample", "--devices=1"], 2, "--devices has no effect with --mode"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(tmp_path, start, arguments, code, message):

@@ -123,7 +123,9 @@ def metrics_of(model, variables, batch, train=True, **fields):
 
 
 def test_the_bound_is_that_of_a_mixture_of_labels(model, variables):
-    """U(x) = sum_y pi_y (-log p(x | z, y)) + KL + sum_y pi_y log(pi_y C), with each label's reconstruction from the model."""
+    """U(x) = sum_y pi_y (-log p(x | z, y)) + KL + sum_y pi_y log(pi_y C), with each label's reconstruction from the
+    model.
+    """
     batch = batch_of([-1, -1, 1, 2])
     found = metrics_of(model, variables, batch)
     pi = np.float64(model.probabilities(variables, batch.image))

@@ -1,4 +1,6 @@
-"""log p(x) by importance sampling: known evidence, any chunk, weights that cannot be trusted, the sandwich, a trained model."""
+"""log p(x) by importance sampling: known evidence, any chunk, weights that cannot be trusted, the sandwich, a trained
+model.
+"""
 
 import math
 

@@ -113,7 +113,9 @@ EXTREME = [-60.0, -9.0, -2.0, -1e-3, -1e-6, 0.0, 1e-5, 3e-3, 0.7, 5.0, 60.0]
 
 @pytest.mark.parametrize("raw", EXTREME)
 def test_each_likelihood_is_normalised(likelihood, raw):
-    """Masses sum to 1 over their support, and densities integrate to 1: the continuous Bernoulli over [0, 1], the others over R."""
+    """Masses sum to 1 over their support, and densities integrate to 1: the continuous Bernoulli over [0, 1], the
+    others over R.
+    """
     if likelihood.support == BINARY:
         total = np.exp(-negative_log(likelihood, raw, np.array([0.0, 1.0]))).sum()
     elif likelihood.support == LEVELS:

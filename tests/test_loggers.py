@@ -1,4 +1,6 @@
-"""`run.log_to`: what TensorBoard and a tracker of W&B's shape get, that a resumed run is one run, and that no logger ends a training."""
+"""`run.log_to`: what TensorBoard and a tracker of W&B's shape get, that a resumed run is one run, and that no logger
+ends a training.
+"""
 
 import importlib
 import struct

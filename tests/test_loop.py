@@ -272,7 +272,7 @@ def test_an_epoch_takes_each_example_once():
 
     split = batch.Split(np.zeros((23, 2, 2, 1), np.uint8), np.arange(23, dtype=np.int32))
     order = data.epoch_order(0, 1, np.zeros(23, np.int32), shuffle=True)
-    run_steps = jax.jit(make_run_steps(train_step, batch_size=5, most=3))
+    run_steps = jax.jit(make_run_steps(train_step, batch_size=5, max_steps=3))
     seen = jnp.zeros(23, jnp.int32)
     for first, count in [(0, 3), (3, 1)]:
         seen, history = run_steps(seen, jnp.asarray(order), first, count, *map(jnp.asarray, split))
@@ -289,7 +289,7 @@ def test_shares_of_a_batch_are_disjoint_and_make_up_the_batch():
 
     split = batch.Split(np.zeros((13, 2, 2, 1), np.uint8), np.arange(13, dtype=np.int32))
     order = data.epoch_order(0, 1, np.zeros(13, np.int32), shuffle=True)
-    run_steps = make_run_steps(train_step, batch_size=6, most=2, shards=3)
+    run_steps = make_run_steps(train_step, batch_size=6, max_steps=2, shards=3)
     for shard in range(3):
         seen = jnp.zeros(13, jnp.int32)
         seen, _ = run_steps(seen, jnp.asarray(order), 0, 2, *map(jnp.asarray, split), shard)

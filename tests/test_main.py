@@ -66,7 +66,7 @@ def test_a_finished_run_is_left_as_it_is(digits, forks):
     workdir, _ = digits
     before = files_of(workdir)
     again = forks(*SMOKE, f"--workdir={workdir}")
-    assert again.ends() == "" and "finished already: " in again.stdout
+    assert again.ends() == "" and "already finished: " in again.stdout
     changes = "--config.model.latent_dim=3", "--config.batch_size=100"
     stderr = forks(*SMOKE, *changes, f"--workdir={workdir}").refuses()
     assert "batch_size is 512 there, 100 here; model.latent_dim is 20" in stderr
@@ -179,7 +179,7 @@ BAD_COMMAND_LINES = [
     (["--mode=smaple", "--config=configs/vae.py"], 1, "should be one of <train|"),
     (["--mode=sample"], 1, "there is no run in "),
     (["--mode=sample", "--count=0"], 1, "--count is 0, but must be 1 to 10,000"),
-    (["--mode=sample", "--split=test"], 2, "--split has no meaning with --mode=sample"),
+    (["--mode=sample", "--split=test"], 2, "--split has no effect with --mode=sample"),
     (["--mode=sample", "--workdir="], 2, "--config is required"),
     (["--config.epochs=3"], 2, "--config.epochs needs a config to change"),
     (["--mode=traverse", "--images=1,a"], 1, "--images is 1,a, but must be integers"),

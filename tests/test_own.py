@@ -317,7 +317,9 @@ def test_the_gram_matrix_has_the_eigenvalues_of_the_covariance(spectra):
 
 
 def test_leading_eigenvalues_of_many_large_images(spectra, monkeypatch):
-    """Four known directions, then noise; the rest of the variance is exact, and so are the baselines of so many latents."""
+    """Four known directions, then noise; the rest of the variance is exact, and so are the baselines of so many
+    latents.
+    """
     monkeypatch.setattr(batch, "CHUNK", 70)
     rng = np.random.default_rng(1)
     codes = rng.standard_normal((200, 4)) * [40, 25, 12, 8]
@@ -486,7 +488,7 @@ def test_one_command_trains_on_photos_and_the_modes_take_two(tmp_path, forks):
     )
     assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 5
     again = forks(*train, workdir)
-    assert again.ends() == "" and "finished already" in again.stdout
+    assert again.ends() == "" and "already finished" in again.stdout
     assert "batch_size is 2 there, 3 here" in forks(*train, "--config.batch_size=3", workdir).refuses()
     two = f"--input={files[0]},{files[1]}"
     for mode in ("reconstruct", "interpolate", "encode"):

@@ -1,4 +1,6 @@
-"""`patience`: a training ends once the validation metric has not improved for so many epochs, and such an end is a regular one."""
+"""`patience`: a training ends once the validation metric has not improved for so many epochs, and such an end is a
+regular one.
+"""
 
 import re
 import sys

@@ -38,7 +38,9 @@ def test_there_is_a_preset_for_each_family():
 
 @pytest.mark.slow
 def test_a_wheel_holds_presets_and_models(tmp_path):
-    """Built and installed elsewhere, it makes pictures of the bundled model, and finds presets, also one that needs another."""
+    """Built and installed elsewhere, it makes pictures of the bundled model, and finds presets, also one that needs
+    another.
+    """
     source, installed = tmp_path / "source", tmp_path / "installed"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "tests", "docs", "experiments", "runs", "build"))
     pip = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps"]

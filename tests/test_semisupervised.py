@@ -86,7 +86,9 @@ def log_joint(x):
 
 
 def exact_bound(log_q, monkeypatch):
-    """U(x) of three x with its constant. The mean over z is exact: -log p(x | z) is quadratic in it, so e = +1 and -1 suffice."""
+    """U(x) of three x with its constant. The mean over z is exact: -log p(x | z) is quadratic in it, so e = +1 and -1
+    suffice.
+    """
     x = jnp.array([0.7, -1.2, 0.1])
     batch = Batch(x.reshape(3, 1, 1, 1), jnp.full(3, -1), jnp.ones(3), jnp.arange(3))
     model, found = linear_gaussian(log_q), []
@@ -161,7 +163,9 @@ def norms(grads):
 
 
 def test_which_network_learns_from_which_term(m2):
-    """Labels known: the classifier learns from the cross-entropy alone, the others from L(x, y) alone. Unknown: all from U(x)."""
+    """Labels known: the classifier learns from the cross-entropy alone, the others from L(x, y) alone. Unknown: all
+    from U(x).
+    """
     model, variables = m2
     known, unknown = batch_of([0, 1, 2]), batch_of([-1] * 3)
     without, with_labels = (gradients(semisupervised, model, variables, known, alpha=alpha) for alpha in (0.0, 0.1))

@@ -147,7 +147,8 @@ def test_each_term_trains_its_networks_and_leaves_the_others_an_exact_zero(optio
 def published(params, network, fields):
     """The objective that the paper gives to one network, all of it differentiable and without a stopped gradient.
 
-    The decoder's is gamma R / n - (1 - gamma) L_GAN with L_GAN as the discriminator sees it, or its non-saturating form.
+    The decoder's is gamma R / n - (1 - gamma) L_GAN with L_GAN as the discriminator sees it, or its non-saturating
+    form.
     """
     model, variables = toy()
     batch = toy_batch()
@@ -177,7 +178,9 @@ def published(params, network, fields):
 
 
 def check_updates(**fields):
-    """The gradient of the one scalar is for each network that of the paper's objective; the decoder's is it times n / gamma."""
+    """The gradient of the one scalar is for each network that of the paper's objective; the decoder's is it times n /
+    gamma.
+    """
     model, variables = toy()
     batch = toy_batch()
     objective = vaegan.make_objective(model, **fields)
@@ -246,7 +249,9 @@ def test_stopped_images_alone_are_not_enough(monkeypatch):
 
 @pytest.mark.parametrize("saturating", [True, False])
 def test_the_decoder_works_against_the_discriminator(saturating):
-    """Of one image: grad A = -2 grad L_D where it saturates, else that times (1 - D) / D; L_D with images that are not stopped."""
+    """Of one image: grad A = -2 grad L_D where it saturates, else that times (1 - D) / D; L_D with images that are not
+    stopped.
+    """
     model, variables = toy()
     batch = toy_batch(1)
 
@@ -370,7 +375,9 @@ def test_the_slope_is_each_images_own():
 
 @pytest.mark.slow
 def test_the_penalty_lowers_the_slope():
-    """A second derivative, through the primitives of the convolution: its gradient points uphill by a finite difference."""
+    """A second derivative, through the primitives of the convolution: its gradient points uphill by a finite
+    difference.
+    """
     model, variables = small()
     image, params = make_batch().image, variables["params"]
 
@@ -529,8 +536,8 @@ def test_bad_models(fields, message):
         ({"penalty": -1.0}, "penalty is -1.0, but must be at least 0"),
         ({"penalty": math.inf}, "penalty is inf"),
         ({"method": "wgan"}, "method is 'wgan', but must be one of vaegan, vae, gan"),
-        ({"method": "gan", "gamma": 0.1}, "gamma has no meaning with objective.method=gan: leave it at its default"),
-        ({"method": "vae", "penalty": 1.0}, "penalty has no meaning with objective.method=vae"),
+        ({"method": "gan", "gamma": 0.1}, "gamma has no effect with objective.method=gan: leave it at its default"),
+        ({"method": "vae", "penalty": 1.0}, "penalty has no effect with objective.method=vae"),
         ({"method": "gan", "judge_reconstructions": True}, "judge_reconstructions has no meaning"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"binarize": "dynamic"}, "model.likelihood is a density on"),
@@ -679,7 +686,9 @@ def test_a_discriminator_that_wins_at_once_is_reported(tmp_path, capsys):
 
 
 def test_the_table_of_a_comparison():
-    """Means with intervals over the seeds; a method without an encoder and a part that is not there leave their cells empty."""
+    """Means with intervals over the seeds; a method without an encoder and a part that is not there leave their cells
+    empty.
+    """
     numbers = dict.fromkeys(comparison.COLUMNS, 1.0)
     few = {name: numbers[name] for name in ("frechet_distance", "precision", "recall", "coverage", "sharpness")}
     rows = [{"stage": "model", "method": "vaegan", "seed": seed, **numbers, "recall": 0.5 + seed} for seed in (0, 1)]

@@ -33,14 +33,14 @@ def rotate(
 def translate(
     image: Float[Array, "batch height width channel"],
     offset: Int[Array, "batch 2"],
-    furthest: int,
+    max_shift: int,
 ) -> Float[Array, "batch height width channel"]:
-    """Shift each image by its `offset` (down, right), at most `furthest` pixels; pixels from outside are 0."""
-    margin = (furthest, furthest)
+    """Shift each image by its `offset` (down, right), at most `max_shift` pixels; pixels from outside are 0."""
+    margin = (max_shift, max_shift)
     padded = jnp.pad(image, ((0, 0), margin, margin, (0, 0)))
 
     def cut(padded, offset):
-        down, right = furthest - offset
+        down, right = max_shift - offset
         return lax.dynamic_slice(padded, (down, right, 0), image.shape[1:])
 
     return jax.vmap(cut)(padded, offset)

@@ -80,8 +80,8 @@ def make_batch(image: UInt8[Array, "batch height width channel"], label, weight,
 def binarize(batch: Batch, keys: Key[Array, " batch"], how: str) -> Batch:
     """Make the pixels binary: "dynamic" draws each pixel from Bernoulli(x), "threshold" rounds it, "none" does nothing.
 
-    The draws use each example's key stream "binarize". They are new in each training step and always the same in evaluation.
-    Source of "dynamic": Salakhutdinov & Murray 2008; Burda et al. 2016, section 5.
+    The draws use each example's key stream "binarize". They are new in each training step and always the same in
+    evaluation. Source of "dynamic": Salakhutdinov & Murray 2008; Burda et al. 2016, section 5.
     """
     if how == "none":
         return batch

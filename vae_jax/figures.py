@@ -1,4 +1,6 @@
-"""Make Matplotlib figures from arrays. Nothing here shows or saves a figure, and importing it does not import Matplotlib."""
+"""Make Matplotlib figures from arrays. Nothing here shows or saves a figure, and importing it does not import
+Matplotlib.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -202,7 +204,9 @@ def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -
 
 
 def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figure":
-    """The confusion matrix, labels in rows and predictions in columns. Only errors are coloured, so the hits do not hide them."""
+    """The confusion matrix, labels in rows and predictions in columns. Only errors are coloured, so the hits do not
+    hide them.
+    """
     classes = len(counts)
     errors = counts - np.diag(counts.diagonal())
     figure = new_figure(8.2, 7.4)

@@ -1,7 +1,7 @@
-"""p(x | decoder output) as values. An image's negative log-likelihood is the sum of `energy + constant` over its pixels.
+"""p(x | decoder output) as values. -log p of an image is the sum of `energy + constant` over its pixels.
 
-A likelihood is a mass on {0, 1} for binary pixels, a density on [0, 1], or a mass on the 256 grey levels 0..255 (the pixels
-times 255). Numbers of different kinds are not comparable.
+A likelihood is a mass on {0, 1} for binary pixels, a density on [0, 1], or a mass on the 256 grey levels 0..255 (the
+pixels times 255). Numbers of different kinds are not comparable.
 """
 
 import math
@@ -41,14 +41,14 @@ class Likelihood(NamedTuple):
         support: the kind of number: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
         channels: raw decoder channels per image channel.
         init: key -> the parameters, {} if there are none.
-        energy: (variables, raw, image) -> -log p(image | raw) - `constant` of each pixel, in nats. `raw` may have leading
-            sample axes.
+        energy: (variables, raw, image) -> -log p(image | raw) - `constant` of each pixel, in nats. `raw` may have
+            leading sample axes.
         constant: nats per pixel. Reports add it; a loss never does, because that would cost float32 precision.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).
         init_state: () -> the initial model state, ABSENT if there is none.
-        update: (variables, raw, image, weight, axis_name) -> (variables, state): called in training; returns the variables
-            for this batch's energy, and the new state; ABSENT if there is no state.
+        update: (variables, raw, image, weight, axis_name) -> (variables, state): called in training; returns the
+            variables for this batch's energy, and the new state; ABSENT if there is no state.
         scale: variables -> the learned scale, a standard deviation for Gaussians; ABSENT if none is learned.
         covered: share of the pixels that p covers; the others are given, and their energy is 0.
     """
@@ -93,8 +93,8 @@ def unit_gaussian() -> Likelihood:
 def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
     """N(x; sigmoid(raw), s^2): energy (x - mean)^2 / (2 s^2), with one fixed or learned s for all pixels.
 
-    A fixed s is equivalent to a weight of 1 / s^2 on the squared error, or of s^2 on the KL. A learned s adds ln s to the
-    energy. Source of the learned s: Rybkin et al. 2021, section 3.1.
+    A fixed s is equivalent to a weight of 1 / s^2 on the squared error, or of s^2 on the KL. A learned s adds ln s to
+    the energy. Source of the learned s: Rybkin et al. 2021, section 3.1.
     """
     kind = scaled(scale, learn_scale)
 
@@ -127,7 +127,9 @@ def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
 def optimal_gaussian() -> Likelihood:
     """N(x; sigmoid(raw), s^2) with the optimal s^2 for the batch, the mean squared error of its pixels.
 
-        energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w), over all devices and samples
+        energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w)
+
+    The sums run over all devices and samples.
 
     By the envelope theorem s needs no gradient, since it maximises the ELBO; an importance-weighted bound would
     need one. Evaluation uses the debiased moving average from training, so an image's result does not depend on other
@@ -187,15 +189,15 @@ def continuous_bernoulli() -> Likelihood:
 
         energy = log((e^a - 1) / a) - x a,    mean = 1 / (1 - e^-a) - 1 / a
 
-    Without a limit on a, the density of images with only the pixels 0 and 1 would be unbounded. As in the authors' code, l
-    lies in [1e-4, 1 - 1e-4]. Source: Loaiza-Ganem & Cunningham 2019.
+    Without a limit on a, the density of images with only the pixels 0 and 1 would be unbounded. As in the authors'
+    code, l lies in [1e-4, 1 - 1e-4]. Source: Loaiza-Ganem & Cunningham 2019.
     """
 
     logit = partial(jnp.clip, min=-LARGEST_LOGIT, max=LARGEST_LOGIT)
 
     def energy(variables, raw, image):
         a = logit(raw)
-        return jnp.maximum(a, 0) + log_mean_exp(jnp.abs(a)) - align(image, raw) * a
+        return jnp.maximum(a, 0) + log_one_minus_exp_over(jnp.abs(a)) - align(image, raw) * a
 
     def mean(variables, raw):
         a = logit(raw)
@@ -215,7 +217,7 @@ def continuous_bernoulli() -> Likelihood:
     return Likelihood(DENSITY, energy, sample, mean)
 
 
-def log_mean_exp(t: Float[Array, "..."]) -> Float[Array, "..."]:
+def log_one_minus_exp_over(t: Float[Array, "..."]) -> Float[Array, "..."]:
     """log((1 - e^-t) / t) for t >= 0, the log of the mean of e^-s over s in [0, t]."""
     small = t < 1e-2
     safe = jnp.where(small, 1.0, t)
@@ -227,8 +229,8 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
 
         energy = -log(F((c + 1/2 - m) / 255 s) - F((c - 1/2 - m) / 255 s)),    c = 255 x,    F = sigmoid
 
-    The code uses a form without cancellation. `mean` is the mean of the clipped logistic, within half a grey level of the
-    exact mean. Source: Kingma et al. 2016 (IAF), and Salimans et al. 2017 for the tails.
+    The code uses a form without cancellation. `mean` is the mean of the clipped logistic, within half a grey level of
+    the exact mean. Source: Kingma et al. 2016 (IAF), and Salimans et al. 2017 for the tails.
     """
     kind = scaled(scale, learn_scale)
 
@@ -257,7 +259,9 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
 
 
 class Scale(NamedTuple):
-    """One scale s for all pixels. ln s is in the energy, as `at(variables)[1]`, if s is learned, and otherwise in `constant`."""
+    """One scale s for all pixels. ln s is in the energy, as `at(variables)[1]`, if s is learned, and otherwise in
+    `constant`.
+    """
 
     init: Callable[[Any], dict]
     at: Callable[[Any], tuple[Any, Any]]

@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     taken = MODES[FLAGS.mode].split()
     for name in sorted(" ".join(MODES.values()).split()):
         if FLAGS[name].present and name not in taken:
-            fail(f"--{name} has no meaning with --mode={FLAGS.mode}", 2)
+            fail(f"--{name} has no effect with --mode={FLAGS.mode}", 2)
     if FLAGS.config is None and (FLAGS.mode == "train" or not FLAGS.workdir):
         fail("--config is required, e.g. --config=vae:digits", 2)
     try:
@@ -142,7 +142,7 @@ def train(config: dict, workdir: str) -> None:
             raise
         hosts.exit_now(f"a host was lost ({describe_error(error)})", 1)
     if outcome is None:
-        print(f"finished already: {workdir.rstrip('/')}/summary.md")
+        print(f"already finished: {workdir.rstrip('/')}/summary.md")
     elif outcome.step < outcome.steps:
         saved = f"stopped and saved at step {outcome.step} of {outcome.steps}"
         fail(f"{saved}: the same command continues", 128 + outcome.signal)

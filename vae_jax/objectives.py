@@ -4,9 +4,9 @@ An objective is a pure function
 
     objective(variables, batch, keys, train, step, axis_name=None) -> (metrics, model_state)
 
-`metrics` is a dict of `[batch]` arrays, and `metrics["loss"]` is minimised. A metric with its own weight per example is a
-pair `(value, weight)` of such arrays. Its values must be finite even where the weight is 0. In evaluation `step` is None,
-and schedules have their final value. Steps and evaluation reduce the metrics; an objective never does.
+`metrics` is a dict of `[batch]` arrays, and `metrics["loss"]` is minimised. A metric with its own weight per example is
+a pair `(value, weight)` of such arrays. Its values must be finite even where the weight is 0. In evaluation `step` is
+None, and schedules have their final value. Steps and evaluation reduce the metrics; an objective never does.
 """
 
 import math
@@ -46,8 +46,8 @@ def reparameterize(
 ) -> Float[Array, "samples batch latent"]:
     """z = mean + exp(logvar / 2) * e with e ~ N(0, 1): `samples` draws from each example's key stream "noise".
 
-    The draws are numbered `first`, `first + 1`, ... Draw k depends only on the key and on k, so more samples never change the
-    earlier ones. Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
+    The draws are numbered `first`, `first + 1`, ... Draw k depends only on the key and on k, so more samples never
+    change the earlier ones. Source: Kingma & Welling 2013, section 2.4; the post, Figure 2.
     """
 
     def draw(k, key):
@@ -80,7 +80,8 @@ def log_weights(
     image: Float[Array, "batch height width channel"],
     beta: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "samples batch"]:
-    """log w = log p(x | z) + beta (log p(z) - log q(z | x)) with raw = decode_raw(z), without the likelihood's constant.
+    """log w = log p(x | z) + beta (log p(z) - log q(z | x)) with raw = decode_raw(z), without the likelihood's
+    constant.
 
     Source: Burda et al. 2016, equation 8.
     """
@@ -91,7 +92,8 @@ def log_weights(
 def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Array, " batch"]:
     """-log(1/K sum_k w_k) with log w_k = log p(x, z_k) - log q(z_k | x), an upper bound on -log p(x).
 
-    In expectation it does not increase with K, and K = 1 gives the negative ELBO. Source: Burda et al. 2016, equation 8.
+    In expectation it does not increase with K, and K = 1 gives the negative ELBO. Source: Burda et al. 2016, equation
+    8.
     """
     return -(jax.nn.logsumexp(log_w, axis=0) - math.log(len(log_w)))
 
@@ -103,14 +105,15 @@ def doubly_reparameterized(
 ) -> Float[Array, " batch"]:
     """The importance-weighted bound with the doubly reparameterised gradient (DReG).
 
-    The first two arguments are log w_k, with the weight `beta` of log q in them. In `at_fixed_z` the z are constants, so the
-    gradient reaches only the parameters theta of p. In `along_z` everything except z is constant, so the gradient reaches the
-    parameters phi of q only through z:
+    The first two arguments are log w_k, with the weight `beta` of log q in them. In `at_fixed_z` the z are constants,
+    so the gradient reaches only the parameters theta of p. In `along_z` everything except z is constant, so the
+    gradient reaches the parameters phi of q only through z:
 
-        theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k ((1 - beta) u_k + beta u_k^2) d log w_k / d z_k  d z_k / d phi
+        theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k ((1 - beta) u_k + beta u_k^2) d log w_k / d z_k  d z_k / d
+            phi
 
-    with u = softmax(log w): the direct path of phi, beta u_k d log q / d phi, becomes beta (u_k - u_k^2) along z. Source: Tucker
-    et al. 2019, equations 7 and 8, for beta 1.
+    with u = softmax(log w): the direct path of phi, beta u_k d log q / d phi, becomes beta (u_k - u_k^2) along z.
+    Source: Tucker et al. 2019, equations 7 and 8, for beta 1.
     """
     u = jax.lax.stop_gradient(jax.nn.softmax(at_fixed_z, axis=0))
     surrogate = -jnp.sum(u * at_fixed_z + ((1 - beta) * u + beta * u**2) * along_z, axis=0)
@@ -125,8 +128,8 @@ def free_bits_kl(
 ) -> Float[Array, " batch"]:
     """The KL with free bits: each latent costs at least `least` on average, sum_j max(least, mean_i KL_ij).
 
-    An example pays sum_j (KL_ij if mean_i KL_ij > least else least). The mean over the batch, across all devices, has the
-    value and the gradient of the sum above. Source: Kingma et al. 2016, appendix C.8.
+    An example pays sum_j (KL_ij if mean_i KL_ij > least else least). The mean over the batch, across all devices, has
+    the value and the gradient of the sum above. Source: Kingma et al. 2016, appendix C.8.
     """
     paid = jax.lax.stop_gradient(weighted_mean(kl, weight, axis_name)) > least
     return jnp.sum(jnp.where(paid, kl, least), axis=-1)
@@ -147,8 +150,8 @@ def discriminator_loss(
 ) -> Float[Array, " batch"]:
     """-1/2 log D(x) - 1/2 mean_k log(1 - D(fake_k)) from the logits of D; ln 2 if D is 1/2 everywhere.
 
-    All kinds of fakes together have weight 1/2, so the optimal D is still 1/2 when fakes and data are indistinguishable.
-    Source: Goodfellow et al. 2014, equation 1; Larsen et al. 2016.
+    All kinds of fakes together have weight 1/2, so the optimal D is still 1/2 when fakes and data are
+    indistinguishable. Source: Goodfellow et al. 2014, equation 1; Larsen et al. 2016.
     """
     return 0.5 * (jax.nn.softplus(-on_data) + jax.nn.softplus(on_fakes).mean(axis=0))
 

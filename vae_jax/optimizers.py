@@ -35,12 +35,14 @@ def make_adam(
         batch_size: total over all devices.
         groups: top-level entries of the parameters.
         learning_rate: peak learning rate.
-        base_batch_size: batch size for which the rate was chosen; the rate is scaled for other batch sizes. 0: no scaling.
-        scaling: "sqrt", by the square root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022, who
-            also scale beta1, beta2 and eps, which are not scaled here), or "linear" (Goyal et al. 2017, for SGD).
-        schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); "onecycle", which
-            rises from 1/25 of the rate during the warm-up and then falls to almost zero, along half cosines (Smith & Topin
-            2018); or "piecewise", which multiplies the rate by each of `factors` at the corresponding boundary.
+        base_batch_size: batch size for which the rate was chosen; the rate is scaled for other batch sizes. 0: no
+            scaling.
+        scaling: "sqrt", by the square root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022,
+            who also scale beta1, beta2 and eps, which are not scaled here), or "linear" (Goyal et al. 2017, for SGD).
+        schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); "onecycle",
+            which rises from 1/25 of the rate during the warm-up and then falls to almost zero, along half cosines
+            (Smith & Topin 2018); or "piecewise", which multiplies the rate by each of `factors` at the corresponding
+            boundary.
         warmup: share of the steps, in [0, 1), during which the rate rises: linearly from zero, except for "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.
@@ -84,7 +86,8 @@ def adam_with(
 def by_group(
     make_one: Callable[[float], optax.GradientTransformation], groups: Sequence[str], rate_multipliers: Sequence[float]
 ) -> optax.GradientTransformation:
-    """`make_one(multiplier)` for each group, a top-level entry of the parameters; a single `make_one(1.0)` without groups.
+    """`make_one(multiplier)` for each group, a top-level entry of the parameters; a single `make_one(1.0)` without
+    groups.
 
     Raises ValueError unless the multipliers are one positive number for each group.
     """
@@ -108,7 +111,9 @@ def make_schedule(
     boundaries: Sequence[float],
     factors: Sequence[float],
 ) -> Callable:
-    """The learning rate as a function of the step; arguments as in `make_adam`. Raises ValueError for a value out of range."""
+    """The learning rate as a function of the step; arguments as in `make_adam`. Raises ValueError for a value out of
+    range.
+    """
     matched = len(factors) == len(boundaries) and min(factors, default=1) > 0
     check(
         ("learning_rate", learning_rate, 0 < learning_rate < math.inf, "above 0"),
@@ -145,14 +150,14 @@ def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> Callable:
 def warmed_up(schedule: Callable) -> Callable:
     """Precede `schedule(rate, steps, cuts)` by a linear rise from zero over the first `warmup` share of the steps."""
 
-    def make_schedule(rate, steps, warmup, cuts):
+    def with_warmup(rate, steps, warmup, cuts):
         rising = math.floor(warmup * steps)
         falling = schedule(rate, steps - rising, cuts)
         if not rising:
             return falling
         return optax.join_schedules([optax.linear_schedule(0.0, rate, rising), falling], [rising])
 
-    return make_schedule
+    return with_warmup
 
 
 def ema(*, ema_decay: float = 0.0) -> float:

@@ -16,7 +16,9 @@ from vae_jax.objectives import Objective
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training step reads and writes; data only. With several seeds each leaf has a leading seed axis."""
+    """Everything that a training step reads and writes; data only. With several seeds each leaf has a leading seed
+    axis.
+    """
 
     step: Any  # int32
     params: Any
@@ -91,15 +93,15 @@ def make_train_step(
     """`train_step(state, batch) -> (state, metrics)`: one gradient step on the weighted mean of the loss.
 
     The metrics are `Total`s over the batch, one for each metric of the objective and one for `grad_norm`. For example,
-    `metrics["loss"].mean` is the mean loss. Give `axis_name` under `pmap`, `vmap` or `shard_map(check_vma=False)`: gradients
-    and totals are then summed over that axis before the gradients are divided by the summed weight.
+    `metrics["loss"].mean` is the mean loss. Give `axis_name` under `pmap`, `vmap` or `shard_map(check_vma=False)`:
+    gradients and totals are then summed over that axis before the gradients are divided by the summed weight.
 
     With `ema_decay` above 0, `state.ema` is the exponential moving average of the variables (Polyak & Juditsky 1992),
 
         ema <- d ema + (1 - d) variables,    d = min(ema_decay, (1 + t) / (10 + t)) at the t-th step,
 
-    so that it forgets its initial value. `prepare(batch, keys)` returns the batch for the objective, for example with binary
-    pixels. `groups` are top-level entries of the parameters; each adds a metric `grad_norm/GROUP`.
+    so that it forgets its initial value. `prepare(batch, keys)` returns the batch for the objective, for example with
+    binary pixels. `groups` are top-level entries of the parameters; each adds a metric `grad_norm/GROUP`.
     """
 
     def train_step(state, batch):
@@ -144,16 +146,16 @@ def jit_train_step(
     return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
 
 
-def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int = 1) -> Callable:
+def make_run_steps(train_step: Callable, batch_size: int, max_steps: int, shards: int = 1) -> Callable:
     """`run_steps(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
 
-    It runs the steps `first` to `first + count - 1` of an epoch. `order` holds the positions of the epoch's examples in the
-    data set. `count` is at most `most` and may differ between calls of one compiled program. `history` holds the metrics of
-    each step, [most]. Each batch is split into `shards` equal shards, and this call takes number `shard`; `train_step` must
-    sum over the shards.
+    It runs the steps `first` to `first + count - 1` of an epoch. `order` holds the positions of the epoch's examples in
+    the data set. `count` is at most `max_steps` and may differ between calls of one compiled program. `history` holds
+    the metrics of each step, [max_steps]. Each batch is split into `shards` equal shards, and this call takes number
+    `shard`; `train_step` must sum over the shards.
 
-    If `image` and `label` are only a part of the data set, `order` is a pair `(order, place)`: the examples' positions in the
-    data set, which determine their noise, and their positions in `image`.
+    If `image` and `label` are only a part of the data set, `order` is a pair `(order, place)`: the examples' positions
+    in the data set, which determine their noise, and their positions in `image`.
     """
     share = batch_size // shards
     train_step = jax.jit(train_step)  # traced only once
@@ -174,7 +176,7 @@ def make_run_steps(train_step: Callable, batch_size: int, most: int, shards: int
 
         batch = make_batch(image[:share], label[:share], weight, order[:share])
         shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
-        history = jax.tree.map(lambda leaf: jnp.zeros(most, leaf.dtype), shapes)
+        history = jax.tree.map(lambda leaf: jnp.zeros(max_steps, leaf.dtype), shapes)
         return lax.fori_loop(0, count, one_step, (state, history))
 
     return run_steps

@@ -88,8 +88,8 @@ def sample(
 ) -> list[Any]:
     """Write images decoded from the prior as a grid and as .npz; "gmm" also gives the test bound under both priors.
 
-    `files` writes one PNG per image instead. A conditional model takes the given labels, or the images to complete at the
-    path `own`, in turn.
+    `files` writes one PNG per image instead. A conditional model takes the given labels, or the images to complete at
+    the path `own`, in turn.
     """
     if prior == "model":
         vae, of = load_able(workdir, checkpoint, decode_raw="decoder"), "the prior"

@@ -77,7 +77,8 @@ def read_own(model: Pretrained, path: str) -> Examples:
     names, image, notes = data.read_images(path, wanted, section.get("skip_unreadable", False))
     if image.shape[1:] != model.image_shape:
         raise ValueError(
-            f"{path} does not fit the model: images of {image.shape[2]}x{image.shape[1]}, but it takes {width}x{height}, "
+            f"{path} does not fit the model: images of {image.shape[2]}x{image.shape[1]}, but it "
+            f"takes {width}x{height}, "
             "and it was trained without data.size, so images are not scaled: resize them"
         )
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape") + image.tobytes()).hexdigest()[:8]

@@ -34,11 +34,11 @@ def load(
     """Load a data set.
 
     Args:
-        name: "digits" (bundled), "mnist", "fashion_mnist", "kmnist", another image classification data set of TensorFlow
-            Datasets, or the path of your own images: an .npz with `image` [n, h, w] or [n, h, w, c] (uint8, or float in
-            [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder, with a slash in its path, of PNG,
-            JPEG, WEBP, BMP or GIF files: all in it, in one subfolder per class, or in subfolders train, test and
-            validation. Without a test set, a fifth of the images becomes one.
+        name: "digits" (bundled), "mnist", "fashion_mnist", "kmnist", another image classification data set of
+            TensorFlow Datasets, or the path of your own images: an .npz with `image` [n, h, w] or [n, h, w, c] (uint8,
+            or float in [0, 1]) and optionally `label`, `test_image`, `test_label`; or a folder, with a slash in its
+            path, of PNG, JPEG, WEBP, BMP or GIF files: all in it, in one subfolder per class, or in subfolders train,
+            test and validation. Without a test set, a fifth of the images becomes one.
         manual_dir: folder with the original files of the MNIST family, for machines that cannot download.
         size: scale and crop each image to a square of this many pixels a side, at least 8; 0: keep images of one size.
         colour: "grey" or "colour" converts; "auto" keeps grey images grey unless others are coloured.
@@ -69,7 +69,8 @@ def load(
     splits["train"] = hide_labels(splits["train"], labelled, label_seed, num_classes)
     if labelled_per_batch and (labelled <= 0 or not shuffle):
         raise ValueError(
-            f"data.labelled_per_batch is {labelled_per_batch}, which needs data.labelled above 0 and shuffled images: leave it at 0"
+            f"data.labelled_per_batch is {labelled_per_batch}, which needs data.labelled above 0 and shuffled images: "
+            "leave it at 0"
         )
     return Dataset(splits, num_classes, shuffle, binarize, labelled_per_batch, tuple(notes))
 
@@ -141,7 +142,8 @@ def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Spl
         return split
     if labelled and not num_classes <= labelled <= known:
         raise ValueError(
-            f"data.labelled is {labelled}, but must be -1 for all, 0 for none, or from {num_classes}, one per class, to {known}"
+            f"data.labelled is {labelled}, but must be -1 for all, 0 for none, or from {num_classes}, one per class, "
+            f"to {known}"
         )
     if seed < 0:
         raise ValueError(f"data.label_seed is {seed}, but must be at least 0")
@@ -153,7 +155,8 @@ def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Spl
         members = np.flatnonzero(split.label == label)
         if len(members) < count:
             raise ValueError(
-                f"data.labelled is {labelled}, {count} of class {label}, which has {len(members)} training images: give fewer, or -1"
+                f"data.labelled is {labelled}, {count} of class {label}, which has {len(members)} training images: "
+                "give fewer, or -1"
             )
         hidden[rng.permutation(members)[:count]] = label
     return split._replace(label=hidden)

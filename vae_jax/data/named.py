@@ -148,7 +148,8 @@ def find_tfds(name: str) -> Any:
         near = [f"./{name}"] if Path(name).is_dir() else near
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path of an .npz file or, with a slash in it, of a folder"
+            f"unknown data set {name!r}: {hint}Give {', '.join(DATASETS)}, a name of TensorFlow Datasets, or the path "
+            "of an .npz file or, with a slash in it, of a folder"
         ) from None
     _check_suits(builder)
     if not builder.is_prepared():
@@ -199,7 +200,8 @@ def _read_tfds(builder, part, scratch):
     source = builder.as_data_source(part)
     if len(source) != count:
         raise ValueError(
-            f"{builder.name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to prepare it again"
+            f"{builder.name} has {len(source)} of its {count} {part} images on disk: remove {builder.data_path} to "
+            "prepare it again"
         )
     label, is_01 = np.full(count, -1, np.int32), builder.name == "binarized_mnist"
 

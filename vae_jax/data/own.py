@@ -123,7 +123,8 @@ def _read_npz(name, path, scratch=None):
     stray = "test_label" in arrays and "test_image" not in arrays
     if unknown or stray or "image" not in arrays:
         raise ValueError(
-            f"{name} holds {', '.join(map(repr, arrays))}, but must hold image, and may hold label, or test_image and test_label"
+            f"{name} holds {', '.join(map(repr, arrays))}, but must hold image, and may hold label, or test_image and "
+            "test_label"
         )
     return arrays
 
@@ -142,7 +143,8 @@ def _make_split(arrays, prefix, name, scratch=None):
     fits = label.shape == (count,) and np.issubdtype(label.dtype, np.integer)
     if not fits or label.min() < -1 or label.max() > LARGEST_LABEL:
         raise ValueError(
-            f"{prefix}label in {name} must be {count} whole numbers from 0 to {LARGEST_LABEL}, or -1 where there is no label"
+            f"{prefix}label in {name} must be {count} whole numbers from 0 to {LARGEST_LABEL}, or -1 where there is "
+            "no label"
         )
     return Split(image.reshape(*image.shape[:3], -1), label.astype(np.int32))
 
@@ -205,7 +207,8 @@ def _find_parts(name, folder):
     beside, *_ = _sort(folder)
     if others := [*beside, *(path for path in subfolders if path not in parts.values() and _sort(path)[0])]:
         raise ValueError(
-            f"{name} has subfolders {some([*parts.values()])}, which are splits, beside {some(others)}: move the one or the other away"
+            f"{name} has subfolders {some([*parts.values()])}, which are splits, beside {some(others)}: move the one "
+            "or the other away"
         )
     if "test" not in parts:
         parts["test"] = parts.pop("validation")

@@ -18,8 +18,8 @@ def linear_vae_baselines(
 ) -> dict[str, float]:
     """The losses of a collapsed model and of the best linear VAE on these training images.
 
-    The decoder is a Gaussian with standard deviation `scale`, or with the optimal one for each model if `scale` is None.
-    Losses omit ln(2 pi) / 2 per pixel, and for a given scale also ln(scale).
+    The decoder is a Gaussian with standard deviation `scale`, or with the optimal one for each model if `scale` is
+    None. Losses omit ln(2 pi) / 2 per pixel, and for a given scale also ln(scale).
     """
     eigenvalues = covariance_eigenvalues(image, latent_dim)
     if scale is None:
@@ -45,10 +45,11 @@ def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> flo
 def cross_entropy_baselines(
     image: UInt8[np.ndarray, "n height width channel"], rounded: bool = False
 ) -> dict[str, float]:
-    """For a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x sum_pixels H(x).
+    """For a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x
+    sum_pixels H(x).
 
-    H is the entropy of a binary pixel. The expected loss of any model on these images, binarized or grey, is at least the floor.
-    `rounded` is for a model that sees each pixel rounded to 0 or 1.
+    H is the entropy of a binary pixel. The expected loss of any model on these images, binarized or grey, is at least
+    the floor. `rounded` is for a model that sees each pixel rounded to 0 or 1.
     """
     value, mean = np.arange(256) / 255, mean_image(image)
     if rounded:
@@ -86,8 +87,8 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
         bits per dimension               nats / (pixels ln 2)
         bits a dequantised dimension   8 more: for a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
 
-    Bits per dimension are defined for a mass on 0..255. For a density on [0, 1] only the dequantised bits are defined, and
-    only if the images were dequantised. Source: Theis et al. 2016, section 3.1.
+    Bits per dimension are defined for a mass on 0..255. For a density on [0, 1] only the dequantised bits are defined,
+    and only if the images were dequantised. Source: Theis et al. 2016, section 3.1.
 
     Args:
         value: the number in the convention `source`.
@@ -117,9 +118,9 @@ def covariance_eigenvalues(
 ) -> Float[np.ndarray, " pixels"]:
     """Eigenvalues of the covariance of images scaled to [0, 1], in descending order; their sum is the total variance.
 
-    Up to 4,096 pixels they come from the pixels' covariance. For larger images they come from the Gram matrix of the images,
-    padded with zeros. With more than 4,096 images as well, only the `largest` are computed. The others then share the rest of
-    the variance evenly; `linear_vae_loss` and `ppca_loss` need only their sum.
+    Up to 4,096 pixels they come from the pixels' covariance. For larger images they come from the Gram matrix of the
+    images, padded with zeros. With more than 4,096 images as well, only the `largest` are computed. The others then
+    share the rest of the variance evenly; `linear_vae_loss` and `ppca_loss` need only their sum.
     """
     flat = image.reshape(len(image), -1)
     mean = mean_image(flat).astype(np.float32)
@@ -178,8 +179,9 @@ def linear_rate_distortion(
 
         rate = 1/2 sum_{l > beta} ln(l / beta),    distortion = 1/2 (beta #{l > beta} + sum of the other eigenvalues)
 
-    over the latent_dim largest eigenvalues l (reverse water-filling). No linear VAE lies below the curve of these points.
-    Source: Cover & Thomas 2006, section 10.3.3, applied to the solution of probabilistic PCA (Tipping & Bishop 1999).
+    over the latent_dim largest eigenvalues l (reverse water-filling). No linear VAE lies below the curve of these
+    points. Source: Cover & Thomas 2006, section 10.3.3, applied to the solution of probabilistic PCA (Tipping & Bishop
+    1999).
     """
     used = eigenvalues[:latent_dim][eigenvalues[:latent_dim] > beta]
     rate = 0.5 * np.sum(np.log(used / beta))

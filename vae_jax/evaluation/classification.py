@@ -9,7 +9,8 @@ def expected_calibration_error(
     correct: Float[np.ndarray, " n"],
     bins: int = 15,
 ) -> float:
-    """Expected calibration error: sum over bins of |accuracy - mean confidence|, weighted by the bin's share of the examples.
+    """Expected calibration error: sum over bins of |accuracy - mean confidence|, weighted by the bin's share of the
+    examples.
 
     The bins ((i - 1) / bins, i / bins] are of equal width. Source: Guo et al. 2017, equation 3.
     """

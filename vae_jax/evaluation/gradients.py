@@ -25,8 +25,8 @@ def gradient_routing(
 ) -> dict[str, dict[str, Any]]:
     """{term: {network: |d mean(term) / d network|}} over a batch, in training mode, with schedules at their end.
 
-    The terms are the metrics in `terms` that the objective returns, and the loss last. An exact 0 means that the term does not
-    train the network. The networks are those of the function `networks`.
+    The terms are the metrics in `terms` that the objective returns, and the loss last. An exact 0 means that the term
+    does not train the network. The networks are those of the function `networks`.
     """
     state = {name: value for name, value in variables.items() if name != "params"}
     found: list[str] = []

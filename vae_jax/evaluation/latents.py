@@ -1,7 +1,8 @@
 """The information in a model's latents.
 
 q(z) is the aggregate posterior, the mean of q(z | x_n) over the N images of a split. The KL divergence from the prior
-decomposes into two parts (Hoffman & Johnson 2016), or into three for a prior with independent latents (Chen et al. 2018):
+decomposes into two parts (Hoffman & Johnson 2016), or into three for a prior with independent latents (Chen et al.
+2018):
 
     mean KL(q(z | x) || p(z)) = I(n; z) + KL(q(z) || p(z)) = I(n; z) + total correlation + sum_j KL(q(z_j) || p(z_j))
 """
@@ -53,17 +54,18 @@ def decompose_kl(
     kl: Float[np.ndarray, " n"] | None,
     kl_by_latent: Float[np.ndarray, "n latent"] | None = None,
 ) -> dict[str, Any]:
-    """Mutual information of image and code, KL(q(z) || p(z)), total correlation, and KL(q(z_j) || p(z_j)) of each latent.
+    """Mutual information of image and code, KL(q(z) || p(z)), total correlation, and KL(q(z_j) || p(z_j)) of each
+    latent.
 
         I(n; z) = mean_n [log q(z_n | x_n) - log q(z_n)],    z_n ~ q(z | x_n)
 
-    Each term is at most ln N, so the estimate cannot show more information than `mutual_information/most`, which is ln N. The
-    mixture q(z) is over all N images; over a batch, the limit would be the log of the batch size.
+    Each term is at most ln N, so the estimate cannot show more information than `mutual_information/most`, which is ln
+    N. The mixture q(z) is over all N images; over a batch, the limit would be the log of the batch size.
 
     Args:
         z: one draw from each q(z | x_n).
-        kl: KL(q(z | x_n) || p(z)) of each image, in nats, or an estimate of it; None if the images do not share one p(z), so
-            that KL(q(z) || p(z)) is not defined.
+        kl: KL(q(z | x_n) || p(z)) of each image, in nats, or an estimate of it; None if the images do not share one
+            p(z), so that KL(q(z) || p(z)) is not defined.
         kl_by_latent: the KL of each latent, if the latents of the prior are independent.
     """
     parts = [log_aggregate_posterior(z[i : i + CHUNK], mean, logvar) for i in range(0, len(z), CHUNK)]
@@ -90,7 +92,8 @@ def probe_labels(
     test: tuple[Float[np.ndarray, "m latent"], Int[np.ndarray, " m"]],
     neighbours: int = 15,
 ) -> dict[str, float]:
-    """How well codes predict the labels: accuracy of multinomial logistic regression and of `neighbours` nearest neighbours.
+    """How well codes predict the labels: accuracy of multinomial logistic regression and of `neighbours` nearest
+    neighbours.
 
     Both are fitted to the training codes, scaled to unit variance for the regression, and scored on the test codes.
     """
@@ -117,9 +120,11 @@ def linear_probe(
 
 
 def tsne_plane(mean: Float[np.ndarray, "n latent"]) -> Float[np.ndarray, "n 2"]:
-    """A t-SNE map, in which near codes stay near; far distances have no meaning. Raises ValueError for fewer than five codes.
+    """A t-SNE map, in which near codes stay near; far distances have no meaning. Raises ValueError for fewer than five
+    codes.
 
-    Source: van der Maaten & Hinton 2008. scikit-learn's version, initialised with PCA (randomly for one latent), with seed 0.
+    Source: van der Maaten & Hinton 2008. scikit-learn's version, initialised with PCA (randomly for one latent), with
+    seed 0.
     """
     from sklearn.manifold import TSNE
 

@@ -1,7 +1,7 @@
 """Estimates of log p(x) by importance sampling from q(z | x), and diagnostics of their reliability.
 
-The estimate is the bound with K samples (Burda et al. 2016), log(1/K sum_k w_k) with w_k = p(x, z_k) / q(z_k | x). Its mean
-is at most log p(x) for every K. For images drawn from the model there is also an upper bound.
+The estimate is the bound with K samples (Burda et al. 2016), log(1/K sum_k w_k) with w_k = p(x, z_k) / q(z_k | x). Its
+mean is at most log p(x) for every K. For images drawn from the model there is also an upper bound.
 """
 
 import math
@@ -25,8 +25,8 @@ LEAST_TAIL = 5  # fewest weights for a Pareto fit
 def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
     """`measure(variables, batch, keys)`: log w_k of `samples` draws for each image, [batch, samples].
 
-    They omit the likelihood's constant. At most `chunk` draws per image are decoded at once, to bound the memory. Draw k
-    depends only on the example's key and on k, so the results do not depend on `chunk`.
+    They omit the likelihood's constant. At most `chunk` draws per image are decoded at once, to bound the memory. Draw
+    k depends only on the example's key and on k, so the results do not depend on `chunk`.
     """
     chunk = min(chunk, samples)
 
@@ -79,7 +79,9 @@ def effective_sample_size(log_w: Float[np.ndarray, "n samples"]) -> Float[np.nda
 
 
 def bound_of(log_w: Float[np.ndarray, "n samples"], count: int) -> Float[np.ndarray, " n"]:
-    """Each image's importance-weighted bound on -log p(x) with `count` samples, averaged over disjoint blocks of samples."""
+    """Each image's importance-weighted bound on -log p(x) with `count` samples, averaged over disjoint blocks of
+    samples.
+    """
     blocks = log_w.shape[1] // count
     return -log_mean_exp(log_w[:, : blocks * count].reshape(len(log_w), blocks, count)).mean(axis=1)
 
@@ -91,8 +93,8 @@ def sandwich(
 
         lower = log(1/K sum_k w_k),    upper = the same with z_1 replaced by the z that generated x
 
-    That z is a draw from the posterior, so the mean of `upper` exceeds log p(x) by a KL divergence. Source: the bidirectional
-    idea of Grosse et al. 2015, with importance sampling instead of annealing.
+    That z is a draw from the posterior, so the mean of `upper` exceeds log p(x) by a KL divergence. Source: the
+    bidirectional idea of Grosse et al. 2015, with importance sampling instead of annealing.
     """
     return log_mean_exp(log_w), log_mean_exp(np.concatenate([log_w_true[:, None], log_w[:, 1:]], axis=1))
 
@@ -100,8 +102,8 @@ def sandwich(
 def pareto_k(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
     """Pareto k-hat of each image's largest weights. Above 0.7 the mean of the weights is unreliable.
 
-    It is the shape of a generalised Pareto distribution fitted to the excesses of the min(K / 5, 3 sqrt(K)) largest weights
-    over the next one. NaN if these are fewer than five. Source: Vehtari et al. 2024 (PSIS).
+    It is the shape of a generalised Pareto distribution fitted to the excesses of the min(K / 5, 3 sqrt(K)) largest
+    weights over the next one. NaN if these are fewer than five. Source: Vehtari et al. 2024 (PSIS).
     """
     samples = log_w.shape[1]
     tail = math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
@@ -131,7 +133,9 @@ def fit_pareto(excess: Float[np.ndarray, " tail"]) -> float:
 
 
 def summarize(log_w: Float[np.ndarray, "n samples"]) -> dict[str, Float[np.ndarray, " n"]]:
-    """Per image: -log p(x) without the constant, effective sample size, Pareto k-hat, and the bounds with fewer samples."""
+    """Per image: -log p(x) without the constant, effective sample size, Pareto k-hat, and the bounds with fewer
+    samples.
+    """
     samples = log_w.shape[1]
     fewer = [10**power for power in range(9) if 10**power < samples]
     return {

@@ -1,8 +1,8 @@
 """How close generated images are to real ones in a classifier's features, and whether they are copies.
 
-`real` is the first argument of every function that takes both. The order matters: precision is recall with real and fake
-exchanged. The values depend on the number of images, so compare them only at equal numbers, and with a floor, the same
-measure between two sets of real images.
+`real` is the first argument of every function that takes both. The order matters: precision is recall with real and
+fake exchanged. The values depend on the number of images, so compare them only at equal numbers, and with a floor, the
+same measure between two sets of real images.
 """
 
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ PRECISION_K, COVERAGE_K = 3, 5  # nearest neighbours, as published
 def frechet_distance(real: Float[np.ndarray, "n feature"], fake: Float[np.ndarray, "m feature"]) -> float:
     """The squared Frechet distance between Gaussians fitted to both: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    The trace of the root is computed from the symmetric (S1^(1/2) S2 S1^(1/2))^(1/2), in float64. Source: Heusel et al. 2017,
-    equation 6, there with Inception features.
+    The trace of the root is computed from the symmetric (S1^(1/2) S2 S1^(1/2))^(1/2), in float64. Source: Heusel et al.
+    2017, equation 6, there with Inception features.
 
     Raises ValueError for fewer than ten images per dimension.
     """
@@ -66,7 +66,8 @@ def distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, Float[np.nd
 
 
 def precision_recall_density_coverage(real: Manifold, fake: Manifold) -> dict[str, float]:
-    """How close generated images are to real ones, and how many real ones they cover. Balls reach to the k-th neighbour.
+    """How close generated images are to real ones, and how many real ones they cover. Balls reach to the k-th
+    neighbour.
 
         precision   share of fakes inside a ball around a real image (k = 3, closed balls)
         recall      share of real images inside a ball around a fake (k = 3, closed balls)
@@ -74,8 +75,8 @@ def precision_recall_density_coverage(real: Manifold, fake: Manifold) -> dict[st
         coverage    share of real images with a fake in their ball (k = 5, open balls)
 
     For two samples of the same distribution, the expected density is 1 and the expected coverage is
-    1 - prod_{i<=5} (n - i) / (n + m - i). Sources: Kynkaanniemi et al. 2019, there with 50,000 images; Naeem et al. 2020,
-    there with 10,000.
+    1 - prod_{i<=5} (n - i) / (n + m - i). Sources: Kynkaanniemi et al. 2019, there with 50,000 images; Naeem et al.
+    2020, there with 10,000.
     """
     precise, near = np.zeros(len(fake.points), bool), np.zeros(len(fake.points))
     recalled, covered = np.zeros(len(real.points), bool), np.zeros(len(real.points), bool)
@@ -107,7 +108,8 @@ def nearest(
 
 
 def sharpness(image: Float[np.ndarray, "n height width channel"]) -> float:
-    """The mean over images of the variance of the Laplacian, the four neighbours minus four times the pixel, off the border.
+    """The mean over images of the variance of the Laplacian, the four neighbours minus four times the pixel, off the
+    border.
 
     Blur lowers it and noise raises it; compare it with the value for real images. Source: Pech-Pacheco et al. 2000; for
     generated images Tolstikhin et al. 2018, section 4.
@@ -125,8 +127,8 @@ def memorisation(fake: Float[np.ndarray, " n"], test: Float[np.ndarray, " m"]) -
         rank_test                      P(a fake is closer than a test image), 1/2 for equal distributions; its z-score
         closer_than_1_percent          share of fakes closer than the 1 % quantile of the test images
 
-    For copies of training images, `rank_test` and `closer_than_1_percent` are 1. Source: the data-copying test of Meehan et
-    al. 2020, with a single cell.
+    For copies of training images, `rank_test` and `closer_than_1_percent` are 1. Source: the data-copying test of
+    Meehan et al. 2020, with a single cell.
     """
     found = scipy.stats.mannwhitneyu(test, fake, method="asymptotic")
     n, m = len(fake), len(test)

@@ -10,9 +10,11 @@ COPIES = 0.2  # largest acceptable share of generated images closer to training 
 
 
 def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> dict[str, str]:
-    """{what: sentence} from the available numbers of a split: state, explained variance, latents, fit, copies, what to change.
+    """{what: sentence} from the available numbers of a split: state, explained variance, latents, fit, copies, what to
+    change.
 
-    The state is one of "the discriminator wins", "collapsed", "memorising", "few latents used", "undertrained" and "healthy".
+    The state is one of "the discriminator wins", "collapsed", "memorising", "few latents used", "undertrained" and
+    "healthy".
     """
     if not trains_an_encoder(numbers, split):
         return dict(zip(("verdict", "what to change"), discriminator_wins(numbers, split) or ()))
@@ -38,7 +40,9 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
 
 
 def trains_an_encoder(numbers: Mapping[str, Any], split: str) -> bool:
-    """Whether an encoder is trained: a classifier and a regression have no latents, a plain GAN does not train its encoder."""
+    """Whether an encoder is trained: a classifier and a regression have no latents, a plain GAN does not train its
+    encoder.
+    """
     has_latents = f"{split}/kl" in numbers and numbers.get(f"{split}/kl_by_latent") != []
     return has_latents and (f"{split}/adversarial" not in numbers or f"{split}/feature_reconstruction" in numbers)
 

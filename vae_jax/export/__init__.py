@@ -32,7 +32,8 @@ def export(
     """Write the model of a run into the folder `output`; returns its files.
 
     Args:
-        formats: "jax": programs by `jax.export` for CPU, CUDA and TPU, for any batch; "onnx": the same for ONNX runtimes.
+        formats: "jax": programs by `jax.export` for CPU, CUDA and TPU, for any batch; "onnx": the same for ONNX
+            runtimes.
 
     Raises ValueError or OSError if there is no such model, if a format is unknown or this model or machine does not
     support it, and if the folder holds anything but this export.

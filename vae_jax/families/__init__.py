@@ -54,19 +54,20 @@ class Family(Protocol):
     Attributes:
         NAME: for titles.
         METRICS: {metric: Metric}, in the order in which they are drawn; includes "loss".
-        make_final_probes: (model, number of samples from the run options, data.binarize) -> probes measured once, on the test
-            split at the end of training, or None.
+        make_final_probes: (model, number of samples from the run options, data.binarize) -> probes measured once, on
+            the test split at the end of training, or None.
         check_data: raises ValueError for data that the family cannot learn from.
         decodes_per_example: (model, fields of objective) -> the number of images that the objective decodes per
             example; evaluation divides its batch size by it, and the memory check multiplies by it.
         baselines: (model, training images, fields of model and objective) -> {name: loss}, closed-form baselines.
-        ledger: (model, numbers, split, pixels of an image, whether they are binary, variance of the split's images about the
-            mean training image, fields of model) -> {what: value}: what the numbers measure, and their values in other
-            conventions.
-        make_figures: returns the family's `Figures`; their `arrays` are the results of `Probes.measure` on the test split.
+        ledger: (model, numbers, split, pixels of an image, whether they are binary, variance of the split's images
+            about the mean training image, fields of model) -> {what: value}: what the numbers measure, and their values
+            in other conventions.
+        make_figures: returns the family's `Figures`; their `arrays` are the results of `Probes.measure` on the test
+            split.
 
-    A family with several networks also has TERMS, the metrics whose gradients the summary shows for each network. If each
-    network has its own optimizer, GROUPS lists the networks, which are the top-level entries of `params`.
+    A family with several networks also has TERMS, the metrics whose gradients the summary shows for each network. If
+    each network has its own optimizer, GROUPS lists the networks, which are the top-level entries of `params`.
     """
 
     NAME: str

@@ -43,7 +43,8 @@ def make(
 
     Args:
         features: channels after each convolution.
-        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are float32.
+        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are
+            float32.
 
     Raises ValueError if there are fewer than 2 classes, a size is below 1, or pooling leaves nothing of the image.
     """
@@ -153,7 +154,8 @@ def check_data(dataset) -> None:
     counts = np.bincount(dataset.splits["train"].label, minlength=dataset.num_classes)
     if 0 in counts:
         raise ValueError(
-            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: number the classes without gaps, and give each class training images"
+            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: "
+            "number the classes without gaps, and give each class training images"
         )
 
 

@@ -1,9 +1,10 @@
-"""The conditional VAE p(x | c); c is the label or a visible part of the image (Sohn et al. 2015; Doersch 2016, section 3).
+"""The conditional VAE p(x | c); c is the label or a visible part of the image (Sohn et al. 2015; Doersch 2016, section
+3).
 
     loss = E_q(z | x, c)[-log p(x | z, c)] + beta KL(q(z | x, c) || p(z | c))
 
-Given a condition the model is a VAE, `model.given(c)`, so it uses the objective, probes and evaluation of families/vae.py. If
-the condition is a part of the image, p covers the hidden pixels only.
+Given a condition the model is a VAE, `model.given(c)`, so it uses the objective, probes and evaluation of
+families/vae.py. If the condition is a part of the image, p covers the hidden pixels only.
 """
 
 import functools
@@ -58,17 +59,20 @@ def make(
     prior: str = "standard_normal",
     precision: str = "float32",
 ) -> Model:
-    """The conditional VAE, by default with the post's networks; other fields are as in the family vae, but the output bias starts at 0.
+    """The conditional VAE, by default with the post's networks; other fields are as in the family vae, but the output
+    bias starts at 0.
 
     Args:
-        condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"), all
-            but the upper right quadrant ("quadrant3"), or the centre "column" (Sohn et al. 2015; Doersch 2016).
+        condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"),
+            all but the upper right quadrant ("quadrant3"), or the centre "column" (Sohn et al. 2015; Doersch 2016).
         condition_hidden: widths of dense layers that embed the condition; empty: the condition itself.
-        latent_dim: size of z; 0 gives a plain regression of the hidden pixels on the visible ones, with the loss -log p(x | c).
+        latent_dim: size of z; 0 gives a plain regression of the hidden pixels on the visible ones, with the loss -log
+            p(x | c).
         prior: p(z | c): "standard_normal" for every condition, or "learned", a Gaussian that depends on the condition.
 
-    Raises ValueError as the family vae does, and for data without labels if they are the condition, an unknown condition or
-    prior, quadrants of an image of odd size, and a part of the image with a likelihood whose scale depends on all pixels.
+    Raises ValueError as the family vae does, and for data without labels if they are the condition, an unknown
+    condition or prior, quadrants of an image of odd size, and a part of the image with a likelihood whose scale depends
+    on all pixels.
     """
     dtype = choose(PRECISIONS, "precision", precision)
     choose(dict.fromkeys(CONDITIONS), "condition", condition)

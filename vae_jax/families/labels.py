@@ -34,7 +34,8 @@ def known_or_summed_out(
     label: Int[Array, " batch"],
     gradient_weight: Any = 1.0,
 ) -> Float[Array, " batch"]:
-    """L(x, y) of a labelled image, U(x) of an unlabelled one, with p(y) = 1 / C. `by_label` is -log p(x | y) or a bound on it.
+    """L(x, y) of a labelled image, U(x) of an unlabelled one, with p(y) = 1 / C. `by_label` is -log p(x | y) or a bound
+    on it.
 
     `gradient_weight` scales the gradient with respect to `logits`.
     """
@@ -48,8 +49,8 @@ def known_or_summed_out(
 def weight_of_labels(alpha: float, labelled_share: float) -> float:
     """The weight of a labelled image's cross-entropy, alpha / (share of labelled images in a batch).
 
-    The division makes the total weight of the cross-entropy independent of that share. Source: Kingma et al. 2014, section
-    3.1.2, with alpha 0.1. Raises ValueError for a negative alpha.
+    The division makes the total weight of the cross-entropy independent of that share. Source: Kingma et al. 2014,
+    section 3.1.2, with alpha 0.1. Raises ValueError for a negative alpha.
     """
     if not 0 <= alpha < math.inf:
         raise ValueError(f"objective.alpha is {alpha}, but must be at least 0")

@@ -126,7 +126,8 @@ def ledger(
 ) -> dict[str, Any]:
     """What the numbers measure, and their values on a split in other applicable conventions.
 
-    The explained variance is 1 - squared error / `variance`; `variance` is that of the split about the mean training image.
+    The explained variance is 1 - squared error / `variance`; `variance` is that of the split about the mean training
+    image.
     """
     p_x = model.likelihood
     if p_x.support == BINARY and not is_binary:
@@ -159,7 +160,9 @@ def ledger(
 def figures_of_codes(
     model: Model, decode: Callable, mean: Float[np.ndarray, "n latent"], label: np.ndarray, title: str
 ) -> dict[str, Callable]:
-    """The codes coloured by label, and images decoded over a plane: the two latents, or two principal axes if there are more."""
+    """The codes coloured by label, and images decoded over a plane: the two latents, or two principal axes if there are
+    more.
+    """
     if model.latent_dim < 2:
         return {}
     if model.latent_dim == 2:
@@ -196,7 +199,9 @@ def make_figures(
     samples: Callable[[Any], Any] | None = None,
     panels: Mapping[str, str] = PANELS,
 ):
-    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` replaces the last."""
+    """Training curve, reconstructions and prior samples (the post, Figures 3 to 5); `samples(variables)` replaces the
+    last.
+    """
     shown = first_of_each_label(test.label)
     image, label = test.image[shown] / np.float32(255), test.label[shown]
     if model.likelihood.support == BINARY and has_grey(test.image):

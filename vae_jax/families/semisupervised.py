@@ -1,4 +1,5 @@
-"""The generative semi-supervised model M2 (Kingma et al. 2014): a label-conditioned VAE and a classifier that infers the label.
+"""The generative semi-supervised model M2 (Kingma et al. 2014): a label-conditioned VAE and a classifier that infers
+the label.
 
     p(x, y, z) = p(y) p(z) p(x | y, z),    q(y, z | x) = q(y | x) q(z | x, y),    p(y) = 1 / C
 
@@ -50,7 +51,8 @@ def make(
 ) -> Model:
     """The label-conditioned networks of the family conditional, with a second encoder of the same size as q(y | x).
 
-    Fields are as in the family conditional. Raises ValueError as the family vae does, and for data with fewer than 2 classes.
+    Fields are as in the family conditional. Raises ValueError as the family vae does, and for data with fewer than 2
+    classes.
     """
     dtype = choose(PRECISIONS, "precision", precision)
     check_sizes(latent_dim=(latent_dim,))
@@ -103,8 +105,9 @@ def make_objective(
         beta: weight of the KL of z.
         warmup_steps: training steps during which it rises linearly to beta.
         alpha: weight of the cross-entropy, divided by the share of labelled images in a batch.
-        label_warmup_steps: training steps during which the gradient of U(x) in q(y | x) rises linearly to its full size.
-            Without it q(y | x) settles on classes other than the labels' before the decoder has learned to use the label.
+        label_warmup_steps: training steps during which the gradient of U(x) in q(y | x) rises linearly to its full
+            size. Without it q(y | x) settles on classes other than the labels' before the decoder has learned to use
+            the label.
 
     Raises ValueError for a number out of range.
     """

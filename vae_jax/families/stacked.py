@@ -151,7 +151,8 @@ def make_objective(
     alpha: float = 0.1,
     label_warmup_steps: int = 0,
 ):
-    """The sum of the losses of M1 and M2; fields as in the families vae (for M1: beta, warmup_steps) and semisupervised.
+    """The sum of the losses of M1 and M2; fields as in the families vae (for M1: beta, warmup_steps) and
+    semisupervised.
 
     Training classifies a draw from q(c | x); evaluation, like `probabilities`, classifies its mean.
     """

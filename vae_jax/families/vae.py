@@ -23,8 +23,8 @@ from vae_jax.nn.networks import (
     check_sizes,
     choose,
     configure,
+    init_output_bias,
     make_autoencoder,
-    start_at,
 )
 from vae_jax.objectives import (
     doubly_reparameterized,
@@ -62,22 +62,26 @@ def make(
 
     Args:
         latent_dim: size of z.
-        network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training image.
-        encoder_features: for conv: channels after each convolution; each one halves the image. Empty: 32, 64, 128, ..., until 7
-            to 13 pixels or an odd number are left; (32, 64) for 28x28, as in the post.
-        decoder_features: for conv: channels of the transposed convolutions, which double the image. Empty: encoder's reversed.
-        pooling: for conv: halve the image by max pooling instead of strided convolutions; the post found that this fails.
+        network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training
+            image.
+        encoder_features: for conv: channels after each convolution; each one halves the image. Empty: 32, 64, 128, ...,
+            until 7 to 13 pixels or an odd number are left; (32, 64) for 28x28, as in the post.
+        decoder_features: for conv: channels of the transposed convolutions, which double the image. Empty: encoder's
+            reversed.
+        pooling: for conv: halve the image by max pooling instead of strided convolutions; the post found that this
+            fails.
         hidden: for mlp: widths of the encoder's layers; the decoder has them in reverse.
-        likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the optimal variance for each
-            batch), "laplace", "bernoulli", "continuous_bernoulli" or "discretised_logistic".
+        likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the optimal variance for
+            each batch), "laplace", "bernoulli", "continuous_bernoulli" or "discretised_logistic".
         scale: for gaussian, laplace and discretised_logistic: the scale, for pixels in [0, 1].
         learn_scale: learn the scale, starting at `scale`.
         prior: p(z): "standard_normal", "mixture" (of learned Gaussians) or "vamp" (of posteriors of learned images).
         components: for mixture and vamp: number of components.
-        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are float32.
+        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are
+            float32.
 
-    Raises ValueError if a size is below 1, a scale is not above 0, a name is unknown, a field has no effect, the decoder cannot
-    reach the image's size by doubling, or pooling leaves nothing of the image.
+    Raises ValueError if a size is below 1, a scale is not above 0, a name is unknown, a field has no effect, the
+    decoder cannot reach the image's size by doubling, or pooling leaves nothing of the image.
     """
     dtype = choose(PRECISIONS, "precision", precision)
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0), learn_scale=(learn_scale, False))
@@ -110,7 +114,7 @@ def init(
     """The variables of networks, likelihood and prior; `pixel_mean` sets the output bias of dense decoders."""
     variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
     if pixel_mean is not None and isinstance(getattr(autoencoder, "decoder", None), DenseDecoder):
-        variables["params"] = start_at(variables["params"], pixel_mean)
+        variables["params"] = init_output_bias(variables["params"], pixel_mean)
     return with_parts(variables, p_x, p_z, key)
 
 
@@ -142,8 +146,8 @@ def make_objective(
         samples: draws of z per image; more than one gives the importance-weighted bound (Burda et al. 2016).
         estimator: gradient of that bound: "iwae", the plain one, or "dreg", with less variance (Tucker et al. 2019).
 
-    Raises ValueError for a number out of range, for incompatible fields, and for binarized data with a likelihood of grey
-    pixels. A Bernoulli accepts grey pixels, but `ledger` then labels its number as grey cross-entropy.
+    Raises ValueError for a number out of range, for incompatible fields, and for binarized data with a likelihood of
+    grey pixels. A Bernoulli accepts grey pixels, but `ledger` then labels its number as grey cross-entropy.
     """
     check_objective(model, beta, warmup_steps, free_bits, samples, estimator, binarize)
 
@@ -219,7 +223,8 @@ def check_objective(
         )
     if not model.latent_dim and (beta, warmup_steps, free_bits, samples) != (1, 0, 0, 1):
         raise ValueError(
-            "model.latent_dim is 0, a regression without KL: leave objective.beta, warmup_steps, free_bits and samples at their defaults"
+            "model.latent_dim is 0, a regression without KL: leave objective.beta, warmup_steps, free_bits and "
+            "samples at their defaults"
         )
     if free_bits and samples > 1:
         raise ValueError(

@@ -1,7 +1,7 @@
 """The VAE/GAN: it compares images by a discriminator's features instead of by pixels (Larsen et al. 2016).
 
-x is an image, x~ = dec(z) with z ~ q(z | x) its reconstruction, and x_p = dec(z_p) with z_p ~ p(z) a sample. f is the output
-of one of the convolutions of the discriminator D. Four terms train three networks:
+x is an image, x~ = dec(z) with z ~ q(z | x) its reconstruction, and x_p = dec(z_p) with z_p ~ p(z) a sample. f is the
+output of one of the convolutions of the discriminator D. Four terms train three networks:
 
     KL  = KL(q(z | x) || p(z))                                 R = 1/2 |f(x) - f(x~)|^2
     L_D = -1/2 log D(x) - 1/2 log(1 - D(x_p))                  A = -log D(x_p), or saturating: log(1 - D(x_p))
@@ -14,8 +14,8 @@ gradient:
     loss = beta KL + R(enc, dec, sg dis) + lambda A(dec, sg dis) + L_D(sg images, dis) + penalty
     lambda = n (1 - gamma) / gamma
 
-The decoder's part is its objective times n / gamma. This factor has no effect, because each network has its own Adam, which
-is invariant to the scale of its loss. The released code freezes a network when its opponent loses, and uses batch
+The decoder's part is its objective times n / gamma. This factor has no effect, because each network has its own Adam,
+which is invariant to the scale of its loss. The released code freezes a network when its opponent loses, and uses batch
 normalisation; neither is needed here (see `penalty`).
 """
 
@@ -37,7 +37,7 @@ from vae_jax.likelihoods import LIKELIHOODS, distortion, sigmoid_mean
 from vae_jax.model import ABSENT
 from vae_jax.nn.description import describe_autoencoder
 from vae_jax.nn.discriminator import Discriminator, check_discriminator
-from vae_jax.nn.networks import PRECISIONS, check_sizes, choose, configure, conv
+from vae_jax.nn.networks import PRECISIONS, check_sizes, choose, configure, conv_autoencoder
 from vae_jax.objectives import discriminator_loss, generator_loss, reparameterize
 from vae_jax.priors import standard_normal
 
@@ -84,8 +84,8 @@ def make(
         discriminator_features: channels after each of the discriminator's convolutions; each one halves the image.
         feature_layer: number, from 1, of the discriminator's convolution whose output is used to compare images.
 
-    Raises ValueError as the family vae does, and for a discriminator too deep for the image, a feature layer that does not
-    exist, and the optimal Gaussian, whose variance nothing would train.
+    Raises ValueError as the family vae does, and for a discriminator too deep for the image, a feature layer that does
+    not exist, and the optimal Gaussian, whose variance nothing would train.
     """
     check_sizes(latent_dim=(latent_dim,), discriminator_features=discriminator_features)
     check_discriminator(image_shape, discriminator_features, feature_layer)
@@ -93,7 +93,7 @@ def make(
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0))
     if p_x.update is not None:
         raise ValueError(f"model.likelihood is {likelihood!r}, whose variance nothing here trains: take another")
-    autoencoder: Any = conv(
+    autoencoder: Any = conv_autoencoder(
         *(image_shape, latent_dim, p_x.channels, dtype), tuple(encoder_features), tuple(decoder_features), False
     )
     discriminator: Any = Discriminator(tuple(discriminator_features), dtype)
@@ -138,13 +138,13 @@ def make_objective(
     """The loss above; evaluation omits the penalty.
 
     Args:
-        method: "vaegan"; or, with the same networks, the plain "vae", which learns from pixels, or the plain "gan", whose
-            encoder learns nothing.
+        method: "vaegan"; or, with the same networks, the plain "vae", which learns from pixels, or the plain "gan",
+            whose encoder learns nothing.
         beta: weight of the KL.
         gamma: in (0, 1]: weight of R, as a mean over features, in the decoder's objective; A has the weight 1 - gamma.
         saturating: use the paper's A, log(1 - D), whose gradient vanishes where the discriminator wins.
-        judge_reconstructions: the discriminator also sees x~, and the decoder learns to fool it with both, with equal weight. The
-            paper's algorithm does this; the released code does not.
+        judge_reconstructions: the discriminator also sees x~, and the decoder learns to fool it with both, with equal
+            weight. The paper's algorithm does this; the released code does not.
         penalty: weight of R1, penalty / 2 |d logit D(x) / dx|^2 (Mescheder et al. 2018).
 
     Raises ValueError for a field out of range or without effect for the method.
@@ -209,7 +209,9 @@ def draw_prior(model: Model, variables, keys) -> Float[Array, "batch latent"]:
 
 
 def slope(model: Model, variables, image: Float[Array, "batch height width channel"]) -> Float[Array, " batch"]:
-    """|d logit D(x) / dx|^2 of each image. D treats images independently, so the gradient of the sum gives each gradient."""
+    """|d logit D(x) / dx|^2 of each image. D treats images independently, so the gradient of the sum gives each
+    gradient.
+    """
     gradient = jax.grad(lambda image: model.apply(variables, image)[0].sum())(image)
     return jnp.sum(gradient**2, axis=(1, 2, 3))
 
@@ -238,11 +240,13 @@ def check_fields(
     }
     for name, (is_set, is_dead) in dead.items():
         if is_set and is_dead:
-            raise ValueError(f"objective.{name} has no meaning with objective.method={method}: leave it at its default")
+            raise ValueError(f"objective.{name} has no effect with objective.method={method}: leave it at its default")
 
 
 def decodes_per_example(*, method: str = "vaegan", judge_reconstructions: bool = False) -> int:
-    """A reconstruction, a sample, and a second reconstruction if the discriminator judges it; for "vae" a reconstruction."""
+    """A reconstruction, a sample, and a second reconstruction if the discriminator judges it; for "vae" a
+    reconstruction.
+    """
     return 1 if method == "vae" else 2 + judge_reconstructions
 
 

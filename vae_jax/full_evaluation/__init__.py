@@ -1,7 +1,7 @@
 """`--mode=evaluate --full`: every measurement of a trained VAE, with reference values or standard errors.
 
-Measurements that do not apply are replaced by the reason. The numbers go to generated/evaluation-*.json, and the figures to
-the same folder.
+Measurements that do not apply are replaced by the reason. The numbers go to generated/evaluation-*.json, and the
+figures to the same folder.
 """
 
 import json
@@ -35,8 +35,8 @@ def evaluate_fully(
         prior: name of the prior, for the file names.
         folder: destination of finished parts, figures and numbers; the same call continues an interrupted one.
 
-    Raises ValueError for samples below 1, if the split has fewer images than `count`, if p(z) has no closed form, and for
-    unlabelled images if the model is conditioned on the label.
+    Raises ValueError for samples below 1, if the split has fewer images than `count`, if p(z) has no closed form, and
+    for unlabelled images if the model is conditioned on the label.
     """
     vae.check_has_density()
     stored = dataset.splits[split]

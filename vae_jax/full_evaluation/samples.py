@@ -30,8 +30,8 @@ def generated_numbers(subject: Subject) -> tuple[dict[str, Any], np.ndarray | No
     """Distances between generated and real images in the pinned classifier's features, and the pairs closest to copies.
 
     Decoded means are compared with the stored images, and draws from p(x | z) with the images that the model sees. For
-    reference there are the floor, with training images instead of generated ones, and a collapsed model, which generates only
-    the mean training image.
+    reference there are the floor, with training images instead of generated ones, and a collapsed model, which
+    generates only the mean training image.
     """
     vae, training = subject.vae, subject.dataset.splits["train"]
     if vae.image_shape != (28, 28, 1):

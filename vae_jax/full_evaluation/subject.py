@@ -25,7 +25,9 @@ class Subject(NamedTuple):
     devices: Devices
 
     def encode(self, split: Split) -> dict[str, np.ndarray]:
-        """For each image: mean and logvar of q(z | x), a draw z, the KL, and the KL of each latent if it has a closed form."""
+        """For each image: mean and logvar of q(z | x), a draw z, the KL, and the KL of each latent if it has a closed
+        form.
+        """
 
         def measure(variables, batch, key):
             model = self.vae.model.of(batch)

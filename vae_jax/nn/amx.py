@@ -35,8 +35,8 @@ def input_grad(g, kernel, geometry):
 def kernel_grad(x, g, geometry):
     """im2col(x)^T g: [batch, *large, c], [batch, *small, k] -> [kh, kw, c, k].
 
-    A product that contracts the rows of both operands is slow, and XLA's way to transpose one is too. So g is transposed
-    by a product with the identity, which is exact.
+    A product that contracts the rows of both operands is slow, and XLA's way to transpose one is too. So g is
+    transposed by a product with the identity, which is exact.
     """
     g = _columns(g)
     transposed = _multiply(jnp.eye(g.shape[1], dtype=g.dtype), g, (1, 1)).astype(g.dtype)

@@ -12,8 +12,8 @@ class ConditionalAutoencoder(nn.Module):
     """An autoencoder given conditions c. If `hidden` is not empty, dense layers with tanh first embed c.
 
     The encoder adds a linear function of c to the mean and log-variance of q(z | x, c). The decoder takes z and c
-    concatenated. `prior(c)` returns the mean and log-variance of p(z | c), initially N(0, I). If `latent_dim` is 0 only the
-    decoder remains, a regression on c.
+    concatenated. `prior(c)` returns the mean and log-variance of p(z | c), initially N(0, I). If `latent_dim` is 0 only
+    the decoder remains, a regression on c.
     """
 
     autoencoder: Autoencoder

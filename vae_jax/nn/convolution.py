@@ -1,7 +1,7 @@
 """SAME convolution and its transpose: matrix products on the CPU, and on GPUs for few channels; otherwise lax.
 
-XLA's CPU convolution is far slower than its matrix product, and even slower inside a loop. So on the CPU each of the three
-bilinear maps that make up a convolution is one product:
+XLA's CPU convolution is far slower than its matrix product, and even slower inside a loop. So on the CPU each of the
+three bilinear maps that make up a convolution is one product:
 
     conv(x, w)               small = im2col(x) w               forward
     conv_input_grad(g, w)    large = col2im(g w^T)             its transpose in x: the transposed convolution
@@ -10,13 +10,13 @@ bilinear maps that make up a convolution is one product:
 If the small side has few channels, several pixels of a row are combined into one pixel with all their channels.
 
 The transposes of each map are the other two. As JAX primitives the three are therefore closed under differentiation of
-any order, in forward and reverse mode, and the backward pass of a transposed convolution is one im2col and two products.
-On TPUs the same primitives lower to `lax.conv_general_dilated` and its transposes. On NVIDIA GPUs they do so too, unless the
-large side has few channels, where cuDNN is slower than the products. Kernels have Flax's layout, [height, width, in, out],
-so weights are interchangeable between platforms and with `flax.linen`.
+any order, in forward and reverse mode, and the backward pass of a transposed convolution is one im2col and two
+products. On TPUs the same primitives lower to `lax.conv_general_dilated` and its transposes. On NVIDIA GPUs they do so
+too, unless the large side has few channels, where cuDNN is slower than the products. Kernels have Flax's layout,
+[height, width, in, out], so weights are interchangeable between platforms and with `flax.linen`.
 
-In bfloat16, products and overlapping sums accumulate in float32. CPUs store the rounded values as float32; only those with AMX
-multiply them faster in bfloat16 (amx.py).
+In bfloat16, products and overlapping sums accumulate in float32. CPUs store the rounded values as float32; only those
+with AMX multiply them faster in bfloat16 (amx.py).
 """
 
 import functools
@@ -82,7 +82,8 @@ def _check_channels(x, kernel):
 def _widen(geometry, channels):
     """Combine n small pixels of a row into one with all their channels, since narrow products are slow.
 
-    Returns the new geometry and n. The n kernels lie side by side in a wider one, with at most as many zeros as weights.
+    Returns the new geometry and n. The n kernels lie side by side in a wider one, with at most as many zeros as
+    weights.
     """
     (kh, kw), (sh, sw), low, (h, w), large = geometry
 
@@ -115,7 +116,8 @@ def _input_grad(g, kernel, geometry):
 def _kernel_grad(x, g, geometry):
     channels = x.shape[3], g.shape[3]
     wide, n = _widen(geometry, channels[1])
-    # Contracting over the rows of both operands avoids the transposed copy of the columns that XLA makes for other forms.
+    # Contracting over the rows of both operands avoids the transposed copy of the columns that XLA makes for other
+    # forms.
     product = lax.dot_general(im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ())))
     exact = jnp.promote_types(product.dtype, jnp.float32)
     kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
@@ -141,8 +143,8 @@ def _lax_kernel_grad(x, g, geometry):
 def _primitive(name, product, in_bfloat16, convolution, shape, channels, has_kernel=True):
     """A primitive that lowers to a matrix product, to one `in_bfloat16`, or to a lax convolution.
 
-    `shape(a, b, geometry)` returns the shape of the result, and `channels(a, b)` the number of channels of the large side.
-    `has_kernel` says whether b is a kernel.
+    `shape(a, b, geometry)` returns the shape of the result, and `channels(a, b)` the number of channels of the large
+    side. `has_kernel` says whether b is a kernel.
     """
     primitive = Primitive(name)
 

@@ -15,8 +15,8 @@ SLOPE = 0.2  # slope of the leaky ReLU below 0 (Radford et al. 2016)
 class Discriminator(nn.Module):
     """Image -> the logit of being real, and the activations of every convolution.
 
-    Convolutions of 3x3 with stride 2 and leaky ReLU, then a dense layer. There is no batch normalisation, so the logit of an
-    image does not depend on other images.
+    Convolutions of 3x3 with stride 2 and leaky ReLU, then a dense layer. There is no batch normalisation, so the logit
+    of an image does not depend on other images.
     """
 
     features: tuple[int, ...]
@@ -35,12 +35,15 @@ class Discriminator(nn.Module):
 
 
 def check_discriminator(image_shape: tuple[int, int, int], features: tuple[int, ...], layer: int) -> None:
-    """Raise ValueError if the image cannot be halved once per convolution, or if there is no convolution number `layer`."""
+    """Raise ValueError if the image cannot be halved once per convolution, or if there is no convolution number
+    `layer`.
+    """
     height, width, _ = image_shape
     depth, most = len(features), min(height, width).bit_length() - 1
     if depth > most:
         raise ValueError(
-            f"model.discriminator_features has {depth} entries, but images of {height}x{width} can be halved {most} times: "
+            f"model.discriminator_features has {depth} entries, but images of {height}x{width} can be halved {most} "
+            "times: "
             "give it fewer"
         )
     if not 1 <= layer <= depth:

@@ -17,8 +17,8 @@ kernel_init = nn.initializers.glorot_uniform()
 def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """Round x to `dtype`, the input precision of a layer.
 
-    On CPUs bfloat16 values are stored as float32, because loops over float32 are faster there. Accelerators also multiply
-    rounded operands and sum the products in float32.
+    On CPUs bfloat16 values are stored as float32, because loops over float32 are faster there. Accelerators also
+    multiply rounded operands and sum the products in float32.
     """
     if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
@@ -91,8 +91,9 @@ class ProjectAndReshape(nn.Module):
 class ConvForPool(nn.Module):
     """`Conv` with stride 1 that groups its output into the 2x2 windows of max pooling, 4 adjacent vectors per window.
 
-    A window depends on 4x4 inputs, so one convolution with stride 2 and the 3x3 kernel at four positions computes it. On the
-    CPU this moves less than half the memory. The last row or column of an odd size belongs to no window and is dropped.
+    A window depends on 4x4 inputs, so one convolution with stride 2 and the 3x3 kernel at four positions computes it.
+    On the CPU this moves less than half the memory. The last row or column of an odd size belongs to no window and is
+    dropped.
     """
 
     features: int
@@ -118,7 +119,8 @@ def window_extreme(x: Float[Array, "batch h w window c"], largest: Bool[Array, "
 
 @window_extreme.defjvp
 def _window_extreme_jvp(primals, tangents):
-    # The same derivative as JAX's max, with one comparison for maximum and minimum, and a selection instead of a product.
+    # The same derivative as JAX's max, with one comparison for maximum and minimum, and a selection instead of a
+    # product.
     x, y = primals[0], window_extreme(*primals)
     hit = x == y[:, :, :, None]
     count = hit.sum(axis=3).astype(x.dtype)
@@ -128,8 +130,8 @@ def _window_extreme_jvp(primals, tangents):
 class BatchNormMaxPool(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015), followed by max pooling if x comes in windows.
 
-    Normalisation is monotone in each channel. So the code pools first, with the minimum where the scale is negative, and
-    normalises only a quarter of the values. Parameters and statistics are those of `nn.BatchNorm`.
+    Normalisation is monotone in each channel. So the code pools first, with the minimum where the scale is negative,
+    and normalises only a quarter of the values. Parameters and statistics are those of `nn.BatchNorm`.
     """
 
     momentum: float = 0.9

@@ -122,7 +122,7 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(image)[0])
 
 
-def conv(
+def conv_autoencoder(
     image_shape: tuple[int, int, int],
     latent_dim: int,
     channels: int,
@@ -149,7 +149,8 @@ def conv(
 
 
 def fitting_features(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    """32, 64, 128, ...: one entry for each time that the image can be halved evenly to 7 pixels or more, and at least one.
+    """32, 64, 128, ...: one entry for each time that the image can be halved evenly to 7 pixels or more, and at least
+    one.
 
     28x28 gives (32, 64), as in the post; 64x64 gives (32, 64, 128).
     """
@@ -160,7 +161,7 @@ def fitting_features(image_shape: tuple[int, int, int]) -> tuple[int, ...]:
     return tuple(32 * 2**i for i in range(max(1, halvings)))
 
 
-def mlp(
+def mlp_autoencoder(
     image_shape: tuple[int, int, int], latent_dim: int, channels: int, dtype: Any, hidden: tuple[int, ...]
 ) -> Autoencoder:
     """The dense networks of Burda et al. 2016."""
@@ -194,7 +195,7 @@ def make_autoencoder(
     return configure(NETWORKS, "network", network, sizes, **fields)
 
 
-def start_at(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "height width channel"]) -> dict:
+def init_output_bias(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "height width channel"]) -> dict:
     """Set the output bias of an `mlp` decoder to logit(mean image), with the mean clipped to [.001, .999]."""
     mean = np.clip(pixel_mean, 0.001, 0.999)
     bias = jnp.asarray(np.log(mean / (1 - mean)), jnp.float32).reshape(-1)
@@ -203,11 +204,13 @@ def start_at(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "height wi
     return {**params, "decoder": decoder}
 
 
-NETWORKS: dict[str, Callable] = {"conv": conv, "mlp": mlp}
+NETWORKS: dict[str, Callable] = {"conv": conv_autoencoder, "mlp": mlp_autoencoder}
 
 
 class Classifier(nn.Module):
-    """Image -> logits: 3x3 convolutions with batch normalisation and ReLU, max pooling between them (the post, Table 4)."""
+    """Image -> logits: 3x3 convolutions with batch normalisation and ReLU, max pooling between them (the post, Table
+    4).
+    """
 
     num_classes: int
     features: tuple[int, ...]
@@ -249,8 +252,8 @@ def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
 def configure(choices: Mapping[str, Callable], field: str, name: str, known: Mapping[str, Any], **fields: Any) -> Any:
     """Call the function `choices[name]` with those of `known` and `fields` that it takes.
 
-    `fields` are fields of the config, each as (value, default). Raises ValueError for an unknown name, and for a field that the
-    function does not take unless it has its default value, since it would have no effect.
+    `fields` are fields of the config, each as (value, default). Raises ValueError for an unknown name, and for a field
+    that the function does not take unless it has its default value, since it would have no effect.
     """
     make = choose(choices, field, name)
     taken = inspect.signature(make).parameters

@@ -17,15 +17,17 @@ class Geometry(NamedTuple):
 
 
 def padding(geometry):
-    """The padding (low, high) of each axis of the large side; negative if the kernel does not reach the end of the axis."""
+    """The padding (low, high) of each axis of the large side; negative if the kernel does not reach the end of the
+    axis.
+    """
     return [(low, (n - 1) * stride + k - low - m) for k, stride, low, n, m in zip(*geometry)]
 
 
 def im2col(x, geometry):
     """The patches of x as rows, [batch * small, kh * kw * c].
 
-    Each slice takes `stride` pixels of a row, so there are few slices. XLA's CPU backend fuses a sum of padded slices into
-    one loop; a concatenation would copy them again.
+    Each slice takes `stride` pixels of a row, so there are few slices. XLA's CPU backend fuses a sum of padded slices
+    into one loop; a concatenation would copy them again.
     """
     (kh, kw), (sh, sw), _, (h, w), large = geometry
     batch, channels = x.shape[0], x.shape[3]
@@ -49,8 +51,8 @@ def im2col(x, geometry):
 def col2im(columns, geometry):
     """The transpose of im2col: [batch * small, kh * kw * c] -> [batch, *large, c], adding overlaps.
 
-    Outputs with the same remainder modulo the stride form a plane. Each plane is a sum of unstrided shifts of the columns,
-    and one reshape interleaves the planes. (Interior dilation by `lax.pad` is slower.)
+    Outputs with the same remainder modulo the stride form a plane. Each plane is a sum of unstrided shifts of the
+    columns, and one reshape interleaves the planes. (Interior dilation by `lax.pad` is slower.)
     """
     (kh, kw), (sh, sw), low, (h, w), large = geometry
     columns = columns.reshape(-1, h, w, kh, kw, columns.shape[-1] // (kh * kw))

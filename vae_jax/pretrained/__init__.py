@@ -61,9 +61,9 @@ class Pretrained:
     """A trained model. Its methods wrap the pure functions of `model`, which take `variables` first.
 
     Images are [n, height, width, channel], or without the channel axis if there is one channel: uint8, or float in
-    [0, 1]. A model of binary images binarizes them as evaluation does (`data.binarize`). Results are NumPy arrays. Every
-    method raises ValueError for input that does not fit, and if the model's family has no such method. Models can be
-    pickled.
+    [0, 1]. A model of binary images binarizes them as evaluation does (`data.binarize`). Results are NumPy arrays.
+    Every method raises ValueError for input that does not fit, and if the model's family has no such method. Models can
+    be pickled.
     """
 
     metadata: dict  # of its checkpoint, with this model's seed

@@ -39,8 +39,8 @@ class Checkpoints:
         folder: local or on gs://; created if missing.
         metadata: stored with each checkpoint, as JSON.
         keep: number of latest checkpoints to keep.
-        best: the metric that ranks checkpoints and its better direction, such as ("validation/loss", "lower"); with None
-            there is no best checkpoint.
+        best: the metric that ranks checkpoints and its better direction, such as ("validation/loss", "lower"); with
+            None there is no best checkpoint.
 
     Attributes:
         restored: the metadata of the checkpoint that training resumes from; None if it starts anew.
@@ -76,8 +76,9 @@ class Checkpoints:
     def restore(self, like: TrainState, note: Callable[[str], None]) -> TrainState | None:
         """The latest state, in the shapes of `like`, as NumPy arrays and the root key; None if there is no checkpoint.
 
-        Every damaged checkpoint is reported in one line through `note` and renamed; the latest of the others is restored.
-        Raises OSError if all are damaged, and if the checkpoint was trained on other data or does not fit `like`.
+        Every damaged checkpoint is reported in one line through `note` and renamed; the latest of the others is
+        restored. Raises OSError if all are damaged, and if the checkpoint was trained on other data or does not fit
+        `like`.
         """
         kept, damaged = survey(self._folder)
         if damaged and not kept:
@@ -155,7 +156,8 @@ class Checkpoints:
             part.rename(self._folder / str(step))
         except Exception as error:  # a full disk can raise almost anything
             raise OSError(
-                f"checkpoint {step} was not saved ({describe_error(error)}): the same command continues from the one before"
+                f"checkpoint {step} was not saved ({describe_error(error)}): the same command continues from the one "
+                "before"
             ) from error
         self.best, self.stopped_early = best, stopped_early
         for old in steps(self._folder)[self._keep :]:

@@ -1,7 +1,7 @@
 """The devices of a run: data parallelism by `jax.pmap`.
 
-Each device has a number, its shard, and takes that share of every batch. State and data are replicated on all devices, so
-no other file has a device axis. Every host runs the same program, and the primary host writes for all.
+Each device has a number, its shard, and takes that share of every batch. State and data are replicated on all devices,
+so no other file has a device axis. Every host runs the same program, and the primary host writes for all.
 """
 
 import contextlib
@@ -123,7 +123,9 @@ class Devices:
 
 
 def compiler_options(training: bool) -> dict[str, str]:
-    """The options of `jax.jit` that make a training, or a program without gradients, fastest on the CPU; none elsewhere."""
+    """The options of `jax.jit` that make a training, or a program without gradients, fastest on the CPU; none
+    elsewhere.
+    """
     if jax.default_backend() != "cpu":
         return {}
     return WIDE_VECTORS if training else WIDE_VECTORS | WITHOUT_YNNPACK

@@ -84,7 +84,8 @@ class RunDirectory:
     """The directory of a run, new or resumed.
 
     If `path` is on gs://, files go to a temporary folder, `self.path`, and `upload` copies them; no lock then keeps a
-    second process out. Raises OSError if the directory cannot be used, and ValueError if it holds a run with another config.
+    second process out. Raises OSError if the directory cannot be used, and ValueError if it holds a run with another
+    config.
     """
 
     def __init__(self, path: str, config: Mapping, command: str):
@@ -152,7 +153,8 @@ class RunDirectory:
         rows = [row for row in read_rows(self.remote or self.path) if row["step"] <= step]
         if step == 0 and self._saved:
             raise OSError(
-                f"the run in {self.remote or self.path} has lost its checkpoints: bring them back, or name another --workdir"
+                f"the run in {self.remote or self.path} has lost its checkpoints: bring them back, or name another "
+                "--workdir"
             )
         self._keep({(row["step"], *sorted(row)): row for row in reversed(rows)}.values())
         if self._saved:
@@ -221,7 +223,8 @@ class RunDirectory:
                     target.write_bytes(file.read_bytes())
         except Exception as error:  # gcsfs, credentials and network raise many kinds
             raise OSError(
-                f"cannot copy the run's files to {self.remote} ({describe_error(error)}): the same command continues once it can be written to"
+                f"cannot copy the run's files to {self.remote} ({describe_error(error)}): the same command continues "
+                "once it can be written to"
             ) from error
 
     def close(self) -> None:

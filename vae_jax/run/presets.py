@@ -1,4 +1,6 @@
-"""The config files that come with the package, found by path and never imported: configs/ in a clone, presets/ in a wheel."""
+"""The config files that come with the package, found by path and never imported: configs/ in a clone, presets/ in a
+wheel.
+"""
 
 import os
 import runpy

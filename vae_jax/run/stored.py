@@ -123,7 +123,8 @@ def check_same_data(stored: dict, metadata: dict) -> None:
     for name in DATA:
         if stored.get(name) != json.loads(json.dumps(metadata.get(name))):
             raise OSError(
-                f"{name} is not what it was when checkpoint {stored['step']} was saved: give the same data, or name another --workdir"
+                f"{name} is not what it was when checkpoint {stored['step']} was saved: give the same data, or name "
+                "another --workdir"
             )
 
 
