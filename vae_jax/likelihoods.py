@@ -41,8 +41,7 @@ class Likelihood(NamedTuple):
         support: the kind of number: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
         channels: raw decoder channels per image channel.
         init: key -> the parameters, {} if there are none.
-        energy: (variables, raw, image) -> -log p(image | raw) - `constant` of each pixel, in nats. `raw` may have
-            leading sample axes.
+        energy: (variables, raw, image) -> -log p(image | raw) - `constant` of each pixel; `raw` may have sample axes.
         constant: nats per pixel. Reports add it; a loss never does, because that would cost float32 precision.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).
@@ -129,11 +128,9 @@ def optimal_gaussian() -> Likelihood:
 
         energy = (x - mean)^2 / (2 s^2) + ln s,    s^2 = sum w (x - mean)^2 / (pixels sum w)
 
-    The sums run over all devices and samples.
-
-    By the envelope theorem s needs no gradient, since it maximises the ELBO; an importance-weighted bound would
-    need one. Evaluation uses the debiased moving average from training, so an image's result does not depend on other
-    images. Source: Rybkin et al. 2021, equation 6.
+    The sums run over all devices and samples. By the envelope theorem s needs no gradient, since it maximises the ELBO;
+    an importance-weighted bound would need one. Evaluation uses the debiased moving average from training, so an
+    image's result does not depend on other images. Source: Rybkin et al. 2021, equation 6.
     """
 
     def variance(variables):
@@ -259,9 +256,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
 
 
 class Scale(NamedTuple):
-    """One scale s for all pixels. ln s is in the energy, as `at(variables)[1]`, if s is learned, and otherwise in
-    `constant`.
-    """
+    """One scale s for all pixels. ln s is in the energy, as `at(variables)[1]`, if s is learned, else in `constant`."""
 
     init: Callable[[Any], dict]
     at: Callable[[Any], tuple[Any, Any]]

@@ -27,15 +27,14 @@ MODES = {  # mode -> the flags that it takes besides --config and --workdir
 MODE = """train: train, or continue an interrupted training. The others use a trained model and write to generated/ in the
 run directory. evaluate: the metrics on a split; with --full every measurement of a VAE. sample: images from the prior.
 reconstruct: images of a split and their reconstructions. interpolate: images between two. traverse: one latent moved at
-a time. encode: the codes of images. predict: labels of --input.
-export: a folder for a model hub, which is not uploaded."""
-CONFIG = """A preset (vae, conditional, sparse_labels, semisupervised, stacked, vaegan, classifier) or a file, and after a colon its variant:
-vae:digits, configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes other than train need only --workdir."""
+a time. encode: the codes of images. predict: labels of --input. export: a folder for a model hub, not uploaded."""
+CONFIG = """A preset (vae, conditional, sparse_labels, semisupervised, stacked, vaegan, classifier) or a file, and after a
+colon its variant: vae:digits, configs/vae.py:digits. --config.FIELD=VALUE sets a field. Modes other than train need only --workdir."""
 COUNTS = {"sample": 100, "reconstruct": 10, "interpolate": 11, "traverse": 11}
 MOST = {"sample": 10_000, "reconstruct": 100, "interpolate": 100, "traverse": 100}  # largest --count in one picture
-PRIOR = """For sample and evaluate --full: the model's prior, or gmm, a mixture of ten Gaussians fitted to the posteriors of the training images."""
-FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of generated
-images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
+PRIOR = "For sample and evaluate --full: the model's prior, or gmm, ten Gaussians fitted to the training posteriors."
+FULL = """For evaluate: also the likelihood by importance sampling, the information in the latents, and the distances of
+generated images from real ones. --count=N estimates the likelihood of the first N images of the split, by default 1,000."""
 INPUT = """Your own images, prepared like the training images: a folder, image files separated by commas, or an .npz
 with `image`. For predict, for sample of a model that completes images, and in place of --split for evaluate,
 reconstruct, interpolate, traverse and encode."""

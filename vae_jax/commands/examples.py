@@ -78,8 +78,7 @@ def read_own(model: Pretrained, path: str) -> Examples:
     if image.shape[1:] != model.image_shape:
         raise ValueError(
             f"{path} does not fit the model: images of {image.shape[2]}x{image.shape[1]}, but it "
-            f"takes {width}x{height}, "
-            "and it was trained without data.size, so images are not scaled: resize them"
+            f"takes {width}x{height}, and it was trained without data.size, so images are not scaled: resize them"
         )
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape") + image.tobytes()).hexdigest()[:8]
     first = Path(path.partition(",")[0])
