@@ -112,7 +112,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
     cells = [["run", *fields, "trained", *(f"test/{name}" for name in metrics), "minutes"]]
     for run in runs:
         epoch, epochs = run.rows[-1]["epoch"], run.config["epochs"]
-        most = "at most " if run.config["patience"] else ""  # whether it has ended is in its checkpoints alone
+        most = "at most " if run.config.get("patience") else ""  # whether it has ended is in its checkpoints alone
         state = f"{epoch:.3g} of {most}{epochs} epochs" if epoch < epochs else f"{epochs} epochs"
         values = [show(run, f"test/{name}") for name in metrics]
         minutes = f"{run.rows[-1]['seconds'] / 60:.1f}"

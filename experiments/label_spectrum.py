@@ -156,9 +156,9 @@ class Spectrum:
 
     def family(self, method: str, labels: int, draw: int) -> dict:
         """Train a generative model of images and labels once; returns its test numbers."""
-        folder, config, epochs, uses_unlabelled = FAMILIES[method]
+        folder, config, _, uses_unlabelled = FAMILIES[method]
         run = self._path / f"{folder}-{labels}-{draw}"
-        fields = {"epochs": self._settings["epochs"] or epochs, "seed": draw}
+        fields = {"epochs": self._settings["epochs"][method], "seed": draw}
         if uses_unlabelled:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
@@ -208,7 +208,7 @@ def main() -> None:
     settings = settings_of(given.data, dataset) | {
         "labels": [int(count) for count in given.labels],
         "draws": given.draws,
-        "epochs": given.epochs,
+        "epochs": {name: given.epochs or family.epochs for name, family in FAMILIES.items()},
         "steps": given.steps,
         "batch_size": 128,
         "vae_epochs": given.vae_epochs,

@@ -400,10 +400,10 @@ def test_the_histogram_of_each_pixel():
 
 
 def test_conventions_convert_into_each_other():
-    """A uniform density on [0, 1] has 0 nats and 8 bits a dequantised dimension; a uniform mass on 256 levels has 8
+    """A uniform density on [0, 1] has 0 nats and 8 bits per dequantised dimension; a uniform mass on 256 levels has 8
     bits.
     """
-    assert convert(0.0, "nats", 784)["bits a dequantised dimension"] == 8
+    assert convert(0.0, "nats", 784)["bits per dequantised dimension"] == 8
     assert convert(784 * np.log(256), "nats", 784)["bits per dimension"] == pytest.approx(8)
     constant = 0.5 * np.log(2 * np.pi)
     found = convert(18.5, "loss", 784, constant)

@@ -188,7 +188,7 @@ def test_probes_give_one_row_an_example_and_numbers_a_split(family):
 
 
 def test_decodes_per_example():
-    assert fill_in(vae.decodes_per_example, **KNOWN) == 1
+    assert fill_in(vae.decodes_per_example, **KNOWN) == fill_in(stacked.decodes_per_example, **KNOWN) == 1
     assert fill_in(classifier.decodes_per_example, **KNOWN) == 0
 
 

@@ -325,3 +325,17 @@ def test_a_signal_that_a_library_handles_stops_nothing(monkeypatch):
     while stop.signal != signal.SIGINT:
         time.sleep(0.01)
     assert not ended
+
+
+def test_on_several_hosts_sighup_and_ctrl_c_become_sigterm(monkeypatch):
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
+    sent = []
+    try:
+        hosts.StopOnAllHosts()
+        monkeypatch.setattr(hosts.os, "kill", lambda process, number: sent.append(number))
+        for number in before:
+            signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sent == [signal.SIGTERM, signal.SIGTERM]

@@ -538,7 +538,7 @@ def test_bad_models(fields, message):
         ({"method": "wgan"}, "method is 'wgan', but must be one of vaegan, vae, gan"),
         ({"method": "gan", "gamma": 0.1}, "gamma has no effect with objective.method=gan: leave it at its default"),
         ({"method": "vae", "penalty": 1.0}, "penalty has no effect with objective.method=vae"),
-        ({"method": "gan", "judge_reconstructions": True}, "judge_reconstructions has no meaning"),
+        ({"method": "gan", "judge_reconstructions": True}, "judge_reconstructions has no effect"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"binarize": "dynamic"}, "model.likelihood is a density on"),
     ],

@@ -41,13 +41,13 @@ class Likelihood(NamedTuple):
         support: the kind of number: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
         channels: raw decoder channels per image channel.
         init: key -> the parameters, {} if there are none.
-        energy: (variables, raw, image) -> -log p(image | raw) - `constant` of each pixel; `raw` may have sample axes.
+        energy: (variables, raw, image) -> nats -log p(image | raw) - `constant` per pixel; raw may have sample axes.
         constant: nats per pixel. Reports add it; a loss never does, because that would cost float32 precision.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).
         init_state: () -> the initial model state, ABSENT if there is none.
-        update: (variables, raw, image, weight, axis_name) -> (variables, state): called in training; returns the
-            variables for this batch's energy, and the new state; ABSENT if there is no state.
+        update: (variables, raw, image, weight, axis_name) -> (variables for this batch's energy, new state), called in
+            training; ABSENT if there is no state.
         scale: variables -> the learned scale, a standard deviation for Gaussians; ABSENT if none is learned.
         covered: share of the pixels that p covers; the others are given, and their energy is 0.
     """

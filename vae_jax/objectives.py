@@ -92,8 +92,8 @@ def log_weights(
 def importance_weighted_bound(log_w: Float[Array, "samples batch"]) -> Float[Array, " batch"]:
     """-log(1/K sum_k w_k) with log w_k = log p(x, z_k) - log q(z_k | x), an upper bound on -log p(x).
 
-    In expectation it does not increase with K, and K = 1 gives the negative ELBO. Source: Burda et al. 2016, equation
-    8.
+    In expectation it does not increase with K, and K = 1 gives the negative ELBO.
+    Source: Burda et al. 2016, equation 8.
     """
     return -(jax.nn.logsumexp(log_w, axis=0) - math.log(len(log_w)))
 
@@ -109,8 +109,8 @@ def doubly_reparameterized(
     so the gradient reaches only the parameters theta of p. In `along_z` everything except z is constant, so the
     gradient reaches the parameters phi of q only through z:
 
-        theta: -sum_k u_k d log w_k / d theta,    phi: -sum_k ((1 - beta) u_k + beta u_k^2) d log w_k / d z_k  d z_k / d
-            phi
+        theta: -sum_k u_k d log w_k / d theta
+        phi:   -sum_k ((1 - beta) u_k + beta u_k^2) d log w_k / d z_k  d z_k / d phi
 
     with u = softmax(log w): the direct path of phi, beta u_k d log q / d phi, becomes beta (u_k - u_k^2) along z.
     Source: Tucker et al. 2019, equations 7 and 8, for beta 1.

@@ -12,8 +12,8 @@ ABSENT: Any = None
 
 
 class Prior(NamedTuple):
-    """Pure functions that take the model's `variables` first. They read `params/prior`; those of vamp also the
-    networks.
+    """Pure functions that take the model's `variables` first. They read `params/prior`; vamp also reads the encoder,
+    and a learned p(z | c) reads only the networks.
 
     Attributes:
         init: key -> the parameters, {} if there are none.
@@ -67,8 +67,8 @@ def standard_normal(latent_dim: int) -> Prior:
 def conditional_normal(parts: Callable[[Any], tuple]) -> Prior:
     """p(z | c) = N(m, diag(v)) for a batch of conditions; `parts(variables)` returns m and ln v, both [batch, latent].
 
-    KL_j = 1/2 (ln v - logvar + (exp(logvar) + (mean - m)^2) / v - 1) for each latent. Source: Sohn et al. 2015, section
-    4.1.
+    KL_j = 1/2 (ln v - logvar + (exp(logvar) + (mean - m)^2) / v - 1) for each latent.
+    Source: Sohn et al. 2015, section 4.1.
     """
 
     def log_prob(variables, z: Float[Array, "*samples batch latent"]) -> Float[Array, "*samples batch"]:

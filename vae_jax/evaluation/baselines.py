@@ -45,8 +45,9 @@ def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> flo
 def cross_entropy_baselines(
     image: UInt8[np.ndarray, "n height width channel"], rounded: bool = False
 ) -> dict[str, float]:
-    """For a Bernoulli decoder: the loss of a collapsed model, sum_pixels H(mean pixel), and the floor, mean_x
-    sum_pixels H(x).
+    """For a Bernoulli decoder: the loss of a collapsed model, and the floor, which no model beats.
+
+        collapsed = sum_pixels H(mean pixel),    floor = mean_x sum_pixels H(x)
 
     H is the entropy of a binary pixel. The expected loss of any model on these images, binarized or grey, is at least
     the floor. `rounded` is for a model that sees each pixel rounded to 0 or 1.
@@ -84,8 +85,8 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
 
         loss                           nats without the likelihood's constant: what training minimises
         nats                           loss + pixels * constant
-        bits per dimension               nats / (pixels ln 2)
-        bits a dequantised dimension   8 more: for a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
+        bits per dimension             nats / (pixels ln 2)
+        bits per dequantised dimension 8 more: for a density on [0, 1] of pixels (k + u) / 256 with u uniform in [0, 1)
 
     Bits per dimension are defined for a mass on 0..255. For a density on [0, 1] only the dequantised bits are defined,
     and only if the images were dequantised. Source: Theis et al. 2016, section 3.1.
@@ -100,7 +101,7 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
         "loss": lambda value: value + pixels * constant,
         "nats": lambda value: value,
         "bits per dimension": lambda value: value * bit,
-        "bits a dequantised dimension": lambda value: (value - 8) * bit,
+        "bits per dequantised dimension": lambda value: (value - 8) * bit,
     }
     if source not in to_nats:
         raise ValueError(f"there is no convention {source!r}: give one of {', '.join(to_nats)}")
@@ -109,7 +110,7 @@ def convert(value: float, source: str, pixels: int, constant: float = 0.0) -> di
         "loss": nats - pixels * constant,
         "nats": nats,
         "bits per dimension": nats / bit,
-        "bits a dequantised dimension": nats / bit + 8,
+        "bits per dequantised dimension": nats / bit + 8,
     }
 
 

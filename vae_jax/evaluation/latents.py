@@ -59,8 +59,8 @@ def decompose_kl(
 
         I(n; z) = mean_n [log q(z_n | x_n) - log q(z_n)],    z_n ~ q(z | x_n)
 
-    Each term is at most ln N, so the estimate cannot show more information than `mutual_information/most`, which is ln
-    N. The mixture q(z) is over all N images; over a batch, the limit would be the log of the batch size.
+    Each term is at most ln N, reported as `mutual_information/most`, so the estimate cannot show more information. The
+    mixture q(z) is over all N images; over a batch, the limit would be the log of the batch size.
 
     Args:
         z: one draw from each q(z | x_n).

@@ -1,5 +1,6 @@
-"""The conditional VAE p(x | c); c is the label or a visible part of the image (Sohn et al. 2015; Doersch 2016, section
-3).
+"""The conditional VAE p(x | c); c is the label or a visible part of the image.
+
+Source: Sohn et al. 2015; Doersch 2016, section 3.
 
     loss = E_q(z | x, c)[-log p(x | z, c)] + beta KL(q(z | x, c) || p(z | c))
 
@@ -66,8 +67,8 @@ def make(
         condition: "label", or the visible pixels: the lower left quadrant ("quadrant1"), the left half ("quadrant2"),
             all but the upper right quadrant ("quadrant3"), or the centre "column" (Sohn et al. 2015; Doersch 2016).
         condition_hidden: widths of dense layers that embed the condition; empty: the condition itself.
-        latent_dim: size of z; 0 gives a plain regression of the hidden pixels on the visible ones, with the loss -log
-            p(x | c).
+        latent_dim: size of z; 0 gives a plain regression of the hidden pixels on the visible ones, whose loss is
+            -log p(x | c).
         prior: p(z | c): "standard_normal" for every condition, or "learned", a Gaussian that depends on the condition.
 
     Raises ValueError as the family vae does, and for data without labels if they are the condition, an unknown

@@ -22,8 +22,7 @@ class Layer(NamedTuple):
         kind: "conv" and "conv_transpose" (SAME with the given stride, kernel [height, width, in, out], not flipped, and
             bias), "dense" (kernel [in, out] and bias), "affine" (x factor + offset per channel), "max_pool" (2x2,
             without the last row or column of an odd size), "reshape" (to [batch, *shape]), "softmax" (over the last
-            axis), or an elementwise
-            function: "relu", "tanh", "sigmoid".
+            axis), or an elementwise function: "relu", "tanh", "sigmoid".
     """
 
     kind: str

@@ -43,8 +43,7 @@ def check_discriminator(image_shape: tuple[int, int, int], features: tuple[int, 
     if depth > most:
         raise ValueError(
             f"model.discriminator_features has {depth} entries, but images of {height}x{width} can be halved {most} "
-            "times: "
-            "give it fewer"
+            "times: give it fewer"
         )
     if not 1 <= layer <= depth:
         raise ValueError(f"model.feature_layer is {layer}, but the discriminator has convolutions 1 to {depth}")

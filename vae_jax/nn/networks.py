@@ -208,9 +208,7 @@ NETWORKS: dict[str, Callable] = {"conv": conv_autoencoder, "mlp": mlp_autoencode
 
 
 class Classifier(nn.Module):
-    """Image -> logits: 3x3 convolutions with batch normalisation and ReLU, max pooling between them (the post, Table
-    4).
-    """
+    """Image -> logits: 3x3 convolutions, batch normalisation, ReLU, max pooling between them (the post, Table 4)."""
 
     num_classes: int
     features: tuple[int, ...]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import psutil
 
-STAY = 0.5  # most of a device's memory that images may occupy, since activations need the rest; else sent call by call
+STAY = 0.5  # largest share of a device's memory for images, since activations need the rest; larger sets are streamed
 
 
 class TooLarge(ValueError):

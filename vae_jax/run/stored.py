@@ -47,7 +47,9 @@ def select(folder, which: str | int = "") -> dict:
             return read_metadata(folder, step)
         except ValueError as error:
             others = ", ".join(str(other) for other in found if other != step)
-            raise ValueError(f"{error}; train again{others and f', or choose another checkpoint: {others}'}") from error
+            raise ValueError(
+                f"{error}; continue training{others and f', or choose another checkpoint: {others}'}"
+            ) from error
 
     if not found:
         way_out = "bring them back" if latest_saved(folder) else "train first"
