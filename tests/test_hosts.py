@@ -331,9 +331,9 @@ def test_on_several_hosts_sighup_and_ctrl_c_become_sigterm(monkeypatch):
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGINT)}
     sent = []
     try:
-        hosts.StopOnAllHosts()
         monkeypatch.setattr(hosts.os, "kill", lambda process, number: sent.append(number))
         for number in before:
+            hosts.StopOnAllHosts()
             signal.raise_signal(number)
     finally:
         for number, handler in before.items():
