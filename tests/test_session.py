@@ -213,9 +213,9 @@ def test_fields_that_a_config_leaves_out_have_their_defaults(config):
 
 
 def test_only_a_training_needs_the_memory_of_one(config, monkeypatch, tmp_path):
-    def check_small(job, device):
-        assert device == jax.local_devices()[0]
-        memory.check_fits(job, Device(2**20))
+    def check_small(job, device, count):
+        assert device == jax.local_devices()[0] and count == 1
+        memory.check_fits(job, Device(2**20), count)
 
     monkeypatch.setattr(session, "check_fits", check_small)
     session.build(config)
@@ -542,14 +542,14 @@ def test_a_training_larger_than_the_device_is_refused_with_its_size(config, size
     job = job._replace(dataset=job.dataset._replace(splits={"train": train}))
     weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(job.init, jax.random.key(0))))
     images = 1437 if size == 1437 else 2 * 3 * job.steps_per_call * 512
-    for decodes in (1, 50):
+    for decodes, count in [(1, 1), (50, 1), (50, 4)]:
         larger = job._replace(decodes_per_example=decodes)
-        decoded = 512 * decodes * 28 * 28 // jax.device_count()
+        decoded = 512 * decodes * 28 * 28 // count
         needed = images * 28 * 28 + 4 * (3 * 4 * weights + decoded)
-        session.check_fits(larger, Device(needed))
+        session.check_fits(larger, Device(needed), count)
         message = rf"3 models of {weights:,} weights and {held} need \d\.\d GiB of memory, but small GPU has"
         with pytest.raises(ValueError, match=message) as error:
-            session.check_fits(larger, Device(needed - 1))
+            session.check_fits(larger, Device(needed - 1), count)
         assert "\n" not in str(error.value)
         assert ("run.steps_per_call" in str(error.value)) == (size > 1437)
 

@@ -51,8 +51,8 @@ def stays_on(device: Any, nbytes: int) -> bool:
     return nbytes <= STAY * available(device)[0]
 
 
-def check_fits(job: Any, device: Any) -> None:
-    """Raise ValueError if a training surely exceeds the device's memory.
+def check_fits(job: Any, device: Any, count: int) -> None:
+    """Raise ValueError if a training on `count` such devices surely exceeds the device's memory.
 
     A training holds the training images, or those of two calls; four copies of the weights per seed (including
     gradients and Adam's two averages); and four bytes per pixel decoded from the device's share of a batch.
@@ -60,7 +60,7 @@ def check_fits(job: Any, device: Any) -> None:
     shapes = jax.eval_shape(job.init, jax.random.key(0))
     seeds, pixels = len(job.seeds), math.prod(job.dataset.image_shape)
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    decoded = job.batch_size * job.decodes_per_example * pixels // jax.device_count()
+    decoded = job.batch_size * job.decodes_per_example * pixels // count
     images, held = job.dataset.splits["train"].image.nbytes, "the training images"
     way_out = "take a smaller model or batch, or fewer seeds"
     if not stays_on(device, images):

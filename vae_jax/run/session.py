@@ -212,7 +212,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
         if devices.is_primary and (stored := read_config(workdir)) is not None:
             check_same_config(workdir, stored, config)
         job = build(config)
-        check_fits(job, jax.local_devices()[0])
+        check_fits(job, jax.local_devices()[0], devices.count)
         config = job.metadata["config"]
         devices.check_divide(job.batch_size)
         finished = devices.is_primary and is_finished(job, workdir, folder)
