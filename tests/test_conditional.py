@@ -159,6 +159,14 @@ def test_only_hidden_pixels_count_and_visible_ones_are_kept():
     assert (decoded[:, :2] != batch.image[:, :2]).all()
 
 
+def test_a_likelihood_given_the_label_says_so():
+    numbers = {"test/bound": 8.0, "test/nll": 7.0}
+    for condition, said in [("label", True), ("quadrant3", False)]:
+        model, _ = make(condition=condition, likelihood="bernoulli")
+        found = conditional.ledger(model, numbers, "test", 16, True, likelihood="bernoulli")
+        assert (found.get("test/nll measures") == "-log p(x | y), given each image's own label") == said
+
+
 def test_numbers_of_hidden_pixels_are_divided_by_hidden_pixels():
     model, _ = make(condition="quadrant3", likelihood="discretised_logistic", scale=0.1)
     found = conditional.ledger(model, {"test/bound": 8.0}, "test", 16, False, likelihood="discretised_logistic")

@@ -143,6 +143,8 @@ def ledger(
         + (f", of {covered} hidden pixels" if covered < pixels else ""),
         f"{split}/bound, with its constant, nats": nats,
     }
+    if model.condition_on == "label" and f"{split}/nll" in numbers:
+        lines[f"{split}/nll measures"] = "-log p(x | y), given each image's own label"
     if p_x.support == DENSITY:
         lines[f"{split}/bound, bits per dimension"] = "none, since the pixels are not dequantised"
     else:
