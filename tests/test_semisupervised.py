@@ -245,9 +245,10 @@ def test_evaluation_classifies_the_mean_code_as_predict_does(both):
     model, variables = both
     batch = batch_of([0, 1, 2])
     keys = example_keys(jax.random.key(2), None, batch.index)
-    found, _ = stacked.make_objective(model, 0.5)(variables, batch, keys, False, None)
+    objective = jax.jit(stacked.make_objective(model, 0.5), static_argnames="train")
+    found, _ = objective(variables, batch, keys, train=False, step=None)
     cross_entropy, _ = found["cross_entropy"]
-    p = model.probabilities(variables, batch.image)
+    p = jax.jit(model.probabilities)(variables, batch.image)
     np.testing.assert_allclose(cross_entropy, -np.log(p[jnp.arange(3), batch.label]), rtol=1e-5)
 
 
