@@ -60,8 +60,8 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
     heading = [f"{count:,} labels" for count in labels] + ["all labels"]
     counts = [*labels, -1]
 
-    def table(found, methods):
-        return [["method", *heading], *([name, *(cell(found[name].get(n)) for n in counts)] for name in methods)]
+    def table(numbers, methods):
+        return [["method", *heading], *([name, *(cell(numbers[name].get(n)) for n in counts)] for name in methods)]
 
     nats = by_method(rows, "bound", 1) | by_method(rows, "nll", 1)  # nll replaces a bound on -log p(x | y)
     plain = [name for name in found if not name.startswith(SHIFTED)]

@@ -156,16 +156,16 @@ class Spectrum:
 
     def family(self, method: str, labels: int, draw: int) -> dict:
         """Train a generative model of images and labels once; returns its test numbers."""
-        folder, config, _, uses_unlabelled = FAMILIES[method]
-        run = self._path / f"{folder}-{labels}-{draw}"
+        family = FAMILIES[method]
+        run = self._path / f"{family.folder}-{labels}-{draw}"
         fields = {"epochs": self._settings["epochs"][method], "seed": draw}
-        if uses_unlabelled:
+        if family.uses_unlabelled:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
-        self._run(config, run, fields)
+        self._run(family.config, run, fields)
         last = launch.last_test(run)
         found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}
-        return found if uses_unlabelled else found | self._by_bayes(run)
+        return found if family.uses_unlabelled else found | self._by_bayes(run)
 
     def _by_bayes(self, run: Path) -> dict[str, float]:
         """Test accuracy by Bayes' rule, and the mean nats -log p(x | y) and -log p(x) = -log 1/C sum_y p(x | y)."""

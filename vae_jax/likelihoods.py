@@ -41,7 +41,7 @@ class Likelihood(NamedTuple):
         support: the kind of number: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
         channels: raw decoder channels per image channel.
         init: key -> the parameters, {} if there are none.
-        energy: (variables, raw, image) -> nats -log p(image | raw) - `constant` per pixel; raw may have sample axes.
+        energy: (variables, raw, image) -> -log p(image | raw) - `constant` per pixel in nats; raw may have sample axes.
         constant: nats per pixel. Reports add it; a loss never does, because that would cost float32 precision.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).

@@ -35,14 +35,12 @@ def make_adam(
         batch_size: total over all devices.
         groups: top-level entries of the parameters.
         learning_rate: peak learning rate.
-        base_batch_size: batch size for which the rate was chosen; the rate is scaled for other batch sizes. 0: no
-            scaling.
+        base_batch_size: batch size for which the rate was chosen; the rate is scaled for others. 0: no scaling.
         scaling: "sqrt", by the square root of the ratio of batch sizes (Krizhevsky 2014; for Adam Malladi et al. 2022,
             who also scale beta1, beta2 and eps, which are not scaled here), or "linear" (Goyal et al. 2017, for SGD).
         schedule: "constant"; "cosine", which falls to zero along half a cosine (Loshchilov & Hutter 2017); "onecycle",
             which rises from 1/25 of the rate during the warm-up and then falls to almost zero, along half cosines
-            (Smith & Topin 2018); or "piecewise", which multiplies the rate by each of `factors` at the corresponding
-            boundary.
+            (Smith & Topin 2018); or "piecewise", which multiplies the rate by one of `factors` at each boundary.
         warmup: share of the steps, in [0, 1), during which the rate rises: linearly from zero, except for "onecycle".
         beta1: decay of the moving average of gradients; the post's gradient decay factor (its Table 3).
         beta2: decay of the moving average of squared gradients.

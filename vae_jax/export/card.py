@@ -26,14 +26,12 @@ def model_card(pretrained: Pretrained, metadata: Mapping[str, Any], files: Seque
     generates = model.decode_raw is not None
     facts = {
         "library_name": "vae_jax",
-        **(
-            {}
-            if model.condition_on
-            else {"pipeline_tag": "unconditional-image-generation" if generates else "image-classification"}
-        ),
+        "pipeline_tag": "unconditional-image-generation" if generates else "image-classification",
         "datasets": [config["data"]["name"]],
         "tags": ["jax", "flax", *(["variational-autoencoder"] if generates else []), config["model"]["name"]],
     }
+    if model.condition_on:  # model hubs have no tag for conditional generation
+        del facts["pipeline_tag"]
     shape = ", ".join(map(str, pretrained.image_shape))
     data = metadata["data"]
     settings = ", ".join(f"{name} {config[name]}" for name in ("epochs", "batch_size", "seed"))

@@ -62,14 +62,11 @@ def make(
 
     Args:
         latent_dim: size of z.
-        network: "conv", the post's, or "mlp": dense layers with tanh, whose output bias starts at the mean training
-            image.
+        network: "conv", the post's, or "mlp": dense tanh layers, whose output bias starts at the mean training image.
         encoder_features: for conv: channels after each convolution; each one halves the image. Empty: 32, 64, 128, ...,
             until 7 to 13 pixels or an odd number are left; (32, 64) for 28x28, as in the post.
-        decoder_features: for conv: channels of the transposed convolutions, which double the image. Empty: encoder's
-            reversed.
-        pooling: for conv: halve the image by max pooling instead of strided convolutions; the post found that this
-            fails.
+        decoder_features: for conv: channels of transposed convolutions; each doubles it. Empty: the encoder's reversed.
+        pooling: for conv: halve the image by max pooling instead of strides; the post found that this fails.
         hidden: for mlp: widths of the encoder's layers; the decoder has them in reverse.
         likelihood: p(x | z): "unit_gaussian" (variance 1), "gaussian", "optimal_gaussian" (the optimal variance for
             each batch), "laplace", "bernoulli", "continuous_bernoulli" or "discretised_logistic".
@@ -77,8 +74,7 @@ def make(
         learn_scale: learn the scale, starting at `scale`.
         prior: p(z): "standard_normal", "mixture" (of learned Gaussians) or "vamp" (of posteriors of learned images).
         components: for mixture and vamp: number of components.
-        precision: "float32" or "bfloat16", for the computations of the layers; parameters, statistics and loss are
-            float32.
+        precision: "float32" or "bfloat16", for the layers' computations; parameters, statistics and loss are float32.
 
     Raises ValueError if a size is below 1, a scale is not above 0, a name is unknown, a field has no effect, the
     decoder cannot reach the image's size by doubling, or pooling leaves nothing of the image.

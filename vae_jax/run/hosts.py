@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,6 +159,13 @@ def host_facts(config: Mapping, device_limit: int) -> dict:
     )
 
 
+def handle(numbers: Sequence[int], handler: Callable) -> None:
+    """Let `handler` handle these signals, except those that are ignored, as nohup ignores SIGHUP."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 class Stop:
     """Whether SIGTERM, SIGHUP or Ctrl-C asked this process to stop; a second Ctrl-C ends it at once.
 
@@ -171,9 +178,7 @@ class Stop:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno())
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, lambda number, frame: None)
+        handle(STOPS, lambda number, frame: None)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self):
@@ -199,9 +204,7 @@ class StopOnAllHosts:
 
     def __init__(self):
         self._calls = 0
-        for number in (signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._forward)
+        handle((signal.SIGINT, signal.SIGHUP), self._forward)
 
     def _forward(self, number, frame):
         os.kill(os.getpid(), signal.SIGTERM)
