@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vae_jax.nn import amx, convolution
+from vae_jax.nn import bfloat16, convolution
 from vae_jax.run.devices import WITHOUT_YNNPACK
 
 
@@ -138,13 +138,31 @@ def test_bfloat16_accumulates_in_float32(ours, theirs):
     assert 0 < error < 0.01
 
 
-needs_amx = pytest.mark.skipif(not amx.has_amx(), reason="this processor has no AMX")
+is_fast = pytest.mark.skipif(not bfloat16.is_fast(), reason="this processor does not multiply bfloat16 faster")
 
 
 @pytest.fixture
-def has_amx(monkeypatch):
+def fast_bfloat16(monkeypatch):
     """A processor that multiplies bfloat16 faster, whichever runs the test."""
-    monkeypatch.setattr(amx, "has_amx", lambda: True)
+    monkeypatch.setattr(bfloat16, "is_fast", lambda: True)
+
+
+@pytest.mark.parametrize(
+    "vendor,flags,fast",
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+        (None, None, False),
+    ],
+)
+def test_which_processors_multiply_bfloat16_faster(monkeypatch, tmp_path, vendor, flags, fast):
+    info = tmp_path / "cpuinfo"
+    if vendor:
+        info.write_text(f"vendor_id\t: {vendor}\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(bfloat16, "CPU_INFO", info)
+    assert bfloat16.is_fast.__wrapped__() == fast
 
 
 def on_bfloat16(x):
@@ -153,10 +171,8 @@ def on_bfloat16(x):
 
 @pytest.mark.parametrize("ours", [convolution.conv, convolution.conv_transpose])
 @pytest.mark.parametrize("height,width,kernel,stride", GEOMETRIES[::2])
-@pytest.mark.parametrize(
-    "options", [WITHOUT_YNNPACK, pytest.param({}, marks=needs_amx)], ids=["evaluation", "training"]
-)
-def test_products_in_bfloat16_lose_nothing(has_amx, ours, height, width, kernel, stride, options):
+@pytest.mark.parametrize("options", [WITHOUT_YNNPACK, pytest.param({}, marks=is_fast)], ids=["evaluation", "training"])
+def test_products_in_bfloat16_lose_nothing(fast_bfloat16, ours, height, width, kernel, stride, options):
     """Of numbers that are rounded already they are float32's, with all derivatives, also vmapped."""
     x, w = map(on_bfloat16, operands(height, width, kernel))
 
@@ -175,7 +191,7 @@ def test_products_in_bfloat16_lose_nothing(has_amx, ours, height, width, kernel,
 
 
 @pytest.mark.parametrize(
-    "dtype,with_amx,channels,faster",
+    "dtype,fast,channels,faster",
     [
         (jnp.bfloat16, True, 2, True),
         (jnp.bfloat16, True, 1, False),
@@ -183,8 +199,8 @@ def test_products_in_bfloat16_lose_nothing(has_amx, ours, height, width, kernel,
         (jnp.float32, True, 2, False),
     ],
 )
-def test_products_are_in_bfloat16_only_where_that_is_faster(monkeypatch, dtype, with_amx, channels, faster):
-    monkeypatch.setattr(amx, "has_amx", lambda: with_amx)
+def test_products_are_in_bfloat16_only_where_that_is_faster(monkeypatch, dtype, fast, channels, faster):
+    monkeypatch.setattr(bfloat16, "is_fast", lambda: fast)
     x, w = operands(5, 8, 3, c_in=channels)
     program = jax.jit(lambda x, w: convolution.conv(x, w, 2, dtype)).lower(x, w).as_text()
     assert ("bf16" in program) == faster

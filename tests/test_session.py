@@ -223,19 +223,17 @@ def test_only_a_training_needs_the_memory_of_one(config, monkeypatch, tmp_path):
         session.run(config, str(tmp_path / "run"), 1, hosts.Stop)
 
 
-@pytest.mark.parametrize(
-    "precision,has_amx,said", [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
-)
+@pytest.mark.parametrize("precision,fast,said", [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)])
 def test_a_processor_that_gains_nothing_from_bfloat16_says_so(
-    config, monkeypatch, tmp_path, capsys, precision, has_amx, said
+    config, monkeypatch, tmp_path, capsys, precision, fast, said
 ):
-    monkeypatch.setattr(session.amx, "has_amx", lambda: has_amx)
+    monkeypatch.setattr(session.bfloat16, "is_fast", lambda: fast)
     config["model"]["precision"] = precision
     run = epath.Path(tmp_path / "run")
     directory, _, progress = session.open_run(session.build(config), str(run), run / "checkpoints", config, 1)
     directory.close()
     progress.close()
-    assert capsys.readouterr().err.count("no faster here: this processor has no AMX") == said
+    assert capsys.readouterr().err.count("does not multiply faster than float32") == said
 
 
 class FixedNetwork:

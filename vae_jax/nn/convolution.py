@@ -15,8 +15,8 @@ products. On TPUs the same primitives lower to `lax.conv_general_dilated` and it
 too, unless the large side has few channels, where cuDNN is slower than the products. Kernels have Flax's layout,
 [height, width, in, out], so weights are interchangeable between platforms and with `flax.linen`.
 
-In bfloat16, products and overlapping sums accumulate in float32. CPUs store the rounded values as float32; only those
-with AMX multiply them faster in bfloat16 (amx.py).
+In bfloat16, products and overlapping sums accumulate in float32. CPUs store the rounded values as float32; those that
+multiply bfloat16 faster do so (bfloat16.py).
 """
 
 import functools
@@ -29,7 +29,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from vae_jax.nn import amx
+from vae_jax.nn import bfloat16
 from vae_jax.nn.patches import Geometry, col2im, im2col, padding
 
 FEW_CHANNELS = 16  # NVIDIA GPUs use products up to this many channels; measured on an H100
@@ -151,7 +151,7 @@ def _primitive(name, product, in_bfloat16, convolution, shape, channels, has_ker
     def on_cpu(a, b, geometry, dtype):
         rounded = (dtype, a.dtype, b.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
         # The few products of one channel take less time than rounding its operands.
-        faster = rounded and channels(a, b) > 1 and amx.has_amx()
+        faster = rounded and channels(a, b) > 1 and bfloat16.is_fast()
         return (in_bfloat16 if faster else product)(a, b, geometry)
 
     def on_gpu(a, b, geometry, dtype):
@@ -205,14 +205,14 @@ def _kernel_shape(x, g, geometry):
     return *geometry.size, x.shape[3], g.shape[3]
 
 
-conv_p = _primitive("conv", _conv, amx.conv, _lax_conv, _small_shape, _image_channels)
+conv_p = _primitive("conv", _conv, bfloat16.conv, _lax_conv, _small_shape, _image_channels)
 conv_input_grad_p = _primitive(
-    "conv_input_grad", _input_grad, amx.input_grad, _lax_input_grad, _large_shape, _kernel_channels
+    "conv_input_grad", _input_grad, bfloat16.input_grad, _lax_input_grad, _large_shape, _kernel_channels
 )
 conv_kernel_grad_p = _primitive(
     "conv_kernel_grad",
     _kernel_grad,
-    amx.kernel_grad,
+    bfloat16.kernel_grad,
     _lax_kernel_grad,
     _kernel_shape,
     _image_channels,

@@ -14,14 +14,17 @@ from jax._src import compilation_cache
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vae_jax.nn import bfloat16
 from vae_jax.run.files import cache_folder
 from vae_jax.run.hosts import gather, raise_on_all_hosts
 
 AXIS = "device"
 # By default XLA's loops use only half of an AVX-512 register.
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": "512"}
-# YNNPACK is faster for gradients of kernels; XLA's own products are faster for the narrow ones of a forward pass.
+# YNNPACK is faster for gradients of kernels, and for products in bfloat16 where the processor has them. XLA's own
+# products are faster for the narrow ones of a forward pass in float32, and its own loops for everything else there.
 WITHOUT_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": ""}
+YNNPACK_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 class Devices:
@@ -29,6 +32,7 @@ class Devices:
 
     Args:
         limit: number of devices on each host; 0 means all.
+        in_bfloat16: whether the programs without gradients compute layers in bfloat16; only their speed depends on it.
 
     Attributes:
         count: number of devices on all hosts together.
@@ -38,7 +42,7 @@ class Devices:
     Raises ValueError if a host has fewer devices, or if several hosts are not connected.
     """
 
-    def __init__(self, limit: int = 0):
+    def __init__(self, limit: int = 0, in_bfloat16: bool = False):
         hosts, host = jax.process_count(), jax.process_index()
         if hosts > 1 and not jax.distributed.is_initialized():
             raise ValueError(f"there are {hosts} hosts: start the same command on each with --distributed")
@@ -49,6 +53,7 @@ class Devices:
         self._all = [device for process in range(hosts) for device in jax.local_devices(process_index=process)[:each]]
         self._local = self._all[host * each : (host + 1) * each]
         self._shards = np.arange(host * each, (host + 1) * each, dtype=np.int32)
+        self._in_bfloat16 = in_bfloat16
         self.count = len(self._all)
         self.is_primary = host == 0
         self.axis_name = AXIS if self.count > 1 else None
@@ -78,7 +83,7 @@ class Devices:
             return jax.jit(
                 lambda first, *others: function(first, *others, 0),
                 donate_argnums=donated,
-                compiler_options=compiler_options(training),
+                compiler_options=compiler_options(training, self._in_bfloat16),
             )
         mapped = jax.pmap(
             lambda first, others, shard: function(first, *others, shard),
@@ -122,13 +127,15 @@ class Devices:
         return jax.tree.map(lambda leaf, shape: jax.random.wrap_key_data(leaf) if _is_key(shape) else leaf, sent, like)
 
 
-def compiler_options(training: bool) -> dict[str, str]:
+def compiler_options(training: bool, in_bfloat16: bool = False) -> dict[str, str]:
     """The options of `jax.jit` that make a training, or a program without gradients, fastest on the CPU; none
     elsewhere.
     """
     if jax.default_backend() != "cpu":
         return {}
-    return WIDE_VECTORS if training else WIDE_VECTORS | WITHOUT_YNNPACK
+    if training:
+        return WIDE_VECTORS
+    return WIDE_VECTORS | (YNNPACK_PRODUCTS if in_bfloat16 and bfloat16.is_fast() else WITHOUT_YNNPACK)
 
 
 def unwrap_keys(tree: Any) -> Any:

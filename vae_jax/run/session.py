@@ -15,7 +15,7 @@ from etils import epath
 from vae_jax.batch import binarize, mean_image, named_key
 from vae_jax.data import load
 from vae_jax.families import FAMILIES, Family
-from vae_jax.nn import amx
+from vae_jax.nn import bfloat16
 from vae_jax.optimizers import OPTIMIZERS, ema
 from vae_jax.run import hosts
 from vae_jax.run.checkpoint import Checkpoints
@@ -206,7 +206,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
     """
     hosts.check_hosts_agree(hosts.host_facts(config, device_limit))
     with hosts.raise_on_all_hosts():
-        devices = Devices(device_limit)
+        devices = Devices(device_limit, config["model"].get("precision") == "bfloat16")
         check_reachable(workdir)
         folder = epath.Path(workdir).expanduser() / "checkpoints"
         if devices.is_primary and (stored := read_config(workdir)) is not None:
@@ -265,6 +265,6 @@ def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> t
     progress = Progress(job.steps * job.batch_size * len(job.seeds), job.epochs)
     if job.dataset.notes:
         progress.note(f"the images of {config['data']['name']}: {'; '.join(job.dataset.notes)}")
-    if config["model"].get("precision") == "bfloat16" and jax.default_backend() == "cpu" and not amx.has_amx():
-        progress.note("model.precision is bfloat16, which is no faster here: this processor has no AMX")
+    if config["model"].get("precision") == "bfloat16" and jax.default_backend() == "cpu" and not bfloat16.is_fast():
+        progress.note("model.precision is bfloat16, which this processor does not multiply faster than float32")
     return directory, checkpoints, progress
