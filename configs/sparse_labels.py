@@ -10,7 +10,7 @@ python -m vae_jax.main --config=configs/sparse_labels.py:smoke    two steps on t
 from vae_jax.run.config import make_config
 from vae_jax.run.presets import load_preset
 
-vae = load_preset("vae")
+semisupervised, vae = map(load_preset, ("semisupervised", "vae"))
 
 
 def get_config(variant: str = "default"):
@@ -18,12 +18,10 @@ def get_config(variant: str = "default"):
 
 
 BASE = vae.BASE | {"batch_size": 128, "epochs": 20, "data.labelled": 1000, "data.labelled_per_batch": 32}
-DENSE = vae.BINARY | {"model.network": "mlp", "model.hidden": (500,), "model.latent_dim": 50}
-FEW = {"data.labelled": 100, "data.labelled_per_batch": 16}
 VARIANTS = {
     "default": {},
     "published": {"objective.charge": False},
-    "dense": DENSE,
-    "digits": vae.VARIANTS["digits"] | FEW,
-    "smoke": vae.VARIANTS["smoke"] | FEW,
+    "dense": vae.BINARY | semisupervised.DENSE,
+    "digits": vae.VARIANTS["digits"] | semisupervised.FEW,
+    "smoke": vae.VARIANTS["smoke"] | semisupervised.FEW,
 }
