@@ -172,7 +172,7 @@ def draw(models: dict[str, Any], dataset: Dataset, title: str) -> Figure:
 def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
-    count = min(given.count, len(dataset.splits["test"].label))
+    count = min(given.count, *(len(dataset.splits[name].label) for name in ("train", "test")))
     base = launch.config_for("vaegan", given.data)
     settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "count": count, "base": base}
     study = open_study(local_path(given.workdir), settings)

@@ -427,6 +427,15 @@ def test_other_baselines_of_mnist(mnist_dir):
         assert normalised == pytest.approx(expected, abs=0.1)
 
 
+@pytest.mark.parametrize("side,known", [(8, 3), (40, 3), (8, 12), (40, 12)])
+def test_a_loss_without_a_lower_limit_is_no_baseline(side, known):
+    """Eight images have seven directions; with more latents the optimal scale is 0. Pixels: both sides of the limit."""
+    image = np.random.default_rng(0).integers(0, 256, (8, side, side, 3), np.uint8)
+    found = linear_vae_baselines(image, latent_dim=known, scale=None)
+    assert [*found] == ["collapsed model", "best linear VAE"][: 2 if known < 7 else 1]
+    assert np.isfinite([*found.values()]).all()
+
+
 def test_baselines_of_mnist(mnist_dir):
     eigenvalues = covariance_eigenvalues(data.load(name="mnist", manual_dir=mnist_dir).splits["train"].image)
     assert eigenvalues.sum() == pytest.approx(52.73, abs=0.005)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load
 from small_run import run_job, small_job
 
 import vae_jax
@@ -52,6 +53,12 @@ def test_an_exported_folder_loads_as_the_run(run):
         vae_jax.load(str(folder), "5")
     with pytest.raises(ValueError, match="seed 3 was not trained in"):
         vae_jax.load(str(folder), seed=3)
+
+
+def test_scalars_keep_their_shape(run):
+    """As the learned scale of a likelihood."""
+    found = load(weights.save({"likelihood": {"total": jnp.ones(()), "weight": jnp.ones((1,))}}))
+    assert {name: leaf.shape for name, leaf in found.items()} == {"likelihood/total": (), "likelihood/weight": (1,)}
 
 
 def test_the_layout_is_that_of_a_model_hub(run):

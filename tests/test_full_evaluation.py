@@ -16,7 +16,7 @@ from vae_jax.batch import Dataset, Split
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.families import conditional, vae
 from vae_jax.full_evaluation.picture import draw_evaluation
-from vae_jax.full_evaluation.samples import generate
+from vae_jax.full_evaluation.samples import generate, generated_numbers
 from vae_jax.full_evaluation.subject import Subject
 from vae_jax.run import session
 from vae_jax.run.devices import Devices
@@ -141,6 +141,18 @@ def subject_of(model):
     split = Split(np.zeros((6, 4, 4, 1), np.uint8), np.arange(6, dtype=np.int32) % 3)
     vae = SimpleNamespace(model=model, variables={}, config={"seed": 0})
     return Subject(vae, Dataset({"test": split}, 3, True), "test", split, split, Devices())
+
+
+def test_few_training_images_leave_the_distances_out():
+    subject = subject_of(vae.make((28, 28, 1), latent_dim=2, network="mlp"))
+    images = {
+        name: Split(np.zeros((n, 28, 28, 1), np.uint8), np.zeros(n, np.int32))
+        for name, n in (("train", 5), ("test", 6))
+    }
+    subject.vae.image_shape = (28, 28, 1)
+    subject = subject._replace(dataset=Dataset(images, 1, True), stored=images["test"], seen=images["test"])
+    found, _ = generated_numbers(subject)
+    assert found == {"frechet_distance": "left out: 5 neighbours need at least 6 images"}
 
 
 def test_an_encoder_that_is_given_the_label_is_not_probed_for_it():

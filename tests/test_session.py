@@ -25,6 +25,7 @@ from vae_jax.nn.networks import NETWORKS
 from vae_jax.run import config as run_config
 from vae_jax.run import hosts, memory, session
 from vae_jax.run.config import RunOptions, bind, changes, defaults, fields, fill_in, flatten, make_config, signatures
+from vae_jax.run.directory import FORMAT
 from vae_jax.run.job import Job
 
 
@@ -221,6 +222,27 @@ def test_only_a_training_needs_the_memory_of_one(config, monkeypatch, tmp_path):
     session.build(config)
     with pytest.raises(ValueError, match="small GPU has 0.1 GiB: take a smaller model or batch, or fewer seeds"):
         session.run(config, str(tmp_path / "run"), 1, hosts.Stop)
+
+
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("model", None, "config field model is missing"),
+        ("model", "vae", "config field model is 'vae', but must be of type Mapping"),
+        ("epochs", None, "config field epochs is missing"),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_an_incomplete_config_is_refused_in_a_new_and_in_an_old_directory(
+    config, tmp_path, name, value, message, exists
+):
+    path = str(tmp_path / "run")
+    if exists:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"format": FORMAT} | config))
+    broken = {key: old for key, old in config.items() if key != name} | ({name: value} if value else {})
+    with pytest.raises(ValueError, match=message):
+        session.run(broken, path, 1, hosts.Stop)
 
 
 @pytest.mark.parametrize("precision,fast,said", [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)])

@@ -162,7 +162,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
     count = COUNTS.get(mode) if FLAGS.count is None else FLAGS.count
     if mode == "evaluate" and not FLAGS.full and any(FLAGS[name].present for name in ("count", "samples", "prior")):
         raise ValueError("--count, --samples and --prior of --mode=evaluate need --full")
-    if mode in MOST and not 1 <= count <= MOST[mode]:
+    if mode in MOST and not 1 <= count <= MOST[mode] and not (FLAGS.files and count > 0):
         more = "more do not fit in one picture; use vae_jax.load for more"
         raise ValueError(f"--count is {count}, but must be 1 to {MOST[mode]:,}: {more}")
     check_local(workdir, f"--mode={mode}")

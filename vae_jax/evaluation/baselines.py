@@ -19,14 +19,15 @@ def linear_vae_baselines(
     """The losses of a collapsed model and of the best linear VAE on these training images.
 
     The decoder is a Gaussian with standard deviation `scale`, or with the optimal one for each model if `scale` is
-    None. Losses omit ln(2 pi) / 2 per pixel, and for a given scale also ln(scale).
+    None. Losses omit ln(2 pi) / 2 per pixel, and for a given scale also ln(scale). A loss without a lower limit is left
+    out: the optimal scale of a model that explains all of the variance is 0.
     """
     eigenvalues = covariance_eigenvalues(image, latent_dim)
     if scale is None:
         losses = (ppca_loss(eigenvalues, dim) for dim in (0, latent_dim))
     else:  # the squared error has weight 1 / scale^2, so this is the loss with KL weight beta scale^2, divided by scale^2
         losses = (linear_vae_loss(eigenvalues, dim, beta * scale**2) / scale**2 for dim in (0, latent_dim))
-    return dict(zip(("collapsed model", "best linear VAE"), losses))
+    return {name: loss for name, loss in zip(("collapsed model", "best linear VAE"), losses) if math.isfinite(loss)}
 
 
 def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> float:
@@ -34,10 +35,12 @@ def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> flo
 
         1/2 (sum_{j <= latent_dim} ln l_j + (D - latent_dim) ln s^2 + D),    s^2 = the mean of the D - latent_dim others
 
+    It is -inf if s^2 is 0 up to the rounding of the eigenvalues, whose covariance is summed in float32.
+
     Source: Tipping & Bishop 1999, section 3.2.
     """
     used, left = eigenvalues[:latent_dim], eigenvalues[latent_dim:]
-    if not len(left) or left.mean() <= 0:
+    if not len(left) or left.mean() <= np.finfo(np.float32).eps * eigenvalues[0]:
         return -math.inf
     return float((np.sum(np.log(used)) + len(left) * np.log(left.mean()) + len(eigenvalues)) / 2)
 

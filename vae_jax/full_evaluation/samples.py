@@ -36,11 +36,11 @@ def generated_numbers(subject: Subject) -> tuple[dict[str, Any], np.ndarray | No
     vae, training = subject.vae, subject.dataset.splits["train"]
     if vae.image_shape != (28, 28, 1):
         return {"frechet_distance": "left out: the pinned classifier reads images of 28x28x1"}, None
-    if len(subject.stored.label) <= COVERAGE_K:
+    count = min(len(subject.stored.label), len(training.label), MOST_GENERATED)  # as many for the floor
+    if count <= COVERAGE_K:
         return {"frechet_distance": f"left out: {COVERAGE_K} neighbours need at least {COVERAGE_K + 1} images"}, None
     classifier, variables = weights.pinned_classifier()
     featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
-    count = min(len(subject.stored.label), MOST_GENERATED)
     print(f"vae_jax: {count:,} generated images", file=sys.stderr, flush=True)
     means, draws = generate(subject, count)
     average = np.broadcast_to(mean_image(training.image).astype(np.float32), means.shape)

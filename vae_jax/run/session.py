@@ -206,6 +206,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
     """
     hosts.check_hosts_agree(hosts.host_facts(config, device_limit))
     with hosts.raise_on_all_hosts():
+        bind("", make_job, config)  # names a missing section or field before anything reads it
         devices = Devices(device_limit, config["model"].get("precision") == "bfloat16")
         check_reachable(workdir)
         folder = epath.Path(workdir).expanduser() / "checkpoints"

@@ -119,7 +119,7 @@ def save(variables: Any) -> bytes:
     from safetensors.numpy import save
 
     flat = flatten_dict(variables, sep="/")
-    return save({name: np.ascontiguousarray(leaf) for name, leaf in sorted(flat.items())})
+    return save({name: np.asarray(leaf, order="C") for name, leaf in sorted(flat.items())})
 
 
 def pinned_classifier() -> tuple[Model, Variables]:
