@@ -77,8 +77,11 @@ def draw(variants: list[Variant], test: Split, title: str) -> Figure:
         seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
         image = seen.image[first_of_each_label(test.label)] / np.float32(255)
         show_image(samples, mosaic(vae.sample(SIDE**2), SIDE))
-        show_image(below_it, pairs(image, vae.reconstruct(image)))
         samples.set_title(what, fontsize=14)
+        if vae.config["objective"].get("method") == "gan":  # its encoder has learned nothing
+            below_it.set_axis_off()
+        else:
+            show_image(below_it, pairs(image, vae.reconstruct(image)))
     above[0].set_ylabel("samples from the prior", fontsize=12)
     below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)
     figure.suptitle(title, fontsize=15)

@@ -11,7 +11,7 @@ results.jsonl, so the same command resumes an interrupted study; summary.md and 
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +31,7 @@ from vae_jax.pretrained import Pretrained
 from vae_jax.run.files import atomic_file, local_path
 from vae_jax.run.log import OwnedDirectory
 
+MODELS = ("vae", "classifier")  # whose configs can be chosen
 SWEPT = 10_000  # images perturbed at each noise scale of the sweep
 
 
@@ -192,7 +193,7 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
     augmentation_report.write_summary(study.path, study.rows, settings, variations)
 
 
-def make_settings(given: flags.FlagValues, dataset: Dataset) -> dict:
+def make_settings(given: flags.FlagValues, dataset: Dataset, models: Sequence[str] = MODELS) -> dict:
     """Collect everything that affects the numbers. Raises ValueError for unlabelled data or a bad percentage."""
     arms.check_labelled(given.data, dataset)
     size = len(arms.halves(dataset.splits["train"])[1].label)
@@ -202,8 +203,7 @@ def make_settings(given: flags.FlagValues, dataset: Dataset) -> dict:
         "seeds": given.seeds,
         "steps": given.steps,
         "batch_size": given.batch_size,
-        "vae": given.vae or launch.config_for("vae", given.data),
-        "classifier": given.classifier or launch.config_for("classifier", given.data),
+        **{name: given[name].value or launch.config_for(name, given.data) for name in models},
     }
 
 
@@ -216,21 +216,18 @@ def main() -> None:
     print((study.path / "summary.md").read_text("utf-8"))
 
 
-def define_flags() -> None:
+def define_flags(workdir: str, percentages: list[str] | None = None, models: Sequence[str] = MODELS) -> None:
     usual = ", ".join(f"{percentage:g}" for percentage in arms.PERCENTAGES)
     usual += f"; those that leave {arms.MIN_PER_CLASS} images per class"
-    configs = "Default: configs/{0}.py, or its variant :digits."
-    flags.DEFINE_string("workdir", "runs/augmentation", "The study's directory.")
-    flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
-    flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir of vae_jax.")
-    flags.DEFINE_list("percentages", None, f"Of half B. Default: {usual}.")
+    launch.define_data_flags(workdir)
+    flags.DEFINE_list("percentages", percentages, "Of half B." if percentages else f"Of half B. Default: {usual}.")
     flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=2)
     flags.DEFINE_integer("steps", 2500, "Training steps per arm.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
-    flags.DEFINE_string("vae", None, f"Config of the VAE. {configs.format('vae')}")
-    flags.DEFINE_string("classifier", None, f"Config of the judge. {configs.format('classifier')}")
+    for name in models:
+        flags.DEFINE_string(name, None, f"Its config. Default: configs/{name}.py, or its variant :digits.")
 
 
 if __name__ == "__main__":
-    define_flags()
+    define_flags("runs/augmentation")
     launch.start("augmentation", main)

@@ -12,7 +12,6 @@ resumes an interrupted experiment.
 import itertools
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -26,7 +25,6 @@ from vae_jax.batch import Dataset, first_of_each_label
 from vae_jax.evaluation.statistics import standard_error
 from vae_jax.full_evaluation.likelihood import weigh
 from vae_jax.full_evaluation.subject import Subject
-from vae_jax.pretrained import Pretrained
 from vae_jax.run.devices import Devices
 from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
@@ -67,17 +65,6 @@ def table(rows: list[dict], data_name: str) -> list[list[str]]:
     return cells
 
 
-def complete(vae: Pretrained, image: np.ndarray, count: int) -> np.ndarray:
-    """Complete each image by `count` draws z ~ p(z | visible); returns [count, images, height, width, channel]."""
-    net = vae.model.given(vae.model.condition(jnp.asarray(image), None))
-
-    def one(key):
-        z = net.prior.sample(vae.variables, key, len(image))
-        return net.likelihood.mean(vae.variables, net.decode_raw(vae.variables, z))
-
-    return np.asarray(jax.lax.map(one, jax.random.split(jax.random.key(0), count)))
-
-
 def draw(workdir: Path, quadrants: list[int], dataset: Dataset, title: str) -> Figure:
     """For each of these numbers of quadrants, draw the visible part, the regression's completion and three of the
     VAE's.
@@ -91,7 +78,8 @@ def draw(workdir: Path, quadrants: list[int], dataset: Dataset, title: str) -> F
     for count in quadrants:
         regression, vae = (vae_jax.load(str(run_of(workdir, count, model))) for model in MODELS)
         visible = np.asarray(vae.model.condition(jnp.asarray(image), None))
-        rows += [visible, *complete(regression, image, 1), *complete(vae, image, COMPLETIONS)]
+        drawn = [vae.sample(len(image), seed, image=image) for seed in range(COMPLETIONS)]
+        rows += [visible, regression.sample(len(image), image=image), *drawn]
         names += ["visible", "regression", *["conditional VAE"] * COMPLETIONS]
     return figures.image_rows(np.stack([*rows, image]), [*names, "truth"], list(map(str, test.label[shown])), title)
 

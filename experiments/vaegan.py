@@ -17,19 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from matplotlib.figure import Figure
 
 import vae_jax
 from configs import vaegan as config_file
-from experiments import launch
+from experiments import ablations, launch
 from experiments.costs import make_run
 from experiments.speed import Peer, measure
 from experiments.study import compute_once, open_study, settings_of
 from vae_jax import data, weights
-from vae_jax.batch import Dataset, first_of_each_label
+from vae_jax.batch import Dataset
 from vae_jax.evaluation.samples import manifold, sharpness
 from vae_jax.evaluation.statistics import mean_and_interval
-from vae_jax.figures import mosaic, pairs, show_image
 from vae_jax.full_evaluation.samples import compare
 from vae_jax.pretrained import in_batches
 from vae_jax.run import session
@@ -51,7 +49,6 @@ COLUMNS = {  # of the table: number -> heading
     "classifier_error": "error in the classifier's features",
     "discriminator_error": "error in the discriminator's features",
 }
-SIDE = 6  # samples per row and column of the picture
 ROUNDS, STEPS = 5, 5  # of the timing: rounds through the methods, steps in each
 
 
@@ -146,29 +143,6 @@ def summarize(values: list) -> str:
     return f"{mean:.3g} ± {interval:.2g}"
 
 
-def draw(models: dict[str, Any], dataset: Dataset, title: str) -> Figure:
-    """Draw each method's samples next to test images, above test images each followed by its reconstruction."""
-    figure = Figure(figsize=(3 * (len(models) + 1), 7), layout="constrained")
-    above, below = figure.subplots(2, len(models) + 1)
-    test = dataset.splits["test"]
-    shown = test.image[first_of_each_label(test.label)] / np.float32(255)
-    for ax, (method, vae) in zip(above, models.items()):
-        show_image(ax, mosaic(vae.sample(SIDE**2, seed=1), SIDE))
-        ax.set_title(TITLES[method], fontsize=14)
-    show_image(above[-1], mosaic(test.image[: SIDE**2] / np.float32(255), SIDE))
-    above[-1].set_title("test images", fontsize=14)
-    for ax, (method, vae) in zip(below, models.items()):
-        if method == "gan":  # its encoder has learned nothing
-            ax.set_axis_off()
-            continue
-        show_image(ax, pairs(shown, vae.reconstruct(shown)))
-    below[-1].set_axis_off()
-    above[0].set_ylabel("samples from the prior", fontsize=12)
-    below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)
-    figure.suptitle(title, fontsize=15)
-    return figure
-
-
 def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
@@ -193,8 +167,8 @@ def main() -> None:
     rows = [row for row in study.rows if row.get("seed", 0) < given.seeds]
     page = [markdown_table(table(rows)), note]
     if complete := [s for s in range(given.seeds) if all(comparison.folder(name, s).exists() for name in TITLES)]:
-        models = {method: comparison.load(method, complete[0]) for method in TITLES}
-        save_figure(draw(models, dataset, title), study.path / "vaegan.png")
+        models = [ablations.Variant(what, comparison.load(name, complete[0]), {}) for name, what in TITLES.items()]
+        save_figure(ablations.draw(models, dataset.splits["test"], title), study.path / "vaegan.png")
         page.append("![Samples and reconstructions](vaegan.png)")
     launch.write_summary(study.path, title, *page)
 

@@ -16,15 +16,16 @@ from absl import flags
 import vae_jax
 from experiments import arms, launch
 from experiments.arms import ARMS
-from experiments.augmentation import Learner, redraw_images, write_half_a
+from experiments.augmentation import Learner, define_flags, make_settings, redraw_images, write_half_a
 from experiments.augmentation_report import accuracy_tables
-from experiments.study import compute_once, open_study, settings_of
+from experiments.study import compute_once, open_study
 from experiments.trainer import Trainer
 from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.run.files import local_path
 from vae_jax.run.report import markdown_table
 
+MODELS = ("vae", "vaegan")
 COMPARED = {
     "c": ARMS["c"],
     "h": ARMS["h"]._replace(label="as c + drawn from A by a sharp VAE, pseudo-labelled"),
@@ -62,12 +63,8 @@ def make_learner(path: Path, dataset: Dataset, settings: dict) -> Learner:
 def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
-    arms.check_labelled(given.data, dataset)
-    _, half_b = arms.halves(dataset.splits["train"])
-    percentages = arms.check_percentages(given.percentages, len(half_b.label), dataset.num_classes)
-    settings = settings_of(given.data, dataset) | {"percentages": percentages}
-    settings |= {"seeds": given.seeds, "steps": given.steps, "batch_size": given.batch_size}
-    settings |= {name: given[name].value or launch.config_for(name, given.data) for name in ("vae", "vaegan")}
+    settings = make_settings(given, dataset, MODELS)
+    percentages = settings["percentages"]
     study = open_study(local_path(given.workdir), settings)
     train_models(study.path, dataset, settings)
     learner = functools.cache(functools.partial(make_learner, study.path, dataset, settings))
@@ -87,11 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch.define_data_flags("runs/vaegan-augmentation")
-    flags.DEFINE_list("percentages", ["1", "5"], "Of half B.")
-    flags.DEFINE_integer("seeds", 5, "Number of seeds.", lower_bound=2)
-    flags.DEFINE_integer("steps", 2500, "Training steps per arm.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 128, "Images per step.", lower_bound=1)
-    for name in ("vae", "vaegan"):
-        flags.DEFINE_string(name, None, f"Its config. Default: configs/{name}.py, or its variant :digits.")
+    define_flags("runs/vaegan-augmentation", ["1", "5"], MODELS)
     launch.start("vaegan_augmentation", main)

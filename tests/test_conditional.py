@@ -281,6 +281,7 @@ def test_a_loaded_model_takes_labels(by_label):
     np.testing.assert_allclose(vae.sample(4, seed=1, label=2)[2], image[2], atol=1e-6)
     mean, _ = vae.encode(image, label=3)
     np.testing.assert_allclose(vae.reconstruct(image, label=3), vae.decode(mean, label=3), atol=1e-6)
+    assert vae.decode(mean, label=3, pixels=True).shape == image.shape
     by_class = [vae.log_likelihood(image[:1], samples=100, label=label) for label in range(10)]
     expected = np.exp(by_class - np.logaddexp.reduce(by_class, axis=0)).T
     np.testing.assert_allclose(vae.probabilities(image)[:1], expected, rtol=1e-3)
@@ -319,6 +320,9 @@ def test_a_loaded_model_completes_images(tmp_path):
     image = np.random.default_rng(0).random((3, 28, 28, 1)).astype(np.float32)
     completed = vae.sample(3, image=image)
     np.testing.assert_array_equal(completed[:, :, :14], image[:, :, :14])
+    drawn = vae.decode(np.zeros((3, 4)), image=image, pixels=True)
+    np.testing.assert_array_equal(drawn[:, :, :14], image[:, :, :14])
+    assert set(np.unique(drawn[:, :, 14:])) == {0, 1}
     changed = image.copy()
     changed[:, :, 14:] = 0  # the hidden half tells nothing
     np.testing.assert_array_equal(vae.sample(3, image=changed), completed)

@@ -69,6 +69,22 @@ def test_samples(vae):
         vae.sample(0)
 
 
+def test_draws_have_the_moments_of_q_and_of_p(run, vae):
+    image = run[2].dataset.splits["test"].image[:1]
+    mean, logvar = vae.encode(image)
+    z = vae.encode(np.repeat(image, 3000, axis=0), draw=True)
+    np.testing.assert_allclose(z.mean(axis=0), mean[0], atol=0.08)  # four standard errors
+    np.testing.assert_allclose(z.std(axis=0), np.exp(logvar[0] / 2), rtol=0.06)
+    pixels = vae.decode(np.repeat(mean, 3000, axis=0), pixels=True)
+    np.testing.assert_allclose(pixels.mean(axis=0), vae.decode(mean)[0], atol=0.09)
+    np.testing.assert_allclose(pixels.std(axis=0), 1, rtol=0.07)  # the likelihood's
+    for draws in (z, pixels):
+        assert len(np.unique(draws.reshape(3000, -1)[:, 0])) > 2900  # no batch repeats another's noise
+    np.testing.assert_allclose(z[:5], vae.encode(np.repeat(image, 5, axis=0), draw=True), atol=1e-5)
+    assert np.abs(z[0] - vae.encode(image, draw=True, seed=1)).min() > 1e-4
+    assert np.abs(pixels[0] - vae.decode(mean, pixels=True, seed=1)).max() > 1e-4
+
+
 @pytest.mark.parametrize(
     "image,message",
     [

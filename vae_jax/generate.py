@@ -14,6 +14,13 @@ def decode(
     return model.likelihood.mean(variables, model.decode_raw(variables, z))
 
 
+def draw_pixels(
+    model: Model, variables: dict, key: Key[Array, ""], z: Float[Array, "*samples latent"]
+) -> Float[Array, "*samples height width channel"]:
+    """One draw x ~ p(x | z) for each z."""
+    return model.likelihood.sample(variables, key, model.decode_raw(variables, z))
+
+
 def reconstruct(
     model: Model, variables: dict, image: Float[Array, "batch height width channel"]
 ) -> Float[Array, "batch height width channel"]:

@@ -20,6 +20,7 @@ from vae_jax import figures, generate
 from vae_jax.batch import Batch, example_keys, first_of_each_label
 from vae_jax.evaluation.likelihood import make_log_weights
 from vae_jax.families import reports
+from vae_jax.families.labels import check_labelled
 from vae_jax.families.reports import METRICS, ledger, make_final_probes, make_probes  # noqa: F401
 from vae_jax.families.vae import TERMS, decodes_per_example, make_objective, with_parts  # noqa: F401
 from vae_jax.likelihoods import LIKELIHOODS, Likelihood, align
@@ -223,32 +224,21 @@ def bayes(
     The noise is the same for all images, so an image's result does not depend on the others. Kingma et al. 2014, in
     section 3.1.2, use an inference network q(y | x) instead.
     """
-    return jax.nn.softmax(log_likelihood_by_label(model, variables, image, samples), axis=-1)
-
-
-def log_likelihood_by_label(
-    model: Model, variables: Any, image: Float[Array, "batch height width channel"], samples: int
-) -> Float[Array, "batch classes"]:
-    """log p(x | y) for every label by importance sampling, without the likelihood's constant."""
     same = jnp.zeros(len(image), jnp.int32)
     weigh = make_log_weights(model, samples, min(samples, DECODED))
 
     def of(label):
         batch = Batch(image, jnp.full(len(image), label), weight=same, index=same)
         log_w = weigh(variables, batch, example_keys(jax.random.key(0), None, same))
-        return jax.nn.logsumexp(log_w, axis=1) - jnp.log(samples)
+        return jax.nn.logsumexp(log_w, axis=1)  # log p(x | y), but for constants
 
-    return jax.lax.map(of, jnp.arange(model.num_classes)).T
+    return jax.nn.softmax(jax.lax.map(of, jnp.arange(model.num_classes)).T, axis=-1)
 
 
 def check_data(dataset) -> None:
     """Raise ValueError if the data set has labels but an image has none."""
-    for name, split in dataset.splits.items():
-        unlabelled = int(np.sum(split.label < 0))
-        if unlabelled and dataset.num_classes:
-            raise ValueError(
-                f"{unlabelled} of {len(split.label)} {name} images have no label: label them all, or use the family vae"
-            )
+    if dataset.num_classes:
+        check_labelled(dataset, ": label them all, or use the family vae")
 
 
 def baselines(model: Model, image: np.ndarray, *, likelihood: str = "unit_gaussian") -> dict:
@@ -266,7 +256,7 @@ def make_figures(model: Model, test, key, title: str):
     def rows(variables):
         def row(key):
             # the same noise for all conditions
-            z = jax.lax.map(lambda c: model.given(c[None]).prior.sample(variables, key, 1)[0], condition)
+            z = jax.vmap(lambda c: model.given(c[None]).prior.sample(variables, key, 1)[0])(condition)
             return generate.decode(model.given(condition), variables, z)
 
         return jax.lax.map(row, jax.random.split(jax.random.clone(key), STYLES))

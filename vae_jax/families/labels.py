@@ -69,9 +69,15 @@ def check_classes(num_classes: int, update: Any, likelihood: str) -> None:
 
 def check_data(dataset) -> None:
     """Accept unlabelled training images. Raises ValueError for an unlabelled image in another split."""
+    check_labelled(dataset, ", but accuracy needs all", but="train")
+
+
+def check_labelled(dataset, need: str, but: str = "") -> None:
+    """Raise ValueError, which ends with `need`, if an image outside the split `but` has no label."""
     for name, split in dataset.splits.items():
-        if name != "train" and (split.label < 0).any():
-            raise ValueError(f"{int(np.sum(split.label < 0))} {name} images have no label, but accuracy needs all")
+        unlabelled = int(np.sum(split.label < 0))
+        if unlabelled and name != but:
+            raise ValueError(f"{unlabelled} of {len(split.label)} {name} images have no label{need}")
 
 
 def decodes_per_example(model: Model) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from vae_jax import generate, weights
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
 from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
 from vae_jax.likelihoods import BINARY
+from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import show
 from vae_jax.pretrained.arguments import check_images, check_integer, check_labels, check_latents
 from vae_jax.pretrained.loading import load_variables, make_model
@@ -133,17 +134,34 @@ class Pretrained:
         """The keyword arguments that condition the model on an image or its label."""
         return {"image": image} if self._sees_images else self.own_label(label)
 
-    def encode(self, image, label=None) -> tuple[Float[np.ndarray, "n latent"], Float[np.ndarray, "n latent"]]:
-        """Mean and log-variance of q(z | image); a conditional model also uses the label or the visible part."""
+    def encode(self, image, label=None, draw: bool = False, seed: int = 0) -> Any:
+        """Mean and log-variance of q(z | image), each [n, latent], or with `draw` one draw z ~ q(z | image) instead.
+
+        A conditional model also uses the label or the visible part. The noise depends on `seed` and on each image's
+        position.
+        """
         self.check_has("encode", "encoder")
         seen = self._as_seen(image)
-        return self._map("encode", seen, self._condition(len(seen), label, seen if self._sees_images else None))
+        q = self._map("encode", seen, self._condition(len(seen), label, seen if self._sees_images else None))
+        if not draw:
+            return q
+        keys = example_keys(root_key(seed), None, jnp.arange(len(seen)))
+        return np.asarray(reparameterize(*map(jnp.asarray, q), keys)[0])
 
-    def decode(self, z, label=None, image=None) -> Float[np.ndarray, "n height width channel"]:
-        """Mean images of p(x | z), in [0, 1]; a conditional model also uses the label or the image's visible part."""
+    def decode(
+        self, z, label=None, image=None, pixels: bool = False, seed: int = 0
+    ) -> Float[np.ndarray, "n height width channel"]:
+        """Mean images of p(x | z), in [0, 1], or with `pixels` one draw x ~ p(x | z) for each z instead.
+
+        A conditional model also uses the label or the image's visible part. Draws of a Gaussian or a Laplace may leave
+        [0, 1]; their noise depends on `seed` and on each z's position.
+        """
         self.check_has("decode_raw", "decoder")
         z = check_latents(z, self.model.latent_dim)
-        return self._map("decode", z, self._condition(len(z), label, image))
+        condition = self._condition(len(z), label, image)
+        if not pixels:
+            return self._map("decode", z, condition)
+        return self._map("draw_pixels", z, condition, jax.random.split(root_key(seed), len(z)))
 
     def sample(
         self, count: int, seed: int = 0, label=None, image=None
@@ -154,9 +172,8 @@ class Pretrained:
         """
         self.check_has("decode_raw", "decoder")
         check_integer("count", count, 1, MOST_SAMPLES)
-        check_integer("seed", seed, 0, 2**32 - 1)
         condition = self._condition(count, label, image)
-        z = self._given(condition).prior.sample(self.variables, jax.random.key(seed), count)
+        z = self._given(condition).prior.sample(self.variables, root_key(seed), count)
         return self._map("decode", np.asarray(z), condition)
 
     def reconstruct(self, image, label=None) -> Float[np.ndarray, "n height width channel"]:
@@ -253,17 +270,25 @@ class Pretrained:
         functions = {
             "encode": lambda variables, image, c=None: self._given(c).encode(variables, image),
             "decode": lambda variables, z, c=None: generate.decode(self._given(c), variables, z),
+            "draw_pixels": lambda variables, z, c, keys: generate.draw_pixels(self._given(c), variables, keys[0], z),
             "probabilities": self.model.probabilities,
         }
         return {name: jax.jit(f) for name, f in functions.items() if f is not None}
 
-    def _map(self, name, array, condition=None):
-        function = functools.partial(self._functions[name], self.variables)
-        return in_batches(function, array) if condition is None else in_batches(function, array, condition)
+    def _map(self, name, *arrays):
+        return in_batches(functools.partial(self._functions[name], self.variables), *arrays)
 
 
-def in_batches(function: Callable, *arrays: np.ndarray) -> Any:
-    """Apply `function` to arrays batch by batch; returns NumPy arrays."""
-    starts = range(0, len(arrays[0]), BATCH_SIZE)
-    parts = [function(*(array[start : start + BATCH_SIZE] for array in arrays)) for start in starts]
+def root_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed. Raises ValueError unless it is an integer from 0 to 2**32 - 1."""
+    check_integer("seed", seed, 0, 2**32 - 1)
+    return jax.random.key(seed)
+
+
+def in_batches(function: Callable, *arrays: Any) -> Any:
+    """Apply `function` to arrays batch by batch; returns NumPy arrays. An array may be None."""
+    parts = [
+        function(*(array if array is None else array[start : start + BATCH_SIZE] for array in arrays))
+        for start in range(0, len(arrays[0]), BATCH_SIZE)
+    ]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

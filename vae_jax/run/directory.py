@@ -16,7 +16,7 @@ from vae_jax.run.environment import code_version
 from vae_jax.run.files import (
     atomic_file,
     describe_error,
-    describe_os_error,
+    explained,
     is_remote,
     local_path,
     read_regular,
@@ -96,7 +96,7 @@ class RunDirectory:
         with contextlib.ExitStack() as on_error:
             if self.remote:
                 on_error.callback(shutil.rmtree, self.path)
-            try:
+            with explained(f"cannot write to the work directory {path}", "name another with --workdir"):
                 self._owned = OwnedDirectory(self.path, "metrics.jsonl")
                 on_error.callback(self._owned.close)
                 stored = read_settings(path)
@@ -107,13 +107,6 @@ class RunDirectory:
                 (self.path / "figures").mkdir(exist_ok=True)
                 if self.remote:
                     self._fetch_frames(self.remote / "figures" / "epochs")
-            except OSError as error:
-                if error.strerror is None:  # one of ours, which already names the way out
-                    raise
-                problem = f"cannot write to the work directory {path} ({describe_os_error(error)})"
-                if isinstance(error, FileExistsError):
-                    problem = f"{error.filename} is a file, but must be a folder"
-                raise OSError(f"{problem}: name another with --workdir") from error
             self.upload()
             on_error.pop_all()
 

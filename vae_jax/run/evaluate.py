@@ -94,16 +94,10 @@ def as_seen(split: Split, how: str, seed: int) -> Split:
     if how == "none":
         return split
 
-    @jax.jit
-    def pixels(image, index):
-        seen = binarize_as_evaluated(make_batch(image, index, index, index).image, index, how, seed)
-        return (255 * seen).astype(jnp.uint8)
+    def pixels(_, batch, key):
+        return (255 * binarize_as_evaluated(batch.image, batch.index, how, seed)).astype(jnp.uint8)
 
-    starts = range(0, len(split.label), BATCH_SIZE)
-    parts = [
-        pixels(split.image[i : i + BATCH_SIZE], i + np.arange(len(split.label[i : i + BATCH_SIZE]))) for i in starts
-    ]
-    return split._replace(image=np.concatenate(parts))
+    return split._replace(image=map_examples(pixels, split)({}, jax.random.key(seed)))
 
 
 def make_evaluate(

@@ -67,11 +67,6 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-def describe_os_error(error: OSError) -> str:
-    """The system's message, and the file if it names one."""
-    return f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}"
-
-
 @contextlib.contextmanager
 def explained(what: str, way_out: str) -> Iterator[None]:
     """Add what failed and the way out to the system's OSErrors in the block; our own already name both."""
@@ -80,7 +75,10 @@ def explained(what: str, way_out: str) -> Iterator[None]:
     except OSError as error:
         if error.strerror is None:
             raise
-        raise OSError(f"{what} ({describe_os_error(error)}): {way_out}") from error
+        problem = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        if isinstance(error, FileExistsError):
+            problem = f"{error.filename} is a file, but must be a folder"
+        raise OSError(f"{what} ({problem}): {way_out}") from error
 
 
 @contextlib.contextmanager
