@@ -166,7 +166,7 @@ while true; do
   look
   case $state:$code in
     # a broken connection, a restarted worker, or a preemption notice
-    ACTIVE: | ACTIVE:unknown | ACTIVE:143) echo "the slice $TPU_NAME is still active: reconnecting to the training" >&2 ;;
+    ACTIVE: | ACTIVE:unknown | ACTIVE:75 | ACTIVE:143) echo "the slice $TPU_NAME is still active: reconnecting to the training" >&2 ;;
     ACTIVE:*) fail "training failed with exit code $code; the slice is kept" "$code" ;;
     *) echo "the slice $TPU_NAME is $state: creating it again to resume training" >&2 ;;
   esac

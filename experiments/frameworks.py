@@ -44,20 +44,27 @@ CHILD = "VAE_JAX_PEER"
 
 
 def train_here(peer: str) -> dict[str, float]:
-    """Train one peer in this process; returns its seconds, its peak memory in MiB and its last test loss."""
+    """Train one peer in this process; returns its seconds, the MiB that training adds to the peak of the process's
+    memory, which holds the imported modules and the images, and its last test loss.
+    """
     given = flags.FLAGS
     modules, function, _ = PEERS[peer]
     for module in modules:
         importlib.import_module(module)
-    dataset = data.load(given.data, manual_dir=given.manual_dir)
-    empty = np.zeros((0, 28, 28, 1), np.float32)  # ours reads its images itself
-    train, test = (empty if peer == "vae_jax" else as_floats(dataset.splits[name].image) for name in ("train", "test"))
+    train = test = np.zeros((0, 28, 28, 1), np.float32)  # ours reads its images itself
+    if peer != "vae_jax":
+        splits = data.load(given.data, manual_dir=given.manual_dir).splits
+        train, test = (as_floats(splits[name].image) for name in ("train", "test"))
     fields = {"name": given.data, "manual_dir": given.manual_dir}
-    start = time.perf_counter()
+    before, start = peak_mebibytes(), time.perf_counter()
     loss = function(train, test, given.epochs, fields)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"training_seconds": seconds, "peak_mebibytes": peak, "test_loss": float(loss)}
+    return {"training_seconds": seconds, "added_mebibytes": peak_mebibytes() - before, "test_loss": float(loss)}
+
+
+def peak_mebibytes() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def train_in_fresh_process(peer: str, round_number: int) -> dict[str, float]:
@@ -88,12 +95,12 @@ def table(rows: list[dict]) -> list[list[str]]:
     The ratio to our time compares trainings of the same round.
     """
     ours = {row["round_number"]: row["training_seconds"] for row in rows if row["peer"] == "vae_jax"}
-    cells = [["trainer", "seconds", "times ours", "peak memory, MiB", "test loss"]]
+    cells = [["trainer", "seconds", "times ours", "memory added, MiB", "test loss"]]
     for peer in PEERS:
         own = [row for row in rows if row["peer"] == peer and row["round_number"] in ours]
         if own:
             ratios = [row["training_seconds"] / ours[row["round_number"]] for row in own]
-            seconds, memory = ([row[name] for row in own] for name in ("training_seconds", "peak_mebibytes"))
+            seconds, memory = ([row[name] for row in own] for name in ("training_seconds", "added_mebibytes"))
             loss = statistics.median(row["test_loss"] for row in own)
             cells.append(
                 [peer, spread(seconds, ".0f"), spread(ratios, ".2f"), f"{statistics.median(memory):.0f}", f"{loss:.2f}"]

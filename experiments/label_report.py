@@ -43,15 +43,18 @@ def by_method(rows: list[dict], number: str = "accuracy", scale: float = 100) ->
     }
 
 
-def cell(values: np.ndarray | None, signed: bool = False) -> str:
-    """Mean and half-width of the 95 % interval; the bare value for one draw, and "" for none."""
+def cell(values: np.ndarray | None, signed: bool = False, draws: int = 0) -> str:
+    """Mean and half-width of the 95 % interval; the bare value for one draw, and "" for none.
+
+    The number of draws is added if it is below `draws`.
+    """
     if values is None or not len(values):
         return ""
-    sign = "+" if signed else ""
+    sign, few = "+" if signed else "", f" ({len(values)} of {draws} draws)" if len(values) < draws else ""
     if len(values) == 1:
-        return f"{values[0]:{sign}.2f}"
+        return f"{values[0]:{sign}.2f}{few}"
     mean, half = mean_and_interval(values.tolist())
-    return f"{mean:{sign}.2f} ± {half:.2f}"
+    return f"{mean:{sign}.2f} ± {half:.2f}{few}"
 
 
 def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
@@ -61,7 +64,10 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
     counts = [*labels, -1]
 
     def table(numbers, methods):
-        return [["method", *heading], *([name, *(cell(numbers[name].get(n)) for n in counts)] for name in methods)]
+        def of(name, count):
+            return cell(numbers[name].get(count), draws=settings["draws"] if count > 0 else 1)
+
+        return [["method", *heading], *([name, *(of(name, count) for count in counts)] for name in methods)]
 
     nats = by_method(rows, "bound", 1) | by_method(rows, "nll", 1)  # nll replaces a bound on -log p(x | y)
     plain = [name for name in found if not name.startswith(SHIFTED)]

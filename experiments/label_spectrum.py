@@ -165,6 +165,7 @@ class Spectrum:
         self._run(family.config, run, fields)
         last = launch.last_test(run)
         found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}
+        found["seconds"] = last["seconds"]  # also of a run that was interrupted
         return found if family.uses_unlabelled else found | self._by_bayes(run)
 
     def _by_bayes(self, run: Path) -> dict[str, float]:
@@ -216,7 +217,12 @@ def main() -> None:
     arms.check_labelled(given.data, dataset)
     if not settings["labels"]:
         raise ValueError("--labels is empty: give numbers of labelled images, such as 100,1000")
+    fewest, size = dataset.num_classes, len(dataset.splits["train"].label)
     for labels in settings["labels"]:
+        if not fewest <= labels < size:
+            raise ValueError(
+                f"--labels has {labels}, but each must be from {fewest}, one for each class, to {size - 1}"
+            )
         data.hide_labels(dataset.splits["train"], labels, 0, dataset.num_classes)
     methods = {**METHODS, **FAMILIES}
     if unknown := set(given.methods) - {*methods}:

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from vae_jax.run.directory import read_config
-from vae_jax.run.files import write_atomically
+from vae_jax.run.files import is_remote, write_atomically
 from vae_jax.run.log import read_rows
 
 PROGRAM = ("python", "-m", "vae_jax")
@@ -41,9 +41,15 @@ def start(program: str, main: Callable[..., None], takes_arguments: bool = False
 
 def define_data_flags(workdir: str) -> None:
     """Define the flags --workdir, --data and --manual_dir of an experiment on a data set."""
-    flags.DEFINE_string("workdir", workdir, "The folder of the runs.")
+    define_workdir(workdir)
     flags.DEFINE_string("data", "mnist", "As --config.data.name of vae_jax.")
     flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir.")
+
+
+def define_workdir(workdir: str) -> None:
+    """Define the flag --workdir, which must be a local folder."""
+    flags.DEFINE_string("workdir", workdir, "The folder of the runs.")
+    flags.register_validator("workdir", lambda path: not is_remote(path), "an experiment writes to a local folder")
 
 
 def make_command(config: str, workdir: Path, fields: dict, manual_dir: str = "") -> list[str]:
@@ -66,31 +72,36 @@ def shell_line(command: list[str]) -> str:
 
 
 def run(command: list[str]) -> None:
-    """Run a command to its end; if it fails, exit with the code that a shell would report.
+    """Run a command to its end; if it fails, or a signal came, exit with the code that a shell would report.
 
     SIGTERM and SIGHUP are passed on to the command, which saves and exits; Ctrl-C reaches it through the terminal.
     """
     print(f"\n$ {shell_line(command)}", flush=True)
-    process, early = None, []  # a signal may arrive before the command has started
+    process, received = None, []  # a signal may arrive before the command has started
+
+    def note(number, frame):
+        received.append(number)
 
     def pass_on(number, frame):
-        early.append(number) if process is None else process.send_signal(number)
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
 
     passed = {
         number: pass_on for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
     }
     with _handlers(passed):
         process = subprocess.Popen([sys.executable, *command[1:]])
-        for number in early[:1]:
+        for number in received[:1]:
             process.send_signal(number)
-        with _handlers({signal.SIGINT: signal.SIG_IGN}):
+        with _handlers({signal.SIGINT: note}):
             code = process.wait()
     if code < 0:
         killer = signal.Signals(-code).name
         print(f"killed by {killer}; the same command resumes", file=sys.stderr)
         code = 128 - code
-    if code:
-        sys.exit(code)
+    if code or received:  # a command that was at its end when the signal came has finished
+        sys.exit(code or 128 + received[0])
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ def draw(found: Mapping[str, Mapping[str, Any]], eigenvalues: np.ndarray, latent
     ax = figure.subplots()
     points = {name: (numbers["test/kl"], numbers["test/reconstruction"]) for name, numbers in found.items()}
     for kind, color in (("beta", "#1b4f8a"), ("latent", "#2e7d32")):
-        chosen = {name: point for name, point in points.items() if name.startswith(kind)}
+        names = sorted((n for n in points if n.startswith(kind)), key=lambda name: float(name.removeprefix(kind)))
+        chosen = {name: points[name] for name in names}
         if not chosen:
             continue
         rate, distortion = np.transpose([*chosen.values()])
@@ -103,7 +104,9 @@ def main() -> None:
         launch.run(launch.make_command(base, study.path / run, fields, given.manual_dir))
         return evaluate(study.path / run, given.samples, count)
 
-    found = {name: compute_once(study, "model", train_and_evaluate, run=name) for name in chosen}
+    for name in chosen:
+        compute_once(study, "model", train_and_evaluate, run=name)
+    found = {row["run"]: row for row in study.rows}
     title = f"Rate and distortion: {given.data}, {given.epochs} epochs each, seed {given.seed}"
     eigenvalues = covariance_eigenvalues(dataset.splits["train"].image)
     latent_dim = max(numbers["latent_dim"] for numbers in found.values())

@@ -305,7 +305,7 @@ These commands, in this order, made every number and figure:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", "runs/post", "The folder of all runs and the report.")
+    launch.define_workdir("runs/post")
     flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir of vae_jax.")
     flags.DEFINE_bool("quick", False, "The bundled digits, and a small study.")
     flags.DEFINE_list("parts", list(PARTS), f"Which of {', '.join(PARTS)} to do.")

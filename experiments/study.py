@@ -60,7 +60,7 @@ def compute_once(study: OwnedDirectory, stage: str, compute: Callable[..., dict]
             return row
     start = time.monotonic()
     row = name | compute(**fields)
-    row["seconds"] = round(time.monotonic() - start, 1)
+    row.setdefault("seconds", round(time.monotonic() - start, 1))
     study.append(row)
     print("  ".join(f"{key} {shorten(value)}" for key, value in row.items()), flush=True)
     return row

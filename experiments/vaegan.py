@@ -25,7 +25,7 @@ from experiments.costs import make_run
 from experiments.speed import Peer, measure
 from experiments.study import compute_once, open_study, settings_of
 from vae_jax import data, weights
-from vae_jax.batch import Dataset
+from vae_jax.batch import Dataset, mixed_order
 from vae_jax.evaluation.samples import manifold, sharpness
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.full_evaluation.samples import compare
@@ -61,7 +61,9 @@ class Comparison:
             raise ValueError(f"images are {dataset.image_shape}, but the pinned classifier reads (28, 28, 1)")
         self._workdir, self._dataset, self._count = workdir, dataset, count
         self._featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
-        self._test = dataset.splits["test"].image[:count] / np.float32(255)
+        test, train = dataset.splits["test"], dataset.splits["train"]
+        self._test = test.image[mixed_order(test.label)[:count]] / np.float32(255)
+        self._training = train.image[mixed_order(train.label)[:count]] / np.float32(255)
         self._of_test = self._featurize(self._test)
         self._real = manifold(self._of_test)
 
@@ -94,7 +96,7 @@ class Comparison:
 
     def floor(self) -> dict[str, Any]:
         """Measure as many training images in place of generated ones."""
-        return self._near(self._dataset.splits["train"].image[: self._count] / np.float32(255))
+        return self._near(self._training)
 
     def _near(self, image: np.ndarray) -> dict[str, Any]:
         return compare(self._real, self._featurize(image), "") | {"sharpness": self._sharpness(image)}

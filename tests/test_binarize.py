@@ -160,5 +160,7 @@ def test_binarized_mnist_of_tfds(monkeypatch):
     with tfds.testing.mock_data(num_examples=7):
         dataset = data.load(name="binarized_mnist")
     assert dataset.splits["train"].image.shape == dataset.splits["test"].image.shape == (7, 28, 28, 1)
-    assert set(np.unique(dataset.splits["train"].image)) == {0, 255} and dataset.is_binary
+    assert set(np.unique(dataset.splits["train"].image)) == {0, 255} and dataset.is_binary("train")
+    grey = dataset.splits["test"]._replace(image=np.full((7, 28, 28, 1), 100, np.uint8))
+    assert not dataset._replace(splits=dataset.splits | {"test": grey}).is_binary("test")
     assert dataset.num_classes == 0 and (dataset.splits["train"].label == -1).all()

@@ -129,6 +129,12 @@ def test_a_preempted_slice_is_created_again_and_training_resumes(fake):
     assert "is SUSPENDED: creating it again to resume training" in result.stderr
 
 
+def test_a_lost_host_is_waited_for(fake):
+    result, calls, trained = fake(*TRAIN, states=["ACTIVE"] * 4, codes=[75, 0])
+    assert result.returncode == 0, result.stderr
+    assert verbs(calls) == [*ROUND, *ROUND, "delete"] and len(trained) == 2
+
+
 def test_a_failed_training_ends_the_script_and_keeps_the_slice(fake):
     result, calls, _ = fake(*TRAIN, states=["ACTIVE"] * 2, codes=[1])
     assert result.returncode == 1 and verbs(calls) == ROUND

@@ -258,6 +258,10 @@ def test_an_unlabelled_image_is_refused():
     dataset = Dataset(splits, num_classes=3, shuffle=True)
     with pytest.raises(ValueError, match="1 of 4 train images have no label: label them all, or use the family vae"):
         conditional.check_data(dataset)
+    conditional.check_data(dataset, condition="quadrant1")
+    splits["train"] = Split(image, np.array([0, 1, 1, 0], np.int32))
+    with pytest.raises(ValueError, match="no training image labelled 2, though labels go up to 2"):
+        conditional.check_data(dataset)
 
 
 def train(path, **changes):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import io
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from vae_jax.families import (
     vae,
     vaegan,
 )
+from vae_jax.figures import codes
 from vae_jax.likelihoods import LIKELIHOODS, unit_gaussian
 from vae_jax.priors import PRIORS, standard_normal
 
@@ -262,6 +264,15 @@ def test_figures_of_a_vae():
     expected = generate.sample(model, variables, jax.random.key(5), 100)
     assert grid.shape[:2] == (100, 100)
     np.testing.assert_allclose(np.squeeze(grid[11:19, 1:9]), expected[10, ..., 0], atol=1e-6)
+
+
+def test_codes_without_a_label_are_grey_and_each_label_keeps_its_colour():
+    label = np.array([-1, *range(10)])
+    figure = codes(np.zeros((11, 2)), label, ("", ""), "a\udcffb")
+    grey, coloured = figure.axes[0].collections
+    assert len(grey.get_offsets()) == 1
+    assert len({tuple(colour) for colour in coloured.to_rgba(coloured.get_array())}) == 10
+    figure.savefig(io.BytesIO())  # a name that is not UTF-8 can be drawn
 
 
 def test_the_manifold_of_two_latents_lies_at_the_quantiles_of_the_prior(monkeypatch):

@@ -10,7 +10,7 @@ def test_ratios_are_those_within_a_round():
             "peer": peer,
             "round_number": i,
             "training_seconds": (i + 1) * seconds,
-            "peak_mebibytes": 10.0,
+            "added_mebibytes": 10.0,
             "test_loss": 19.0,
         }
         for peer, seconds in (("vae_jax", 2.0), ("pythae", 10.0))

@@ -12,7 +12,7 @@ from small_run import run_job, small_job
 
 import vae_jax
 from vae_jax import commands, full_evaluation
-from vae_jax.batch import Dataset, Split
+from vae_jax.batch import Dataset, Split, mixed_order
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.families import conditional, vae
 from vae_jax.full_evaluation.picture import draw_evaluation
@@ -240,7 +240,7 @@ BASELINES = {"collapsed model": 26.0, "best linear VAE": 22.0}
 
 
 def numbers(**given):
-    healthy = {"bound": 18.5, "kl": 11.0, "kl_by_latent": [1.1] * 10, "active_units": 10}
+    healthy = {"bound": 18.5, "loss": 18.5, "kl": 11.0, "kl_by_latent": [1.1] * 10, "active_units": 10}
     return {f"test/{name}": value for name, value in (healthy | given).items()}
 
 
@@ -249,12 +249,13 @@ def numbers(**given):
     [
         ({}, "healthy: the latents carry 11.0 nats"),
         (
-            {"kl": 0.002, "kl_by_latent": [0.0002] * 10, "active_units": 0, "bound": 26.01},
-            "collapsed: the latents carry 0.002 nats, and the bound is 26.01, compared with 26.00",
+            {"kl": 0.002, "kl_by_latent": [0.0002] * 10, "active_units": 0, "loss": 26.01},
+            "collapsed: the latents carry 0.002 nats, and the loss is 26.01, compared with 26.00",
         ),
         ({"active_units": 0}, "collapsed: the latents carry 11 nats"),
         ({"kl_by_latent": [3.0] * 3 + [0.001] * 7}, "few latents used: 3 of 10 carry more than 0.01 nats"),
-        ({"bound": 27.0}, "undertrained: the bound 27.00 is above 26.00"),
+        ({"loss": 27.0}, "undertrained: the loss 27.00 is above 26.00"),
+        ({"bound": 27.0}, "healthy"),  # at another beta than 1 the baselines are losses, not bounds
         ({"nearest_training_distance/closer_than_1_percent": 0.9}, "memorising: 90% of the generated images"),
         ({"nearest_training_distance/closer_than_1_percent": 0.01}, "healthy"),
         ({"nearest_training_distance/closer_than_1_percent": "left out: why"}, "healthy"),
@@ -264,6 +265,27 @@ def test_the_verdict_follows_from_the_numbers(given, state):
     said = verdict(numbers(**given), "test", BASELINES)
     assert said["verdict"].startswith(state)
     assert ("what to change" in said) == (not state.startswith("healthy"))
+
+
+def test_latents_of_several_seeds_are_those_of_the_first():
+    """Each seed uses three of ten latents; the mean over the seeds would make six of them."""
+    seeds = {f"kl_by_latent/seed{i}": [0.0] * 3 * i + [3.0] * 3 + [0.0] * (7 - 3 * i) for i in range(2)}
+    mean = np.mean([*seeds.values()], axis=0).tolist()
+    said = verdict(numbers(kl_by_latent=mean, **seeds), "test", BASELINES)
+    assert said["verdict"].startswith("few latents used: 3 of 10")
+    assert said["latents"].startswith("3 of 10 carry 9.00 nats; most: z0 3.00")
+
+
+def test_images_that_come_class_by_class_are_mixed():
+    label = np.repeat(np.arange(3, dtype=np.int32), 20)
+    assert set(label[mixed_order(label)[:12]]) == {0, 1, 2}
+    np.testing.assert_array_equal(np.sort(mixed_order(label)), np.arange(60))
+    shuffled = np.roll(label, 1)
+    np.testing.assert_array_equal(mixed_order(shuffled), np.arange(60))
+    image = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    subject = Subject(None, None, "test", Split(image, label), None, None)
+    np.testing.assert_array_equal(subject.first(12).image, np.round(255 * subject.batch(0, 12).image))
+    np.testing.assert_array_equal(subject.batch(50, 20).index, mixed_order(label)[np.arange(50, 70) % 60])
 
 
 def test_the_verdict_names_the_latents_and_the_gap_to_training():

@@ -95,6 +95,7 @@ def test_k_hat_tells_weights_without_a_variance_from_bounded_ones():
     assert np.median(pareto_k(np.log(heavy))) > 0.7
     assert np.median(pareto_k(np.log(bounded))) < 0.3
     assert (pareto_k(np.zeros((2, 2000))) == -math.inf).all()
+    assert (pareto_k(1000 * rng.normal(size=(5, 2000))) == math.inf).all()  # the other weights underflow
     assert np.isnan(pareto_k(np.zeros((2, 20)))).all()
 
 

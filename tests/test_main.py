@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from program import ROOT, environment, fresh
 
+from vae_jax.main import show
+
 MAIN = ("-m", "vae_jax.main")
 SMOKE = (*MAIN, "--config=configs/vae.py:smoke")
 CACHED = {  # fresh processes with these share their compiled programs with the forks
@@ -213,6 +215,10 @@ def test_fresh_processes_and_forks_refuse_with_the_same_words(start, forks):
         (["--mode=sample", "--workdir=nowhere"], 1, "there is no run in nowhere"),
     ]:
         assert message in start(*MAIN, *flags).refuses(code)
+
+
+def test_a_large_step_is_printed_whole():
+    assert show(9_774_400) == "9774400" and show([1, 0.123456789]) == "[1, 0.123457]"
 
 
 def test_help_lists_flags_and_config_fields(forks):

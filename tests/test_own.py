@@ -86,6 +86,22 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
         np.testing.assert_allclose(one.mean(axis=-1), upright, atol=3)
 
 
+def test_a_grey_palette_is_grey(tmp_path):
+    """As optimisers of PNG files write it."""
+    grey = np.tile(np.arange(8, dtype=np.uint8) * 30, (8, 1))
+    for i in range(10):
+        Image.fromarray(grey).convert("P").save(tmp_path / f"{i}.png")
+    _, image = load(tmp_path)
+    assert image.shape == (10, 8, 8, 1) and (image[..., 0] == grey).all()
+
+
+def test_a_part_of_a_file_name_fits_into_it(tmp_path):
+    name = 60 * "\u624b" + ".png"
+    save(tmp_path / name, np.zeros((28, 28)))
+    model = Pretrained({"image_shape": [28, 28, 1], "config": {"data": {}}}, {})
+    assert len(examples.read_own(model, str(tmp_path / name)).file.encode()) <= examples.LONGEST + 9
+
+
 def test_every_format_gives_the_same_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 10, 3), np.uint8)
     options = {"png": {}, "bmp": {}, "webp": {"lossless": True}}
@@ -352,10 +368,16 @@ def test_explained_variance_is_0_for_the_mean_image_and_1_without_error(scale):
 
 
 def test_the_verdict_says_what_is_explained():
-    numbers = {"test/kl": 5.0, "test/bound": 20.5, "test/explained variance": 0.618, "train/bound": 10.0}
+    numbers = {
+        "test/kl": 5.0,
+        "test/bound": 20.5,
+        "test/loss": 20.5,
+        "test/explained variance": 0.618,
+        "train/bound": 10.0,
+    }
     said = verdict(numbers, "test", {"collapsed model": 30.0, "best linear VAE": 22.25})
     assert said["explained"] == (
-        "62% of the variance of the test images (the mean training image explains 0%); the bound is 20.50 there, and on "
+        "62% of the variance of the test images (the mean training image explains 0%); the loss is 20.50 there, and on "
         "the training images: collapsed model 30.00, best linear VAE 22.25"
     )
     assert said["what to change"] == "use more images, or fewer epochs"

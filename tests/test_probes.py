@@ -42,6 +42,10 @@ def test_the_kl_by_latent_sums_to_the_kl(small_vae):
     numbers = probes.reduce(arrays, Split(np.zeros((16, 8, 8, 1), np.uint8), np.arange(16, dtype=np.int32)))
     np.testing.assert_allclose(sum(numbers["kl_by_latent"]), metrics["kl"].mean(), rtol=1e-5)
     assert len(numbers["kl_by_latent"]) == 3 and 0 <= numbers["active_units"] <= 3
+    one = probes.reduce(
+        jax.tree.map(lambda leaf: leaf[:1], arrays), Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32))
+    )
+    assert [*one] == ["kl_by_latent"]  # the mean of one image has no variance
 
 
 def flops(function, *arguments):

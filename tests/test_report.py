@@ -168,6 +168,19 @@ launch.run(["python", "-c", "import pathlib, time; pathlib.Path({str(tmp_path / 
     assert f"killed by {signal.Signals(number).name}; the same command resumes" in process.ends(128 + number)
 
 
+def test_a_signal_stops_the_launcher_even_if_its_command_is_at_its_end(forks, tmp_path):
+    """Otherwise a study would start its next training."""
+    started = tmp_path / "started"
+    command = f"import pathlib, signal, time; signal.signal(15, lambda *_: exit(0)); pathlib.Path({str(started)!r}).touch(); time.sleep(600)"
+    process = forks(
+        "-c", f"from experiments import launch\nlaunch.run(['python', '-c', {command!r}])\nprint('went on')"
+    )
+    process.wait_for(started.exists)
+    process.send_signal(signal.SIGTERM)
+    process.ends(128 + signal.SIGTERM)
+    assert "went on" not in process.stdout
+
+
 @pytest.mark.parametrize(
     "model,train,expected",
     # By hand: 2 x kernel x positions, summed over the layers; in training three times that, less the first layer's.

@@ -548,6 +548,14 @@ def test_bad_objectives(fields, message):
         vaegan.make_objective(small()[0], **fields)
 
 
+def test_baselines_of_binary_pixels_are_those_of_what_the_model_sees():
+    image = np.array([[0, 100], [255, 128]], np.uint8).reshape(2, 1, 2, 1)
+    known = {"method": "vae", "likelihood": "bernoulli", "binarize": "threshold"}
+    assert vaegan.baselines(None, image, **known) == vae.baselines(
+        None, image, likelihood="bernoulli", binarize="threshold"
+    )
+
+
 def test_a_plain_gan_gets_no_verdict_on_an_encoder_that_it_does_not_train():
     numbers = {"test/kl": 0.0, "test/active_units": 0, "test/adversarial": 0.7}
     judged = {"test/discriminator_on_data": 0.6, "test/discriminator_on_samples": 0.4}

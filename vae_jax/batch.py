@@ -33,10 +33,9 @@ class Dataset(NamedTuple):
     labelled_per_batch: int = 0  # 0 = no fixed number
     notes: tuple[str, ...] = ()  # how the images were changed on loading
 
-    @property
-    def is_binary(self) -> bool:
-        """Whether the model sees only the pixel values 0 and 1."""
-        return self.binarize != "none" or not has_grey(self.splits["train"].image)
+    def is_binary(self, split: str) -> bool:
+        """Whether the model sees only the pixel values 0 and 1 of a split."""
+        return self.binarize != "none" or not has_grey(self.splits[split].image)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -68,7 +67,7 @@ class Batch(NamedTuple):
 
     image: Float[Array, "batch height width channel"]  # in [0, 1]
     label: Int[Array, " batch"]  # -1 = unlabelled
-    weight: Float[Array, " batch"]  # 0 = padding
+    weight: Float[Array, " batch"]  # 0 = padding, which only batch normalisation does not ignore
     index: Int[Array, " batch"]  # type: ignore[assignment]  # position in the data set
 
 
@@ -116,6 +115,15 @@ def first_of_each_label(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " shown
     if not len(known):
         return np.arange(min(10, len(label)))
     return known[np.unique(label[known], return_index=True)[1][:10]]
+
+
+def mixed_order(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """An order of a split in which the first images represent all: its own, or a fixed random one if the images come
+    class by class, as from folders.
+    """
+    if (np.diff(label) < 0).any():
+        return np.arange(len(label))
+    return np.random.default_rng(0).permutation(len(label))
 
 
 def named_key(key: Key[Array, "*batch"], name: str) -> Key[Array, "*batch"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TRAIN, TEST, BASELINE = "#8fb3d9", "#1b4f8a", "#a04000"
+TRAIN, TEST, BASELINE, UNLABELLED = "#8fb3d9", "#1b4f8a", "#a04000", "#c8c8c8"
 ENLARGED = 3  # factor by which a film enlarges each pixel
 LEGEND = 0.25  # free space above the curves, as a share of their height
 LARGEST_COUNTED = 25  # classes; with more, the counts would be too small to read
@@ -25,8 +25,11 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def set_title(figure: "Figure", title: str) -> None:
-    """Set the title of a figure. It may contain the name of a user's data, so $ is escaped and never starts a formula."""
-    figure.suptitle(title.replace("$", r"\$"), wrap=True)
+    """Set the title of a figure.
+
+    It may contain the name of a user's file: $ is escaped, since it would start a formula, and so is what is not UTF-8.
+    """
+    figure.suptitle(title.replace("$", r"\$").encode(errors="backslashreplace").decode(), wrap=True)
 
 
 def whole_numbers(**options):
@@ -267,12 +270,15 @@ def codes(plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: t
 
 
 def draw_plane(ax, plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: tuple[str, str]) -> None:
-    """Points coloured by label, with a legend for at most ten labels; one colour if there are no labels."""
-    if label.max() < 0:
-        ax.scatter(plane[:, 0], plane[:, 1], color=TEST, s=3)
-    else:
-        points = ax.scatter(plane[:, 0], plane[:, 1], c=label, s=3, cmap="tab10" if label.max() < 10 else "viridis")
-        if 0 < label.max() < 10:
+    """Points coloured by label, with a legend for at most ten labels; one colour for those without a label."""
+    known = label >= 0
+    if not known.all():
+        ax.scatter(*plane[~known].T, color=UNLABELLED if known.any() else TEST, s=3)
+    if known.any():
+        few = label.max() < 10
+        colours = {"cmap": "tab10", "vmin": 0, "vmax": 9} if few else {"cmap": "viridis"}
+        points = ax.scatter(*plane[known].T, c=label[known], s=3, **colours)
+        if few and label.max() > 0:
             ax.legend(*points.legend_elements(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     ax.set(xlabel=axes[0], ylabel=axes[1])
 

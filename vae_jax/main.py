@@ -139,7 +139,7 @@ def train(config: dict, workdir: str) -> None:
             hosts.exit_now("out of memory: try a smaller batch_size or model; the same command continues", 1)
         if not several:
             raise
-        hosts.exit_now(f"a host was lost ({describe_error(error)})", 1)
+        hosts.exit_now(f"a host was lost ({describe_error(error)})", hosts.LOST)
     if outcome is None:
         print(f"already finished: {workdir.rstrip('/')}/summary.md")
     elif outcome.step < outcome.steps:
@@ -177,6 +177,8 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
         boxed = ", ".join(weights.SHA256)
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir, such as {boxed}")
     config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # `run` and `epochs` do not matter here
+    if weights.is_exported(Path(workdir)):  # its data may lie elsewhere; their SHA-256 is checked
+        stored["data"]["name"] = config["data"]["name"]
     check_same_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
     given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne, "all_latents": FLAGS["all"].value}
@@ -191,8 +193,8 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
 
 def show(value) -> str:
     """Format a number, nested lists of numbers, or a text in one line."""
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | int):
+        return str(value)
     if isinstance(value, list):
         return f"[{', '.join(map(show, value))}]"
     return f"{value:.6g}"

@@ -11,6 +11,7 @@ from vae_jax import figures, generate
 from vae_jax.batch import Split
 from vae_jax.commands.examples import (
     check_able,
+    check_has_latents,
     check_trained_on,
     choose_images,
     choose_split,
@@ -30,6 +31,7 @@ from vae_jax.full_evaluation.prior import compare_bounds, fit_prior
 from vae_jax.pretrained import of_seed
 from vae_jax.pretrained.loading import load_variables
 from vae_jax.run.files import as_csv, save_figure, write_atomically
+from vae_jax.run.seeds import first_seed
 from vae_jax.run.session import build
 
 LIMIT = 3.0  # standard deviations of the prior that a traversal covers on either side
@@ -58,6 +60,8 @@ def evaluate(
     check_trained_on(metadata["data"], job.metadata["data"])
     if full or own is not None:
         vae = check_able(of_seed(workdir, metadata, variables), workdir, encode="encoder")
+    if full:  # of the first seed, as all the other numbers
+        job, variables = job._replace(seeds=job.seeds[:1]), first_seed(variables, job.seeds)
     if own is not None:
         examples = read_unlabelled(vae, own)
         split = examples.file
@@ -158,11 +162,12 @@ def interpolate(
 ) -> list[Any]:
     """Decode points on the line between the encodings of two images, which `choose_images` chooses."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
+    check_has_latents(vae)
     if count < 2:
         raise ValueError(f"--count is {count}, but an interpolation needs at least 2")
     index = choose_images(examples, examples.title, 2, images, labels)
     image, label = examples.image[index], examples.label[index]
-    mean, _ = vae.encode(image, **vae.own_label(label))
+    mean, _ = vae.encode(image, **vae.seen_label(label))
     image = vae.decode(generate.interpolate(*jnp.asarray(mean), count), **vae.condition_of(image[:1], label[0]))
     ends = examples.image[index] / np.float32(255)
     row = np.concatenate([ends[:1], image, ends[1:]])
@@ -199,8 +204,9 @@ def traverse(
     image's own values.
     """
     vae, examples = load_examples(workdir, config, checkpoint, split, own)
+    check_has_latents(vae)
     index = choose_images(examples, examples.title, 1, images, labels)
-    mean, logvar = map(jnp.asarray, vae.encode(examples.image, **vae.own_label(examples.label)))
+    mean, logvar = map(jnp.asarray, vae.encode(examples.image, **vae.seen_label(examples.label)))
     if vae.model.prior.kl is None or vae.model.condition_on:
         use, unit = np.var(mean, axis=0), "variance"
     else:
@@ -239,8 +245,8 @@ def encode(
     workdir: str, config: dict, checkpoint: str, split: str, own: str | None = None, tsne: bool = False
 ) -> list[Any]:
     """Write mean and log-variance of q(z | x) of every image as .npz and .csv; `tsne` adds a map of the means."""
-    vae, examples = load_examples(workdir, config, checkpoint, split, own)
-    mean, logvar = vae.encode(examples.image, **vae.own_label(examples.label))
+    vae, examples = load_examples(workdir, config, checkpoint, split, own, decodes=False)
+    mean, logvar = vae.encode(examples.image, **vae.seen_label(examples.label))
     path = generated(workdir) / f"encode-step{vae.step}-{examples.file}.npz"
     save_arrays(path, name=np.array(examples.names), label=examples.label, mean=mean, logvar=logvar)
     columns = [f"{what}{latent}" for what in ("mean", "logvar") for latent in range(mean.shape[1])]
@@ -248,6 +254,7 @@ def encode(
     write_atomically(path.with_suffix(".csv"), as_csv(["file", *columns], rows))
     paths = [path, path.with_suffix(".csv")]
     if tsne:
+        check_has_latents(vae)
         paths.append(path.with_name(f"{path.stem}-tsne.png"))
         title = f"Codes of {examples.title} by t-SNE, which keeps neighbours, not distances: {vae.title}"
         save_figure(figures.codes(tsne_plane(mean), examples.label, ("", ""), title), paths[-1])

@@ -1,6 +1,7 @@
 """The model and the images that a mode works on: a split of the run's data, or the user's own images (`--input`)."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from vae_jax.run.config import bind
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.job import fingerprint
 
-LONGEST = 40  # characters of a part of a file name
+LONGEST = 40  # bytes of a part of a file name
 
 
 def shortened(part: str) -> str:
@@ -46,9 +47,12 @@ class Examples(NamedTuple):
 
 
 def load_examples(
-    workdir: str, config: dict, checkpoint: str, split: str, own: str | None
+    workdir: str, config: dict, checkpoint: str, split: str, own: str | None, decodes: bool = True
 ) -> tuple[Pretrained, Examples]:
-    """Load a run's model, with encoder and decoder, and a split of its data or the images at the path `own`."""
+    """Load a run's model, with encoder and decoder, and a split of its data or the images at the path `own`.
+
+    `decodes` says that the mode decodes codes, for which a model of labels needs them.
+    """
     if own is None:
         vae, dataset = load_with_data(workdir, config, checkpoint)
         seen = as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
@@ -57,7 +61,7 @@ def load_examples(
         names = [str(i) for i in range(len(seen.label))]
         return vae, Examples(*seen, title=split, file=split, names=names)
     vae = load_able(workdir, checkpoint, encode="encoder", decode_raw="decoder")
-    examples = read_unlabelled(vae, own)
+    examples = read_unlabelled(vae, own) if decodes or vae.model.encoder_takes_label else read_own(vae, own)
     seen = as_seen(Split(examples.image, examples.label), vae.config["data"]["binarize"], vae.config["seed"])
     return vae, examples._replace(image=seen.image)
 
@@ -67,6 +71,12 @@ def read_unlabelled(vae: Pretrained, path: str) -> Examples:
     if vae.model.condition_on == "label":
         raise ValueError("--input gives images without labels, but this model is conditioned on them: leave it out")
     return read_own(vae, path)
+
+
+def check_has_latents(vae: Pretrained) -> None:
+    """Raise ValueError for a regression."""
+    if not vae.model.latent_dim:
+        raise ValueError("this model is a regression: it has no latents, which this mode needs")
 
 
 def read_own(model: Pretrained, path: str) -> Examples:
@@ -86,7 +96,7 @@ def read_own(model: Pretrained, path: str) -> Examples:
         image,
         label=np.full(len(image), -1, np.int32),
         title=Path(path).name if "," not in path else f"{first.name}, ...",
-        file=f"{first.stem[:LONGEST]}-{digest}",
+        file=f"{os.fsencode(first.stem)[:LONGEST].decode(errors='ignore')}-{digest}",
         names=names,
         notes=(f"the images of {path}: {'; '.join(notes)}",) if notes else (),
     )

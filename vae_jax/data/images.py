@@ -17,7 +17,7 @@ from vae_jax.run.files import as_pillow
 from vae_jax.run.memory import check_memory
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # pure decoders; for some other formats Pillow starts external programs
-NEVER_GREY = ("WEBP", "GIF")  # they store a grey image with three channels
+NEVER_GREY = ("WEBP", "GIF")  # they store a grey image with three channels, as a palette does
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 UNREADABLE = (".heic", ".heif", ".avif", ".tif", ".tiff", ".dng", ".jp2", ".jxl", ".psd", ".svg")  # images, not decoded
 COLOURS = ("auto", "grey", "colour")
@@ -99,7 +99,7 @@ def read_image(path: Path, wanted: Preparation, done: Counter) -> UInt8[np.ndarr
             if clear:
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
             upright = upright.convert("L" if mode in ("1", "L", "LA") else "RGB")
-            if image.format in NEVER_GREY and is_grey(upright):
+            if (image.format in NEVER_GREY or mode in ("P", "PA")) and is_grey(upright):
                 upright = upright.convert("L")
     except Exception as error:  # damage raises anything from OSError to SyntaxError
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -115,14 +115,15 @@ def pareto_k(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
 
 
 def fit_pareto(excess: Float[np.ndarray, " tail"]) -> float:
-    """The shape k of a generalised Pareto distribution fitted to ascending values; -inf if their first quartile is 0.
+    """The shape k of a generalised Pareto distribution fitted to ascending values.
 
-    Source: Zhang & Stephens 2009, with the weak prior of Vehtari et al. 2024, which shrinks k towards 1/2.
+    It is infinite if their first quartile is 0: -inf if all are, and inf if the others are so much larger. Source: Zhang
+    & Stephens 2009, with the weak prior of Vehtari et al. 2024, which shrinks k towards 1/2.
     """
     n = len(excess)
     quarter = excess[int(n / 4 + 0.5) - 1]
     if quarter <= 0:
-        return -math.inf
+        return math.inf if excess[-1] > 0 else -math.inf
     grid = 30 + int(math.sqrt(n))
     theta = 1 / excess[-1] + (1 - np.sqrt(grid / (np.arange(grid) + 0.5))) / (3 * quarter)
     k = np.mean(np.log1p(-theta[:, None] * excess), axis=1)

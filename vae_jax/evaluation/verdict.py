@@ -22,7 +22,7 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
     explained = describe_explained(numbers, split, baselines)
     if explained:
         found["explained"] = explained
-    kl = numbers.get(f"{split}/kl_by_latent")
+    kl = kl_by_latent(numbers, split)
     if kl is not None:
         found["latents"] = describe_latents(kl)
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent")
@@ -37,6 +37,12 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
         )
     state, change = judge(numbers, split, baselines)
     return {"verdict": state} | found | ({"what to change": change} if change else {})
+
+
+def kl_by_latent(numbers: Mapping[str, Any], split: str) -> list[float] | None:
+    """The KL of each latent; of several seeds that of the first, since their latents do not correspond."""
+    name = f"{split}/kl_by_latent"
+    return next((value for key, value in numbers.items() if key.startswith(f"{name}/seed")), numbers.get(name))
 
 
 def trains_an_encoder(numbers: Mapping[str, Any], split: str) -> bool:
@@ -60,8 +66,8 @@ def discriminator_wins(numbers: Mapping[str, Any], split: str) -> tuple[str, str
 
 def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> tuple[str, str]:
     """The state of a run with the numbers behind it, and what to change."""
-    kl, bound = numbers.get(f"{split}/kl"), numbers.get(f"{split}/bound")
-    by_latent = numbers.get(f"{split}/kl_by_latent")
+    kl, loss = numbers.get(f"{split}/kl"), numbers.get(f"{split}/loss")
+    by_latent = kl_by_latent(numbers, split)
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
     collapsed = next((value for name, value in baselines.items() if name.startswith("collapsed")), None)
     active = numbers.get(f"{split}/active_units")
@@ -70,8 +76,8 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     if active == 0 or (kl is not None and kl < UNUSED):
         reached = (
             ""
-            if collapsed is None or bound is None
-            else f", and the bound is {bound:.2f}, compared with {collapsed:.2f} without latents"
+            if collapsed is None or loss is None
+            else f", and the loss is {loss:.2f}, compared with {collapsed:.2f} without latents"
         )
         return (
             f"collapsed: the latents carry {kl:.3g} nats{reached}",
@@ -88,9 +94,9 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
             f"few latents used: {used} of {len(by_latent)} carry more than {UNUSED} nats",
             f"lower model.latent_dim to {max(used, 1)}, which changes little, or raise objective.free_bits, or lower beta",
         )
-    if collapsed is not None and bound is not None and bound > collapsed:
+    if collapsed is not None and loss is not None and loss > collapsed:
         return (
-            f"undertrained: the bound {bound:.2f} is above {collapsed:.2f}, the loss of a model without latents",
+            f"undertrained: the loss {loss:.2f} is above {collapsed:.2f}, the loss of a model without latents",
             "train longer, or raise optimizer.learning_rate",
         )
     healthy = f"healthy: the latents carry {kl:.1f} nats"
@@ -108,13 +114,13 @@ def overfitting(numbers: Mapping[str, Any], split: str) -> str:
 
 
 def describe_explained(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> str:
-    """The explained variance of the reconstructions, and the bound compared with the baselines; "" if unknown."""
-    share, bound = numbers.get(f"{split}/explained variance"), numbers.get(f"{split}/bound")
-    if share is None or bound is None:
+    """The explained variance of the reconstructions, and the loss compared with the baselines; "" if unknown."""
+    share, loss = numbers.get(f"{split}/explained variance"), numbers.get(f"{split}/loss")
+    if share is None or loss is None:
         return ""
     beside = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
     said = f"{max(share, 0.0):.0%} of the variance of the {split} images (the mean training image explains 0%)"
-    return said + (f"; the bound is {bound:.2f} there, and on the training images: {beside}" if beside else "")
+    return said + (f"; the loss is {loss:.2f} there, and on the training images: {beside}" if beside else "")
 
 
 def describe_latents(kl_by_latent: Sequence[float]) -> str:

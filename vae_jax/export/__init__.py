@@ -64,7 +64,7 @@ def describe(pretrained: Pretrained, workdir: str) -> dict[str, Any]:
     name = config["data"]["name"]
     data = config["data"] | {
         "manual_dir": "",
-        "name": Path(name).name if os.path.isabs(os.path.expanduser(name)) else name,
+        "name": f"./{Path(name).name}" if os.path.isabs(os.path.expanduser(name)) else name,
     }
     recorded = metadata.get("environment", {})
     numbers = metadata.get("metrics")

@@ -27,7 +27,7 @@ def model_card(pretrained: Pretrained, metadata: Mapping[str, Any], files: Seque
     facts = {
         "library_name": "vae_jax",
         "pipeline_tag": "unconditional-image-generation" if generates else "image-classification",
-        "datasets": [config["data"]["name"]],
+        "datasets": [name for name in [config["data"]["name"]] if "/" not in name],  # not the user's own files
         "tags": ["jax", "flax", *(["variational-autoencoder"] if generates else []), config["model"]["name"]],
     }
     if model.condition_on:  # model hubs have no tag for conditional generation

@@ -44,7 +44,7 @@ def programs_of(pretrained: Pretrained) -> dict[str, Program]:
         return model.given(*c) if c else model
 
     programs = {}
-    if model.encode is not None:
+    if model.encode is not None and model.latent_dim:
         programs["encoder"] = Program(lambda x, *c: given(*c).encode(variables, x), (image, *condition))
     if model.decode_raw is not None:
         latent = (model.latent_dim,)

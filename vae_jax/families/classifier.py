@@ -14,7 +14,7 @@ from vae_jax import figures
 from vae_jax.augment import augment
 from vae_jax.evaluation.classification import class_accuracy, confusion_matrix, expected_calibration_error
 from vae_jax.families import Metric, Model, Probes
-from vae_jax.families.labels import check_labelled
+from vae_jax.families.labels import check_classes_present, check_labelled
 from vae_jax.nn.description import describe
 from vae_jax.nn.networks import PRECISIONS, Classifier, check_pooling, check_sizes, choose
 from vae_jax.objectives import cross_entropy
@@ -147,12 +147,7 @@ def make_final_probes(model: Model, samples: int, binarize: str) -> None:
 def check_data(dataset) -> None:
     """Raise ValueError if an image has no label, or a class has no training images."""
     check_labelled(dataset, ", but the classifier needs all labels")
-    counts = np.bincount(dataset.splits["train"].label, minlength=dataset.num_classes)
-    if 0 in counts:
-        raise ValueError(
-            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: "
-            "number the classes without gaps, and give each class training images"
-        )
+    check_classes_present(dataset)
 
 
 def decodes_per_example() -> int:

@@ -20,7 +20,7 @@ from vae_jax import figures, generate
 from vae_jax.batch import Batch, example_keys, first_of_each_label
 from vae_jax.evaluation.likelihood import make_log_weights
 from vae_jax.families import reports
-from vae_jax.families.labels import check_labelled
+from vae_jax.families.labels import check_classes_present, check_labelled
 from vae_jax.families.reports import METRICS, ledger, make_final_probes, make_probes  # noqa: F401
 from vae_jax.families.vae import TERMS, decodes_per_example, make_objective, with_parts  # noqa: F401
 from vae_jax.likelihoods import LIKELIHOODS, Likelihood, align
@@ -235,10 +235,11 @@ def bayes(
     return jax.nn.softmax(jax.lax.map(of, jnp.arange(model.num_classes)).T, axis=-1)
 
 
-def check_data(dataset) -> None:
-    """Raise ValueError if the data set has labels but an image has none."""
-    if dataset.num_classes:
+def check_data(dataset, *, condition: str = "label") -> None:
+    """For a model of labels: raise ValueError if an image has none, or a class has no training images."""
+    if condition == "label" and dataset.num_classes:
         check_labelled(dataset, ": label them all, or use the family vae")
+        check_classes_present(dataset)
 
 
 def baselines(model: Model, image: np.ndarray, *, likelihood: str = "unit_gaussian") -> dict:
@@ -262,7 +263,7 @@ def make_figures(model: Model, test, key, title: str):
         return jax.lax.map(row, jax.random.split(jax.random.clone(key), STYLES))
 
     def samples(variables):
-        made, heading = np.asarray(rows(variables)), [str(one) for one in label]
+        made, heading = np.asarray(rows(variables)), [str(one) if one >= 0 else "" for one in label]
         if model.condition_on == "label":
             return figures.image_rows(made, [""] * STYLES, heading, f"One style per row: {title}")
         table = np.stack([np.asarray(condition), *made[: STYLES // 2], image])

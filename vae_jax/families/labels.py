@@ -80,6 +80,16 @@ def check_labelled(dataset, need: str, but: str = "") -> None:
             raise ValueError(f"{unlabelled} of {len(split.label)} {name} images have no label{need}")
 
 
+def check_classes_present(dataset) -> None:
+    """Raise ValueError if a class has no training images."""
+    counts = np.bincount(dataset.splits["train"].label, minlength=dataset.num_classes)
+    if 0 in counts:
+        raise ValueError(
+            f"there is no training image labelled {np.argmin(counts)}, though labels go up to {len(counts) - 1}: "
+            "number the classes without gaps, and give each class training images"
+        )
+
+
 def decodes_per_example(model: Model) -> int:
     """One image per class."""
     return model.num_classes

@@ -52,7 +52,7 @@ def make_probes(model: Model) -> Probes:
         known = split.label >= 0 if model.encoder_takes_label else np.full(len(split.label), True)
         if not known.any():
             return {}
-        numbers = {"active_units": active_units(arrays["mean"][known])}
+        numbers = {"active_units": active_units(arrays["mean"][known])} if known.sum() > 1 else {}
         if "kl_by_latent" in arrays:
             numbers["kl_by_latent"] = arrays["kl_by_latent"][known].mean(axis=0, dtype=np.float64).tolist()
         return numbers

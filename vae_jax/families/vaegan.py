@@ -258,11 +258,12 @@ def baselines(
     beta: float = 1.0,
     likelihood: str = "unit_gaussian",
     scale: float = 1.0,
+    binarize: str = "none",
 ) -> dict:
     """The baselines of the family vae for the method "vae"; empty for the others, which do not train on pixels."""
     if method != "vae":
         return {}
-    return reports.baselines(model, image, likelihood=likelihood, scale=scale, beta=beta)
+    return reports.baselines(model, image, likelihood=likelihood, scale=scale, beta=beta, binarize=binarize)
 
 
 def make_figures(model: Model, test, key, title: str) -> Any:

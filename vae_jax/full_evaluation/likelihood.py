@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from vae_jax.batch import Split, example_keys, named_key
+from vae_jax.batch import example_keys, named_key
 from vae_jax.evaluation.baselines import convert
 from vae_jax.evaluation.likelihood import (
     SAMPLES_AT_ONCE,
@@ -35,7 +35,7 @@ SIMULATED = 128  # images drawn from the model for `sandwich`
 def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -> dict[str, Any]:
     """-log p(x) by importance sampling, diagnostics of its reliability, and the `sandwich` bounds on simulated images."""
     vae, p_x = subject.vae, subject.vae.model.likelihood
-    if p_x.support == BINARY and not subject.dataset.is_binary:
+    if p_x.support == BINARY and not subject.dataset.is_binary(subject.name):
         return {"nll": "left out: a Bernoulli is not a likelihood of grey pixels"}
     pixels = int(np.prod(vae.image_shape))
     each = weigh(subject, samples, count, path)
@@ -63,10 +63,13 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
     if np.isnan(k_hat).any():
         numbers["pareto_k"] = f"left out: {samples} samples are too few"
     else:
-        numbers |= {"pareto_k": float(np.median(k_hat)), "pareto_k/share_above_0.7": float(np.mean(k_hat > TRUSTED))}
+        median = float(np.median(k_hat))
+        infinite = "infinite: one weight outweighs all others" if median > 0 else "left out: the weights are equal"
+        numbers["pareto_k"] = median if np.isfinite(median) else infinite
+        numbers["pareto_k/share_above_0.7"] = float(np.mean(k_hat > TRUSTED))
     if vae.model.probabilities is not None:
-        known = subject.seen.label[:count]
-        numbers["prediction_accuracy"] = float(np.mean(vae.predict(subject.seen.image[:count])[0] == known))
+        image, known = subject.first(count)
+        numbers["prediction_accuracy"] = float(np.mean(vae.predict(image)[0] == known))
     lower, upper = simulated_bounds(subject, samples)
     return numbers | {
         "nll/simulated_images_at_most": float(-lower.mean()) + pixels * p_x.constant,
@@ -77,15 +80,14 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
 
 
 def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, np.ndarray]:
-    """The results of `summarize` for the first `count` images. Finished blocks are read from the JSON lines in `path`."""
+    """The results of `summarize` for `subject.first(count)`. Finished blocks are read from the JSON lines in `path`."""
     vae = subject.vae
     log_weights = make_log_weights(vae.model, samples, SAMPLES_AT_ONCE)
 
     def measure(variables, batch, key):
         return log_weights(variables, batch, example_keys(key, None, batch.index))
 
-    few = Split(subject.seen.image[:count], subject.seen.label[:count])
-    blocks = map_blocks(measure, few, batch_size=WEIGHED, devices=subject.devices)
+    blocks = map_blocks(measure, subject.first(count), batch_size=WEIGHED, devices=subject.devices)
     rows = read_json_lines(path, lambda row, before: len(row["nll"]))
     done = sum(len(row["nll"]) for row in rows)
     write_atomically(path, "".join(map(json_line, rows)))  # without a line that a killed process left incomplete

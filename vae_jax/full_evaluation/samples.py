@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vae_jax import weights
-from vae_jax.batch import Split, mean_image, named_key
+from vae_jax.batch import Split, mean_image, mixed_order, named_key
 from vae_jax.evaluation.samples import (
     COVERAGE_K,
     Manifold,
@@ -43,24 +43,24 @@ def generated_numbers(subject: Subject) -> tuple[dict[str, Any], np.ndarray | No
     featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
     print(f"vae_jax: {count:,} generated images", file=sys.stderr, flush=True)
     means, draws = generate(subject, count)
+    some, others = (mixed_order(label)[:count] for label in (subject.stored.label, training.label))
     average = np.broadcast_to(mean_image(training.image).astype(np.float32), means.shape)
     of_training, of_means = featurize(as_floats(training.image)), featurize(means)
-    real = manifold(featurize(as_floats(subject.stored.image[:count])))
+    real = manifold(featurize(as_floats(subject.stored.image[some])))
     numbers = (
         {"generated_images": count} | compare(real, of_means, "") | compare(real, featurize(average), "/collapsed")
     )
     if subject.dataset.binarize == "none":
         numbers |= compare(real, featurize(draws), "/draws")
     else:
-        binary = manifold(featurize(as_floats(subject.seen.image[:count])))
+        binary = manifold(featurize(as_floats(subject.seen.image[some])))
         numbers |= compare(binary, featurize(draws), "/draws")
-        seen = as_seen(
-            Split(training.image[:count], training.label[:count]), subject.dataset.binarize, vae.config["seed"]
-        )
+        floor = Split(training.image[others], training.label[others])
+        seen = as_seen(floor, subject.dataset.binarize, vae.config["seed"])
         numbers |= compare(binary, featurize(as_floats(seen.image)), "/draws/floor")
     if subject.name == "train":
         return numbers | {"nearest_training_distance": "left out: the training images themselves are evaluated"}, None
-    numbers |= compare(real, of_training[:count], "/floor")
+    numbers |= compare(real, of_training[others], "/floor")
     distance, which = nearest(of_means, of_training)
     numbers |= memorisation(distance, nearest(real.points, of_training)[0])
     worst = np.argsort(distance)[:PAIRS]

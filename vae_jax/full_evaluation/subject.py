@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax.batch import Batch, Dataset, Split, example_keys, make_batch
+from vae_jax.batch import Batch, Dataset, Split, example_keys, make_batch, mixed_order
 from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
 from vae_jax.priors import log_normal
@@ -41,10 +41,16 @@ class Subject(NamedTuple):
 
         return map_examples(measure, split, devices=self.devices)(self.vae.variables, self.root)
 
+    def first(self, count: int) -> Split:
+        """The first `count` images in `mixed_order`, as the model sees them."""
+        rows = mixed_order(self.seen.label)[:count]
+        return Split(self.seen.image[rows], self.seen.label[rows])
+
     def batch(self, start: int, count: int) -> Batch:
-        """`count` images of the split as the model sees them, from position `start` on; wraps around at the end."""
-        rows = jnp.asarray(np.arange(start, start + count) % len(self.seen.label))
-        return make_batch(jnp.asarray(self.seen.image[rows]), jnp.asarray(self.seen.label[rows]), rows, rows)
+        """`count` images in `mixed_order` as the model sees them, from place `start` on; wraps around at the end."""
+        rows = mixed_order(self.seen.label)[np.arange(start, start + count) % len(self.seen.label)]
+        image, label = (jnp.asarray(part[rows]) for part in self.seen)
+        return make_batch(image, label, jnp.asarray(rows), jnp.asarray(rows))
 
     @property
     def root(self):

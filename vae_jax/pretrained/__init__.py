@@ -130,6 +130,10 @@ class Pretrained:
         """The keyword argument `label`, if the model is conditioned on labels."""
         return {"label": label} if self.model.condition_on == "label" else {}
 
+    def seen_label(self, label: Any) -> dict[str, Any]:
+        """The keyword argument `label`, if the encoder takes it."""
+        return {"label": label} if self.model.encoder_takes_label else {}
+
     def condition_of(self, image: np.ndarray, label: Any) -> dict[str, Any]:
         """The keyword arguments that condition the model on an image or its label."""
         return {"image": image} if self._sees_images else self.own_label(label)
@@ -141,8 +145,10 @@ class Pretrained:
         position.
         """
         self.check_has("encode", "encoder")
-        seen = self._as_seen(image)
-        q = self._map("encode", seen, self._condition(len(seen), label, seen if self._sees_images else None))
+        seen, condition = self._as_seen(image), None
+        if self._sees_images or self.model.encoder_takes_label or label is not None:
+            condition = self._condition(len(seen), label, seen if self._sees_images else None)
+        q = self._map("encode", seen, condition)
         if not draw:
             return q
         keys = example_keys(root_key(seed), None, jnp.arange(len(seen)))

@@ -150,7 +150,7 @@ class RunDirectory:
                 "--workdir"
             )
         self._keep({(row["step"], *sorted(row)): row for row in reversed(rows)}.values())
-        if self._saved:
+        if step:
             self.mark_saved(step)
         self._started = time.monotonic() - (self.history[-1]["seconds"] if rows else 0.0)
         return log is None or (len(rows) == log["rows"] and self.log_digest() == log)

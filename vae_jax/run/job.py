@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vae_jax.batch import Dataset, Split, example_keys, make_batch
+from vae_jax.batch import Dataset, Split, example_keys, make_batch, mixed_order
 from vae_jax.data import epoch_order
 from vae_jax.evaluation.baselines import mean_square_distance
 from vae_jax.evaluation.gradients import gradient_routing, routing_table
@@ -89,12 +89,12 @@ class Job(NamedTuple):
         return orders[0] if len(orders) == 1 else np.stack(orders)
 
     def evaluate_finally(self, variables: Any, key: Any, devices: Devices) -> dict[str, Any]:
-        """Run the final probes on the first test images."""
+        """Run the final probes on some test images."""
         if self.final_probes is None:
             return {}
         image, label = self.dataset.splits["test"]
-        count = max(1, FINAL_PIXELS // image[0].size)
-        few = Split(image[:count], label[:count])
+        few = mixed_order(label)[: max(1, FINAL_PIXELS // image[0].size)]
+        few = Split(image[few], label[few])
         shares = (self.seeds, SAMPLES_AT_ONCE, devices, self.prepare)
         numbers, _ = make_evaluate(lambda *_: ({}, {}), self.final_probes, few, *shares)(variables, key)
         return {f"test/{name}": value for name, value in numbers.items()}
@@ -177,12 +177,12 @@ def make_programs(job: Job, devices: Devices) -> Programs:
     )
 
 
-def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int) -> int:
+def check_data(family: Family, dataset: Dataset, batch_size: int, patience: int, **fields) -> int:
     """Check the data and return the batch size; 0 chooses at most 64, and at least four steps per epoch.
 
-    Raises ValueError if the data do not suffice.
+    `fields` are those of the model. Raises ValueError if the data do not suffice.
     """
-    family.check_data(dataset)
+    fill_in(family.check_data, dataset=dataset, **fields)
     label, each = dataset.splits["train"].label, dataset.labelled_per_batch
     size, known = len(label), int(np.sum(label >= 0))
     batch_size = batch_size or max(1, min(64, size // 4))
@@ -232,5 +232,5 @@ def describe_numbers(
 ) -> dict[str, Any]:
     """The family's ledger for the numbers of a split."""
     spread = mean_square_distance(dataset.splits[split].image, pixel_mean)
-    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary, "variance": spread}
+    of_data = {"pixels": known["image"][0].size, "is_binary": dataset.is_binary(split), "variance": spread}
     return fill_in(family.ledger, **{**known, **of_data, "numbers": numbers, "split": split})

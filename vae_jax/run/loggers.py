@@ -50,6 +50,9 @@ class TensorBoard:
         for name, path in pictures.items():
             self._writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -71,6 +74,8 @@ class Tracker:
 
     def show(self, step: int, pictures: Mapping[str, Path]) -> None:
         self._run.log({name: self._module.Image(str(path)) for name, path in pictures.items()}, step=step)
+
+    def flush(self) -> None: ...  # it sends in the background
 
     def close(self) -> None:
         self._run.finish()
@@ -94,6 +99,10 @@ class Loggers:
         """Log the figures in a folder."""
         pictures = {f"figures/{path.stem}": path for path in sorted(folder.glob("*.png"))}
         self._each(lambda logger: logger.show(step, pictures))
+
+    def flush(self) -> None:
+        """Write what has been logged, before a checkpoint after which it will not be logged again."""
+        self._each(lambda logger: logger.flush())
 
     def close(self) -> None:
         self._each(lambda logger: logger.close())

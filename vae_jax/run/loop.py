@@ -97,6 +97,7 @@ class Loop:
                     unread = None
                 tested, ended = self.end_epoch(epoch + 1, state) if epoch_ended else ({}, False)
                 if due or ended or checkpoints.is_best(tested):
+                    self.loggers.flush()
                     self.directory.upload()
                     checkpoints.save(step, state, tested, self.directory.log_digest(), ended)
                     self.directory.mark_saved(step)

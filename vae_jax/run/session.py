@@ -41,7 +41,7 @@ from vae_jax.run.log import LogDigest, read_rows
 from vae_jax.run.loop import train
 from vae_jax.run.memory import check_fits
 from vae_jax.run.progress import Progress
-from vae_jax.run.stored import check_same_data, survey
+from vae_jax.run.stored import check_same_data, latest_saved, survey
 
 
 def build(config: Mapping[str, Any]) -> Job:
@@ -87,7 +87,7 @@ def make_job(
     family = bound.family
     better = direction_of(best, family)
     dataset = bound.load_data()
-    batch_size = check_data(family, dataset, batch_size, patience)
+    batch_size = check_data(family, dataset, batch_size, patience, **bound.make_model.keywords)
     known = describe_data(dataset) | describe_batches(dataset, batch_size)
     known["model"] = net = fill_in(bound.make_model, **known)
     known |= bound.make_objective.keywords | {"image": dataset.splits["train"].image}
@@ -253,6 +253,8 @@ def is_finished(job: Job, workdir: str, folder) -> bool:
     check_same_data(latest, job.metadata)
     check_same_config(workdir, latest["config"], job.metadata["config"])
     if (latest["step"] < job.steps and not latest.get("stopped_early")) or damaged:
+        return False
+    if latest_saved(folder) != latest["step"]:
         return False
     return LogDigest(read_rows(folder.parent)).value() == latest["log"]
 
