@@ -550,9 +550,10 @@ def test_bad_objectives(fields, message):
 
 def test_baselines_of_binary_pixels_are_those_of_what_the_model_sees():
     image = np.array([[0, 100], [255, 128]], np.uint8).reshape(2, 1, 2, 1)
+    model = Model(lambda key: {})
     known = {"method": "vae", "likelihood": "bernoulli", "binarize": "threshold"}
-    assert vaegan.baselines(None, image, **known) == vae.baselines(
-        None, image, likelihood="bernoulli", binarize="threshold"
+    assert vaegan.baselines(model, image, **known) == vae.baselines(
+        model, image, likelihood="bernoulli", binarize="threshold"
     )
 
 

@@ -246,6 +246,8 @@ def encode(
 ) -> list[Any]:
     """Write mean and log-variance of q(z | x) of every image as .npz and .csv; `tsne` adds a map of the means."""
     vae, examples = load_examples(workdir, config, checkpoint, split, own, decodes=False)
+    if tsne:
+        check_has_latents(vae)
     mean, logvar = vae.encode(examples.image, **vae.seen_label(examples.label))
     path = generated(workdir) / f"encode-step{vae.step}-{examples.file}.npz"
     save_arrays(path, name=np.array(examples.names), label=examples.label, mean=mean, logvar=logvar)
@@ -254,7 +256,6 @@ def encode(
     write_atomically(path.with_suffix(".csv"), as_csv(["file", *columns], rows))
     paths = [path, path.with_suffix(".csv")]
     if tsne:
-        check_has_latents(vae)
         paths.append(path.with_name(f"{path.stem}-tsne.png"))
         title = f"Codes of {examples.title} by t-SNE, which keeps neighbours, not distances: {vae.title}"
         save_figure(figures.codes(tsne_plane(mean), examples.label, ("", ""), title), paths[-1])
