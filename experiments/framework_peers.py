@@ -157,7 +157,7 @@ def pythae(train: np.ndarray, test: np.ndarray, epochs: int, fields: dict) -> fl
             num_epochs=epochs,
             learning_rate=RATE,
         )
-        run = TrainingPipeline(options, model)
+        run = TrainingPipeline(model=model, training_config=options)
         run(as_torch(train), as_torch(test))
         return float(run.trainer.eval_step(epochs))
 
