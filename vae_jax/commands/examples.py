@@ -51,12 +51,12 @@ def load_examples(
 ) -> tuple[Pretrained, Examples]:
     """Load a run's model, with encoder and decoder, and a split of its data or the images at the path `own`.
 
-    `decodes` says that the mode decodes codes, for which a model of labels needs them.
+    `decodes` says that the mode also decodes, for which a model of labels needs each image's label.
     """
     if own is None:
         vae, dataset = load_with_data(workdir, config, checkpoint)
         seen = as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
-        if vae.model.encoder_takes_label:
+        if vae.model.encoder_takes_label or (decodes and vae.model.condition_on == "label"):
             check_all_labelled(split, seen.label)
         names = [str(i) for i in range(len(seen.label))]
         return vae, Examples(*seen, title=split, file=split, names=names)
