@@ -9,6 +9,7 @@ study; `--methods` computes a part of it. summary.md and the figure come last, f
 
 import functools
 import itertools
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,8 +166,11 @@ class Spectrum:
         self._run(family.config, run, fields)
         last = launch.last_test(run)
         found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}
-        found["seconds"] = last["seconds"]  # also of a run that was interrupted
-        return found if family.uses_unlabelled else found | self._by_bayes(run)
+        start = time.monotonic()
+        if not family.uses_unlabelled:
+            found |= self._by_bayes(run)
+        # The run's own seconds include those before an interruption.
+        return found | {"seconds": round(last["seconds"] + time.monotonic() - start, 1)}
 
     def _by_bayes(self, run: Path) -> dict[str, float]:
         """Test accuracy by Bayes' rule, and the mean nats -log p(x | y) and -log p(x) = -log 1/C sum_y p(x | y)."""

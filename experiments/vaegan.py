@@ -61,9 +61,7 @@ class Comparison:
             raise ValueError(f"images are {dataset.image_shape}, but the pinned classifier reads (28, 28, 1)")
         self._workdir, self._dataset, self._count = workdir, dataset, count
         self._featurize = functools.partial(in_batches, functools.partial(jax.jit(classifier.features), variables))
-        test, train = dataset.splits["test"], dataset.splits["train"]
-        self._test = test.image[mixed_order(test.label)[:count]] / np.float32(255)
-        self._training = train.image[mixed_order(train.label)[:count]] / np.float32(255)
+        self._test = self._first("test")
         self._of_test = self._featurize(self._test)
         self._real = manifold(self._of_test)
 
@@ -96,7 +94,12 @@ class Comparison:
 
     def floor(self) -> dict[str, Any]:
         """Measure as many training images in place of generated ones."""
-        return self._near(self._training)
+        return self._near(self._first("train"))
+
+    def _first(self, split: str) -> np.ndarray:
+        """The compared number of images of a split, in [0, 1]."""
+        image, label = self._dataset.splits[split]
+        return image[mixed_order(label)[: self._count]] / np.float32(255)
 
     def _near(self, image: np.ndarray) -> dict[str, Any]:
         return compare(self._real, self._featurize(image), "") | {"sharpness": self._sharpness(image)}

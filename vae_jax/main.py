@@ -152,9 +152,8 @@ def train(config: dict, workdir: str) -> None:
 def use(mode: str, config: dict | None, workdir: str) -> None:
     """Run a mode on a trained model and print its results. Raises ValueError or OSError for bad input."""
     from vae_jax import commands, weights
-    from vae_jax.pretrained.loading import stored_config
+    from vae_jax.pretrained.loading import check_config, stored_config
     from vae_jax.run.config import fill_in
-    from vae_jax.run.directory import check_same_config
     from vae_jax.run.environment import check_jax
     from vae_jax.run.files import check_local
 
@@ -177,9 +176,7 @@ def use(mode: str, config: dict | None, workdir: str) -> None:
         boxed = ", ".join(weights.SHA256)
         raise ValueError(f"there is no run in {workdir}: train one, or name another with --workdir, such as {boxed}")
     config = (config or stored | {"run": {}}) | {"epochs": stored["epochs"]}  # `run` and `epochs` do not matter here
-    if weights.is_exported(Path(workdir)):  # its data may lie elsewhere; their SHA-256 is checked
-        stored["data"]["name"] = config["data"]["name"]
-    check_same_config(workdir, stored, config)
+    check_config(workdir, stored, config)
     given = {"seed": FLAGS.sample_seed, "prior": FLAGS.prior, "full": FLAGS.full, "samples": FLAGS.samples}
     given |= {"output": FLAGS.output, "formats": FLAGS.formats, "tsne": FLAGS.tsne, "all_latents": FLAGS["all"].value}
     known = {"workdir": workdir, "config": config, "checkpoint": FLAGS.checkpoint, "split": FLAGS.split}

@@ -53,15 +53,19 @@ def load_examples(
 
     `decodes` says that the mode also decodes, for which a model of labels needs each image's label.
     """
+
+    def needs_labels(vae):
+        return vae.model.condition_on == "label" and (decodes or vae.model.encoder_takes_label)
+
     if own is None:
         vae, dataset = load_with_data(workdir, config, checkpoint)
         seen = as_seen(choose_split(dataset, split), dataset.binarize, config["seed"])
-        if vae.model.encoder_takes_label or (decodes and vae.model.condition_on == "label"):
+        if needs_labels(vae):
             check_all_labelled(split, seen.label)
         names = [str(i) for i in range(len(seen.label))]
         return vae, Examples(*seen, title=split, file=split, names=names)
     vae = load_able(workdir, checkpoint, encode="encoder", decode_raw="decoder")
-    examples = read_unlabelled(vae, own) if decodes or vae.model.encoder_takes_label else read_own(vae, own)
+    examples = (read_unlabelled if needs_labels(vae) else read_own)(vae, own)
     seen = as_seen(Split(examples.image, examples.label), vae.config["data"]["binarize"], vae.config["seed"])
     return vae, examples._replace(image=seen.image)
 

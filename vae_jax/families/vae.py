@@ -62,8 +62,7 @@ def make(
 
     Args:
         latent_dim: size of z.
-        network: "conv", the post's, or "mlp": dense tanh layers, whose output bias starts at the logit of the mean
-            training image.
+        network: "conv", the post's, or "mlp": dense tanh layers; the output bias starts at logit(mean training image).
         encoder_features: for conv: channels after each convolution; each one halves the image. Empty: 32, 64, 128, ...,
             until 7 to 13 pixels or an odd number are left; (32, 64) for 28x28, as in the post.
         decoder_features: for conv: channels of transposed convolutions; each doubles it. Empty: the encoder's reversed.

@@ -6,7 +6,7 @@ from vae_jax import weights
 from vae_jax.families import FAMILIES, Model
 from vae_jax.run import checkpoint
 from vae_jax.run.config import bind, changes, choose, fill_in, with_defaults
-from vae_jax.run.directory import read_config
+from vae_jax.run.directory import check_same_config, read_config
 from vae_jax.run.files import check_local, local_path
 
 
@@ -53,6 +53,15 @@ def stored_config(workdir: str) -> dict | None:
         return with_defaults(weights.read(local_path(workdir))[0]["config"])
     config = read_config(workdir)
     return config and with_defaults(config)
+
+
+def check_config(workdir: str, stored: dict, config: dict) -> None:
+    """Raise ValueError unless a config is the `stored_config` of `workdir`, but for where an exported model's data lie,
+    whose SHA-256 is checked instead.
+    """
+    if weights.is_exported(local_path(workdir)):
+        stored = stored | {"data": stored["data"] | {"name": config["data"]["name"]}}
+    check_same_config(workdir, stored, config)
 
 
 def seeded_shapes(metadata: dict) -> dict:
