@@ -40,13 +40,19 @@ def input_grad(g, kernel, geometry):
 def kernel_grad(x, g, geometry):
     """im2col(x)^T g: [batch, *large, c], [batch, *small, k] -> [kh, kw, c, k].
 
-    A product that contracts the rows of both operands is slow, and XLA's way to transpose one is too. So g is
-    transposed by a product with the identity, which is exact.
+    A product that contracts the rows of both operands is slow, and XLA's way to transpose one is too. So the narrower
+    one is transposed by a product with the identity, which is exact.
     """
-    g = _columns(g)
-    transposed = _multiply(jnp.eye(g.shape[1], dtype=g.dtype), g, (1, 1)).astype(g.dtype)
-    kernel = _multiply(transposed, _patches(x, geometry), (1, 0)).T
-    return kernel.reshape(*geometry.size, x.shape[3], g.shape[1])
+    x, g = _patches(x, geometry), _columns(g)
+    if x.shape[1] < g.shape[1]:
+        kernel = _multiply(_transpose(x), g, (1, 0))
+    else:
+        kernel = _multiply(_transpose(g), x, (1, 0)).T
+    return kernel.reshape(*geometry.size, -1, g.shape[1])
+
+
+def _transpose(x):
+    return _multiply(jnp.eye(x.shape[1], dtype=x.dtype), x, (1, 1)).astype(x.dtype)
 
 
 def _patches(x, geometry):
