@@ -27,6 +27,7 @@ from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.latents import linear_probe
 from vae_jax.evaluation.likelihood import log_mean_exp
+from vae_jax.nn.networks import PRECISIONS
 from vae_jax.run.files import local_path
 from vae_jax.run.log import OwnedDirectory
 
@@ -162,7 +163,11 @@ class Spectrum:
         """Train a generative model of images and labels once; returns its test numbers."""
         family = FAMILIES[method]
         run = self._path / f"{family.folder}-{labels}-{draw}"
-        fields = {"epochs": self._settings["epochs"][method], "seed": draw}
+        fields = {
+            "epochs": self._settings["epochs"][method],
+            "seed": draw,
+            "model.precision": self._settings["precision"],
+        }
         if family.uses_unlabelled:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
@@ -219,6 +224,7 @@ def main() -> None:
         "draws": given.draws,
         "epochs": {name: given.epochs or family.epochs for name, family in FAMILIES.items()},
         "alpha": ALPHA,
+        "precision": given.precision,
         "steps": given.steps,
         "batch_size": 128,
         "vae_epochs": given.vae_epochs,
@@ -248,6 +254,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "epochs", 0, "Epochs of each generative model of images and labels; 0: its own.", lower_bound=0
     )
+    flags.DEFINE_enum("precision", "float32", [*PRECISIONS], "Precision of their layers.")
     flags.DEFINE_integer("steps", 2500, "Steps of each classifier, of 128 images.", lower_bound=1)
     flags.DEFINE_integer("vae_epochs", 20, "Epochs of the VAE that gives the codes.", lower_bound=1)
     flags.DEFINE_multi_string("methods", [], "A method to compute, given once for each; all by default.")

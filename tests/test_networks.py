@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from vae_jax import families, generate
+from vae_jax.nn import bfloat16
 from vae_jax.nn.layers import relu, rounded, window_extreme
+from vae_jax.nn.networks import DenseEncoder
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +268,18 @@ def test_bfloat16_on_a_cpu_computes_what_it_does_on_accelerators(monkeypatch):
     on_cpu = generate.reconstruct(vae, variables, image)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     np.testing.assert_allclose(generate.reconstruct(vae, variables, image), on_cpu, atol=0.002)
+
+
+def test_a_dense_layer_multiplies_in_bfloat16_where_that_is_faster(monkeypatch):
+    """So do its gradients; the output is that of float32 on rounded operands."""
+    monkeypatch.setattr(bfloat16, "is_fast", lambda: True)
+    image = rounded(jax.random.normal(jax.random.key(0), (10, 1, 1, 20)), jnp.bfloat16)
+    exact, fast = (DenseEncoder(7, (), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    params = jax.tree.map(lambda leaf: rounded(leaf, jnp.bfloat16), exact.init(jax.random.key(1), image))
+    np.testing.assert_allclose(fast.apply(params, image), exact.apply(params, image), atol=1e-5)
+    program = jax.jit(jax.grad(lambda arguments: jnp.sum(fast.apply(*arguments) ** 2))).lower((params, image))
+    products = [line.split(" : ")[-1] for line in program.as_text().splitlines() if "dot_general" in line]
+    assert len(products) == 4 and all(line.count("bf16") == 2 for line in products)  # one transposes
 
 
 @pytest.mark.slow
