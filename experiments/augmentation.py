@@ -152,7 +152,7 @@ def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) 
     judge, vae, sharp = (path / name for name in arms.MODELS)
     fields = {"data.name": settings["data"]}
     launch.run(launch.make_command(settings["classifier"], judge, fields, manual_dir))
-    half_a = {"data.name": str(write_half_a(path, dataset))}
+    half_a = {"data.name": str(write_half_a(path, dataset).absolute())}
     for workdir, fields in [(vae, {}), (sharp, arms.SHARP_VAE)]:
         launch.run(launch.make_command(settings["vae"], workdir, half_a | fields))
 

@@ -80,14 +80,16 @@ def draw(workdir: Path, quadrants: list[int], dataset: Dataset, title: str) -> F
         visible = np.asarray(vae.model.condition(jnp.asarray(image), None))
         drawn = [vae.sample(len(image), seed, image=image) for seed in range(COMPLETIONS)]
         rows += [visible, regression.sample(len(image), image=image), *drawn]
-        names += ["visible", "regression", *["conditional VAE"] * COMPLETIONS]
+        names += [f"visible: {count}", "regression", *["conditional VAE"] * COMPLETIONS]
     return figures.image_rows(np.stack([*rows, image]), [*names, "truth"], list(map(str, test.label[shown])), title)
 
 
 def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
-    images = min(given.count, len(dataset.splits["test"].label))
+    images, size = min(given.count, len(dataset.splits["test"].label)), len(dataset.splits["train"].label)
+    if given.validation >= size:
+        raise ValueError(f"--validation is {given.validation}, but there are only {size} training images: give fewer")
     settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "validation": given.validation}
     settings |= {"importance_samples": given.importance_samples, "count": images}
     study = open_study(local_path(given.workdir), settings)

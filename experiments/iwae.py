@@ -39,7 +39,7 @@ RECIPE = {
     "optimizer.warmup": 0.1,
     "run.likelihood_samples": 0,
 }
-PUBLISHED = {  # -log p(x) of IWAE in nats after the paper's 3,280 epochs; the paper, and READMEs of public code with 50 latents
+PUBLISHED = {  # -log p(x) of IWAE in nats after the paper's 3,280 epochs; the paper, and (older) READMEs of public code with 50 latents
     "the paper": {1: 86.76, 5: 85.54, 50: 84.78},
     "nbip, TensorFlow": {1: 87.75, 5: 85.50, 50: 84.65},
     "xqding, PyTorch": {1: 87.75, 5: 85.46, 50: 84.59},
@@ -76,9 +76,10 @@ def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir, binarize="dynamic")
     count = min(given.count, len(dataset.splits["test"].label))
-    samples = [int(k) for k in given.samples]  # all, before the first training
+    if not given.samples or not all(k.isdecimal() and int(k) for k in given.samples):
+        raise ValueError(f"--samples is {','.join(given.samples)!r}, but must be integers above 0, such as 1,5")
     own = {"epochs": given.epochs, "seeds": given.seeds}
-    settings = settings_of(given.data, dataset) | own
+    settings = settings_of(given.data, dataset) | own | {"recipe": RECIPE}
     settings |= {"importance_samples": given.importance_samples, "count": count}
     study = open_study(local_path(given.workdir), settings)
 
@@ -89,7 +90,7 @@ def main() -> None:
         seeds = [evaluate(run, seed, dataset, given.importance_samples, count) for seed in range(given.seeds)]
         return {name: [numbers[name] for numbers in seeds] for name in seeds[0]}
 
-    for k in samples:
+    for k in map(int, given.samples):
         compute_once(study, "model", train_and_evaluate, k=k)
     title = f"Importance-weighted autoencoders: {given.data}, {given.epochs} epochs, {given.seeds} seeds"
     note = (

@@ -1,6 +1,7 @@
-"""Start experiments as programs, and run the commands of the main program that they consist of."""
+"""Run experiments as programs, and the training commands that they consist of."""
 
 import contextlib
+import os
 import shlex
 import signal
 import subprocess
@@ -23,6 +24,9 @@ def start(program: str, main: Callable[..., None], takes_arguments: bool = False
 
     With `takes_arguments`, `main` receives the list of positional arguments; otherwise there must be none.
     """
+
+    # An experiment computes between trainings, which need the device's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
     def run(argv):
         if len(argv) > 1 and not takes_arguments:

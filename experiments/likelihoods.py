@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 import vae_jax
+from configs.vae import BEST
 from experiments import ablations, launch
 from experiments.study import compute_once, open_study, settings_of
 from vae_jax import data
@@ -33,12 +34,6 @@ FIELDS = {  # what each likelihood changes in the config
     "discretised_logistic": LEARNED,
     "bernoulli": {"data.binarize": "dynamic"},
 }
-
-
-def command(run: Path, name: str, fields: dict, manual_dir: str) -> list[str]:
-    """The command that trains under a likelihood; log p(x) is not estimated, as no table shows it."""
-    own = {"model.likelihood": name, "run.likelihood_samples": 0} | FIELDS[name]
-    return launch.make_command("configs/vae.py:best", run, fields | own, manual_dir)
 
 
 def measure(run: Path) -> dict[str, Any]:
@@ -85,24 +80,27 @@ def main() -> None:
         raise ValueError(f"--likelihoods has {', '.join(unknown)}, but must be some of {', '.join(FIELDS)}")
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
     own = {"epochs": given.epochs, "seeds": given.seeds}
-    study = open_study(local_path(given.workdir), settings_of(given.data, dataset) | own)
+    settings = settings_of(given.data, dataset) | own | {"recipe": BEST, "fields": FIELDS}
+    study = open_study(local_path(given.workdir), settings)
 
     def train_and_measure(likelihood):
         run = study.path / likelihood
-        launch.run(command(run, likelihood, own | {"data.name": given.data}, given.manual_dir))
+        fields = {"data.name": given.data, "model.likelihood": likelihood, "run.likelihood_samples": 0}
+        fields |= own | FIELDS[likelihood]
+        launch.run(launch.make_command("configs/vae.py:best", run, fields, given.manual_dir))
         return measure(run)
 
     for name in given.likelihoods:
         compute_once(study, "model", train_and_measure, likelihood=name)
+    title = f"One network under every likelihood: {given.data}, {given.epochs} epochs"
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
-    title = f"One network under every likelihood: {given.data}, {given.epochs} epochs, {seeds}"
     page = [f"## {kind}\n\n{markdown_table(cells)}" for kind, cells in tables(study.rows).items()]
     finished = {row["likelihood"] for row in study.rows}
     if here := {name: name for name in FIELDS if name in finished and (study.path / name).exists()}:
-        figure = ablations.draw(ablations.load(study.path, here), dataset.splits["test"], title)
+        figure = ablations.draw(ablations.load(study.path, here), dataset.splits["test"], f"{title}, seed 0")
         save_figure(figure, study.path / "likelihoods.png")
         page.append("![Samples and reconstructions](likelihoods.png)")
-    launch.write_summary(study.path, title, *page)
+    launch.write_summary(study.path, f"{title}, {seeds}", *page)
 
 
 if __name__ == "__main__":

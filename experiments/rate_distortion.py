@@ -71,9 +71,9 @@ def draw(found: Mapping[str, Mapping[str, Any]], eigenvalues: np.ndarray, latent
         rate, distortion = np.transpose([*chosen.values()])
         ax.plot(rate, distortion, "o-", color=color, label=f"the VAE, by {'beta' if kind == 'beta' else 'latent size'}")
         for name, point in chosen.items():
-            ax.annotate(
-                name.removeprefix(kind), point, xytext=(5, 5), textcoords="offset points", fontsize=9, color=color
-            )
+            value = name.removeprefix(kind)
+            text = f"beta {value}" if kind == "beta" else f"{value} latents"
+            ax.annotate(text, point, xytext=(5, 5), textcoords="offset points", fontsize=9, color=color)
     betas = np.geomspace(1e-3, eigenvalues[0], 200)
     curve = np.array([linear_rate_distortion(eigenvalues, latent_dim, beta) for beta in betas])
     right = 1.15 * max(rate for rate, _ in points.values()) + 1

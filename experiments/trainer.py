@@ -13,6 +13,7 @@ from vae_jax.batch import Dataset, Split, named_key
 from vae_jax.families import classifier
 from vae_jax.objectives import Objective
 from vae_jax.optimizers import make_adam
+from vae_jax.run.devices import compiler_options
 from vae_jax.run.evaluate import map_examples
 from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.steps import init_state, make_run_steps, make_train_step
@@ -43,10 +44,13 @@ class Trainer:
         def program(key, order, label, image):
             variables = self._model.init(named_key(key, "init"))
             state = init_state(variables, self._optimizer, key)
-            state, _ = run_steps(state, order, 0, self._steps, image, label)
+            # The noise depends on the place in the order: copies of an image are shifted differently.
+            places = jnp.arange(self._steps * self._batch_size)
+            state, _ = run_steps(state, (places, order), 0, self._steps, image, label)
             return state.variables
 
-        return jax.jit(map_seeds(program, 3, len(self._seeds)))
+        options = compiler_options(training=True)
+        return jax.jit(map_seeds(program, 3, len(self._seeds)), compiler_options=options)
 
     def __call__(self, image, label, rows: list[np.ndarray], augmented: bool) -> dict:
         """Train all seeds and return their variables.

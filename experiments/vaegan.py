@@ -166,16 +166,17 @@ def main() -> None:
 
     for seed, method in itertools.product(range(given.seeds), METHODS):
         compute_once(study, "model", train_and_measure, method=method, seed=seed)
+    title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs"
     seeds = f"{given.seeds} seeds, 95 % intervals" if given.seeds > 1 else "one seed"
-    title = f"VAE, VAE/GAN and GAN: {given.data}, {given.epochs} epochs, {seeds}"
     note = f"{count} images each. Errors are half squared errors of reconstructions from the posterior mean."
     rows = [row for row in study.rows if row.get("seed", 0) < given.seeds]
     page = [markdown_table(table(rows)), note]
     if complete := [s for s in range(given.seeds) if all(comparison.folder(name, s).exists() for name in TITLES)]:
         models = [ablations.Variant(what, comparison.load(name, complete[0]), {}) for name, what in TITLES.items()]
-        save_figure(ablations.draw(models, dataset.splits["test"], title), study.path / "vaegan.png")
+        figure = ablations.draw(models, dataset.splits["test"], f"{title}, seed {complete[0]}")
+        save_figure(figure, study.path / "vaegan.png")
         page.append("![Samples and reconstructions](vaegan.png)")
-    launch.write_summary(study.path, title, *page)
+    launch.write_summary(study.path, f"{title}, {seeds}", *page)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The model families, one module each, with the members of `Family`. A config chooses among `FAMILIES`.
 
-A new family is one file here and one line in `FAMILIES`.
+A new family is one file here, its import, and an entry in `FAMILIES`.
 """
 
 from collections.abc import Callable, Mapping

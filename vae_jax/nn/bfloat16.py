@@ -1,8 +1,9 @@
-"""The products of a convolution in bfloat16, on CPUs that multiply it faster than float32.
+"""Products in bfloat16, of convolutions and dense layers, on CPUs that multiply it faster than float32.
 
-Intel's AMX (Xeons since 2023) multiplies bfloat16 and sums in float32 four times as fast as the float32 instructions,
-AMD's AVX-512 (since Zen 4) twice as fast. Only the operands of products are bfloat16, because XLA's loops over bfloat16
-are slow. Unlike in convolution.py, small pixels are not combined, because narrow products are fast enough here.
+Intel's AMX (Xeons since 2023) multiplies bfloat16 and sums in float32 over four times as fast as the float32
+instructions, AMD's AVX-512 (since Zen 4) up to twice as fast. Only the operands of products are bfloat16, because XLA's
+loops over bfloat16 are slow. Unlike in convolution.py, small pixels are not combined, because narrow products are fast
+enough here.
 """
 
 import functools
