@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from program import QUICK
@@ -13,7 +15,8 @@ from experiments import arms, vaegan_augmentation
 from experiments import augmentation_report as report
 from experiments.arms import ARMS
 from experiments.augmentation import compute_once, open_study
-from vae_jax.batch import Split
+from experiments.trainer import Trainer
+from vae_jax.batch import Dataset, Split
 
 SETTINGS = {"data": "digits", "percentages": [20.0, 100.0], "seeds": 3, "steps": 3, "batch_size": 128}
 
@@ -196,6 +199,25 @@ def test_the_conditions_tell_how_the_noise_was_chosen(percentages, percentage):
     chosen = f"the best of those tried: arm f trained on {percentage:g} % of half B"
     assert f"standard deviation 0.5 in 100 % of the latents, {chosen}" in text
     assert "those tried" not in report.conditions([], settings)
+
+
+def test_copies_of_an_image_are_shifted_independently():
+    """Each place in each batch has noise of its own."""
+    images = Split(np.zeros((4, 28, 28, 1), np.uint8), np.zeros(4, np.int32))
+    trainer = Trainer(Dataset({"train": images}, 10, True), {"seeds": 1, "steps": 3, "batch_size": 4})
+    seen = []
+
+    def objective(variables, batch, keys, train, step, axis_name=None):
+        jax.debug.callback(lambda image, index: seen.append((image, index)), batch.image, batch.index)
+        loss = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(variables["params"]))
+        return {"loss": jnp.full(4, loss)}, {name: of for name, of in variables.items() if name != "params"}
+
+    image = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((28, 28, 1), np.uint8)
+    order = np.array([2, 2, 1, 3] * 3, np.int32)
+    trainer._make_program(objective)(trainer._keys[0], order, images.label, image)
+    jax.effects_barrier()
+    assert sorted(np.concatenate([index for _, index in seen])) == list(range(12))
+    assert all((255 * batch[:, 0, 0, 0]).round().tolist() == [2, 2, 1, 3] for batch, _ in seen)
 
 
 @pytest.mark.slow
