@@ -146,9 +146,12 @@ def train_in_loop(implementation: Implementation, work: Work) -> Callable[[], No
 def evaluate_split(implementation: Implementation, work: Work, in_bfloat16: bool = False) -> Callable[[], None]:
     """Evaluate as this package does: all batches in one program, arrays copied to the host."""
     state = implementation.state(optax.adam(1e-3))
-    step = make_eval_step(implementation.objective)
     split = Split(work.image, work.label)
-    evaluate = map_examples(step, split, batch_size=work.batch_size, devices=Devices(1, in_bfloat16))
+
+    def metrics(variables, batch, keys):
+        return implementation.objective(variables, batch, keys, False, None)[0]
+
+    evaluate = map_examples(metrics, split, batch_size=work.batch_size, devices=Devices(1, in_bfloat16))
     return lambda: evaluate(state.variables, state.key)
 
 

@@ -66,8 +66,5 @@ class Trainer:
         """`predict(variables)`: each image's `prediction` and its `confidence`, [seeds, images]."""
         probes = classifier.make_probes(self._model)
 
-        def measure(variables, batch, key):
-            return probes.measure(variables, batch, None)
-
-        predict = map_examples(measure, split, len(self._seeds))
+        predict = map_examples(probes.measure, split, len(self._seeds))
         return lambda variables: predict(variables, self._keys)

@@ -32,7 +32,6 @@ from vae_jax.run import evaluate
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import make_evaluate, map_examples
 from vae_jax.run.seeds import combine_seeds, mean_metrics, reduce_seeds, root_keys
-from vae_jax.steps import make_eval_step
 
 KEY = jax.random.key(3)
 NO_PROBES = Probes(lambda variables, batch, keys: {}, lambda arrays, split: {})
@@ -53,11 +52,16 @@ def split():
     )
 
 
+def evaluated(objective):
+    """The metrics of a batch, as evaluation computes them."""
+    return lambda variables, batch, keys: objective(variables, batch, keys, False, None)[0]
+
+
 @pytest.fixture(scope="module")
 def undivided(vae, split):
     """Each test image's metrics, evaluated in one batch."""
     objective, variables = vae
-    return map_examples(make_eval_step(objective), split)(variables, KEY)
+    return map_examples(evaluated(objective), split)(variables, KEY)
 
 
 def assert_close(tree, other, rtol=1e-5):
@@ -69,7 +73,7 @@ def test_result_does_not_depend_on_the_batch_size(vae, split, undivided, batch_s
     objective, variables = vae
     names = ("loss", "reconstruction", "kl", "bound")
     assert {name: values.shape for name, values in undivided.items()} == dict.fromkeys(names, (23,))
-    divided = map_examples(make_eval_step(objective), split, batch_size=batch_size)(variables, KEY)
+    divided = map_examples(evaluated(objective), split, batch_size=batch_size)(variables, KEY)
     assert_close(divided, undivided)
 
 
@@ -106,13 +110,13 @@ def test_more_decodes_make_smaller_batches_and_the_same_numbers(split, decodes, 
 def test_result_does_not_depend_on_the_devices(vae, split, undivided, count):
     """23 images on 8 devices: 3 each, and a row of padding."""
     objective, variables = vae
-    found = map_examples(make_eval_step(objective), split, batch_size=2, devices=Devices(count))(variables, KEY)
+    found = map_examples(evaluated(objective), split, batch_size=2, devices=Devices(count))(variables, KEY)
     assert_close(found, undivided)
 
 
 def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split, undivided):
     objective, variables = vae
-    evaluate = map_examples(make_eval_step(objective), split)
+    evaluate = map_examples(evaluated(objective), split)
     np.testing.assert_array_equal(evaluate(variables, KEY)["loss"], undivided["loss"])
     other = evaluate(variables, jax.random.key(4))
     assert (undivided["reconstruction"] != other["reconstruction"]).all()
@@ -141,8 +145,7 @@ def test_evaluation_passes_no_step_and_does_not_train(split):
 def test_a_split_larger_than_a_block_is_sent_in_blocks(split, monkeypatch, count, seeds):
     """Of 23 images, 4 or 8 at once: the index, of which the noise is a function, is the position in the split."""
 
-    def measure(variables, batch, key):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch.index)
+    def measure(variables, batch, keys):
         return {"index": batch.index, "image": batch.image, "noise": jax.vmap(jax.random.normal)(keys)}
 
     roots = KEY if seeds == 1 else root_keys(range(seeds))

@@ -2,6 +2,7 @@
 model.
 """
 
+import functools
 import math
 
 import jax
@@ -19,7 +20,7 @@ from vae_jax.evaluation.likelihood import (
     effective_sample_size,
     fit_pareto,
     log_mean_exp,
-    make_log_weight_at,
+    log_weight_at,
     make_log_weights,
     pareto_k,
     sandwich,
@@ -112,7 +113,7 @@ def test_the_sandwich_holds_the_evidence_and_closes():
     widths = []
     for samples in (3, 30, 1000):
         log_w = log_weights(model, samples, samples, image=image)
-        true = jax.jit(make_log_weight_at(model))(VARIABLES, batch_of(400)._replace(image=image), z)
+        true = jax.jit(functools.partial(log_weight_at, model))(VARIABLES, batch_of(400)._replace(image=image), z)
         lower, upper = sandwich(log_w, np.asarray(true))
         error = 3 * (upper - lower).std() / 20
         assert lower.mean() - model.likelihood.constant <= evidence + error

@@ -1,5 +1,7 @@
 """Each prior against SciPy, Monte Carlo and its own samples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,9 +161,9 @@ def test_bounds_under_two_priors_differ_by_their_log_densities():
     image = jax.random.uniform(jax.random.key(1), (500, 8, 8, 1))
     batch = Batch(image, -jnp.ones(500, jnp.int32), jnp.ones(500), jnp.arange(500))
     keys = example_keys(jax.random.key(2), None, batch.index)
-    z = jax.jit(draw_posterior(model))(variables, batch, keys)
+    z = jax.jit(functools.partial(draw_posterior, model))(variables, batch, keys)
     gmm = fit_gmm(np.asarray(z), components=2)
-    bounds = jax.jit(bound_under(model, {"own": model.prior, "gmm": gmm}))(variables, batch, keys)
+    bounds = jax.jit(functools.partial(bound_under, model, {"own": model.prior, "gmm": gmm}))(variables, batch, keys)
     expected = model.prior.log_prob(variables, z) - gmm.log_prob(variables, z)
     np.testing.assert_allclose(bounds["gmm"] - bounds["own"], expected, rtol=1e-3, atol=1e-3)
     objective = vae.make_objective(model)

@@ -280,8 +280,21 @@ def test_numbers_out_of_range(family, fields, message):
 def test_data_without_classes_and_a_likelihood_of_one_reconstruction(family):
     with pytest.raises(ValueError, match="labels of at least 2 classes are needed, but the data have 1"):
         family.make((4, 4, 1), 1, **SMALL)
+
+
+def test_m2_reconstructs_once_for_each_label_and_m1_once():
+    """So only M1 can have the variance that is optimal for a batch."""
+    optimal = SMALL | {"likelihood": "optimal_gaussian"}
     with pytest.raises(ValueError, match="model.likelihood is 'optimal_gaussian'"):
-        family.make((4, 4, 1), 3, **SMALL | {"likelihood": "optimal_gaussian"})
+        semisupervised.make((4, 4, 1), 3, **optimal)
+    model, alone = stacked.make((4, 4, 1), 3, **optimal), vae.make((4, 4, 1), **optimal)
+    variables, batch = model.init(jax.random.key(0)), batch_of([0, -1, 2])
+    keys = example_keys(jax.random.key(1), 0, batch.index)
+    metrics, state = stacked.make_objective(model, 0.5)(variables, batch, keys, True, 0)
+    expected, expected_state = vae.make_objective(alone)(variables, batch, keys, True, 0)
+    jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+    np.testing.assert_array_equal(metrics["reconstruction"], expected["reconstruction"])
+    assert state["likelihood"]["weight"] > 0
 
 
 @pytest.mark.slow

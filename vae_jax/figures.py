@@ -51,11 +51,11 @@ def training_curve(
     Args:
         history: rows as in metrics.jsonl: `epoch`, and `train/loss`, `test/loss`, ... where known.
         baselines: {name: loss}, drawn as labelled dashed lines.
-        panels: {metric: title of its panel}, "loss" first.
+        panels: {metric: title of its panel}, "loss" first; metrics without rows have no panel.
         loss_scale: "linear" or "log".
     """
     figure = new_figure(12.0, 4.5)
-    others = [name for name in panels if name != "loss"]
+    others = [name for name in panels if name != "loss" and any(f"test/{name}" in row for row in history)]
     columns: list[Any] = [*["loss"] * len(others), *others]
     axes = figure.subplot_mosaic([columns])
     axes["loss"].set_yscale(loss_scale)

@@ -24,11 +24,6 @@ DECAY = 0.99  # per step, of the moving average of the optimal variance
 SMALLEST_VARIANCE = 1e-6
 
 
-def nothing(key) -> dict:
-    """Initialise a likelihood without parameters."""
-    return {}
-
-
 def sigmoid_mean(variables, raw: Float[Array, "*samples h w c"]) -> Float[Array, "*samples h w c"]:
     """The mean or location, sigmoid(raw)."""
     return jax.nn.sigmoid(raw)
@@ -58,7 +53,7 @@ class Likelihood(NamedTuple):
     mean: Callable[[Any, Any], Float[Array, "*samples h w c"]] = sigmoid_mean
     constant: float = 0.0
     channels: int = 1
-    init: Callable[[Any], dict] = nothing
+    init: Callable[[Any], dict] = lambda key: {}
     init_state: Callable[[], dict] = ABSENT
     update: Callable[..., tuple[Any, dict]] = ABSENT
     scale: Callable[[Any], Float[Array, ""]] = ABSENT
@@ -270,7 +265,7 @@ def scaled(scale: float, learned: bool) -> Scale:
     if not 0 < scale < math.inf:
         raise ValueError(f"model.scale is {scale}, but must be above 0")
     if not learned:
-        return Scale(nothing, lambda variables: (scale, 0.0), math.log(scale))
+        return Scale(lambda key: {}, lambda variables: (scale, 0.0), math.log(scale))
 
     def at(variables):
         log_scale = variables["params"]["likelihood"]["log_scale"]

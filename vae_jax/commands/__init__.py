@@ -69,11 +69,13 @@ def evaluate(
     choose_split(job.dataset, split)
     numbers, _ = job.evaluate_on(split)(variables, job.root())
     named = {f"{split}/{name}": value for name, value in numbers.items()}
-    found, ledger, judged = {"step": metadata["step"]} | named, job.ledger(named, split), {}
+    found, judged = {"step": metadata["step"]} | named, {}
     if full:
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset))
         found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
+    ledger = job.ledger(found, split)
+    if full and own is None:  # the baselines are those of the training images
         judged = verdict(found | ledger, split, job.baselines())
     notes = {"what was done to the images": "; ".join(examples.notes)} if own is not None and examples.notes else {}
     return found | ledger | job.baselines() | notes | judged

@@ -10,8 +10,7 @@ from jaxtyping import Array, Key
 
 from vae_jax.batch import Batch
 from vae_jax.objectives import Objective
-
-SMALLEST = 1e-30  # lower limit of the total weight, to avoid division by 0
+from vae_jax.steps import total
 
 
 def networks(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +33,8 @@ def gradient_routing(
     def means(params):
         metrics, _ = objective({"params": params, **state}, batch, keys, True, None)
         found[:] = [name for name in (*terms, "loss") if name in metrics]
-        return jnp.stack([mean(metrics[name], batch.weight) for name in found])
+        sums = (total(metrics[name], batch.weight) for name in found)
+        return jnp.stack([value / jnp.maximum(weight, 1e-30) for value, weight in sums])
 
     _, pull = jax.vjp(means, variables["params"])
 
@@ -43,14 +43,6 @@ def gradient_routing(
 
     rows = jax.lax.map(norms, jnp.eye(len(found)))  # sequential backward passes, compiled once
     return {name: {network: norm[i] for network, norm in rows.items()} for i, name in enumerate(found)}
-
-
-def mean(value: Any, weight: Array) -> Array:
-    """The weighted mean of a metric, `value` or `(value, own weight)`; 0 if the total weight is 0."""
-    if isinstance(value, tuple):
-        value, own = value
-        weight = weight * own
-    return jnp.sum(weight * value) / jnp.maximum(jnp.sum(weight), SMALLEST)
 
 
 def routing_table(routing: Mapping[str, Mapping[str, Any]], terms: Sequence[str]) -> list[str]:

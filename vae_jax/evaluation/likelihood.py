@@ -20,6 +20,7 @@ from vae_jax.objectives import log_weights, reparameterize
 TRUSTED = 0.7  # the largest Pareto k-hat of a reliable estimate (Vehtari et al. 2024)
 SAMPLES_AT_ONCE = 32  # samples of each image that are decoded together
 LEAST_TAIL = 5  # fewest weights for a Pareto fit
+SMALLEST = 1e-300  # the fit would overflow with a smaller quartile
 
 
 def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
@@ -54,16 +55,14 @@ def simulate(
     return z, model.likelihood.sample(variables, of_x, model.decode_raw(variables, z))
 
 
-def make_log_weight_at(model: Model) -> Callable:
-    """`measure(variables, batch, z)`: log w at one given z per image, [batch]."""
-
-    def measure(variables, batch, z) -> Float[Array, " batch"]:
-        net = model.of(batch)
-        mean, logvar = net.encode(variables, batch.image)
-        raw = net.decode_raw(variables, z[None])
-        return log_weights(net, variables, raw, z[None], mean, logvar, batch.image)[0]
-
-    return measure
+def log_weight_at(
+    model: Model, variables: Variables, batch: Batch, z: Float[Array, "batch latent"]
+) -> Float[Array, " batch"]:
+    """log w at one given z per image."""
+    net = model.of(batch)
+    mean, logvar = net.encode(variables, batch.image)
+    raw = net.decode_raw(variables, z[None])
+    return log_weights(net, variables, raw, z[None], mean, logvar, batch.image)[0]
 
 
 def log_mean_exp(log_w: Float[np.ndarray, "*n samples"]) -> Float[np.ndarray, "*n"]:
@@ -117,12 +116,12 @@ def pareto_k(log_w: Float[np.ndarray, "n samples"]) -> Float[np.ndarray, " n"]:
 def fit_pareto(excess: Float[np.ndarray, " tail"]) -> float:
     """The shape k of a generalised Pareto distribution fitted to ascending values.
 
-    It is infinite if their first quartile is 0: -inf if all are, and inf if the others are so much larger. Source: Zhang
-    & Stephens 2009, with the weak prior of Vehtari et al. 2024, which shrinks k towards 1/2.
+    It is infinite if their first quartile is 0 or nearly so: -inf if all are, and inf if the others are so much larger.
+    Source: Zhang & Stephens 2009, with the weak prior of Vehtari et al. 2024, which shrinks k towards 1/2.
     """
     n = len(excess)
     quarter = excess[int(n / 4 + 0.5) - 1]
-    if quarter <= 0:
+    if quarter < SMALLEST:
         return math.inf if excess[-1] > 0 else -math.inf
     grid = 30 + int(math.sqrt(n))
     theta = 1 / excess[-1] + (1 - np.sqrt(grid / (np.arange(grid) + 0.5))) / (3 * quarter)

@@ -81,7 +81,7 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
         )
         return (
             f"collapsed: the latents carry {kl:.3g} nats{reached}",
-            "raise objective.warmup_steps or objective.free_bits, lower objective.beta, or train longer",
+            "lower objective.beta, warm up the KL or give it free bits where the family can, or train longer",
         )
     if isinstance(copies, float) and copies > COPIES:
         return (
@@ -92,7 +92,7 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     if by_latent is not None and used < len(by_latent) / 2:
         return (
             f"few latents used: {used} of {len(by_latent)} carry more than {UNUSED} nats",
-            f"lower model.latent_dim to {max(used, 1)}, which changes little, or raise objective.free_bits, or lower beta",
+            f"lower model.latent_dim to {max(used, 1)}, which changes little, or lower objective.beta",
         )
     if collapsed is not None and loss is not None and loss > collapsed:
         return (

@@ -20,7 +20,7 @@ from vae_jax import figures, generate
 from vae_jax.batch import Batch, example_keys, first_of_each_label
 from vae_jax.evaluation.likelihood import make_log_weights
 from vae_jax.families import reports
-from vae_jax.families.labels import check_classes_present, check_labelled
+from vae_jax.families.labels import baselines, check_classes_present, check_labelled  # noqa: F401
 from vae_jax.families.reports import METRICS, ledger, make_final_probes, make_probes  # noqa: F401
 from vae_jax.families.vae import TERMS, decodes_per_example, make_objective, with_parts  # noqa: F401
 from vae_jax.likelihoods import LIKELIHOODS, Likelihood, align
@@ -240,11 +240,6 @@ def check_data(dataset, *, condition: str = "label") -> None:
     if condition == "label" and dataset.num_classes:
         check_labelled(dataset, ": label them all, or use the family vae")
         check_classes_present(dataset)
-
-
-def baselines(model: Model, image: np.ndarray, *, likelihood: str = "unit_gaussian") -> dict:
-    """Empty: no closed form takes the condition into account."""
-    return {}
 
 
 def make_figures(model: Model, test, key, title: str):

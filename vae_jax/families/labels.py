@@ -14,7 +14,7 @@ from vae_jax.model import Model
 from vae_jax.objectives import cross_entropy, marginalize_label
 
 METRICS = reports.METRICS | {
-    "loss": Metric("loss: U(x), or L(x, y) + alpha CE(y, q(y | x)) for a labelled training image", "nats", "lower"),
+    "loss": Metric("loss: U(x), or L(x, y) + alpha' CE(y, q(y | x)) for a labelled training image", "nats", "lower"),
     "bound": Metric("U(x), a bound on -log p(x) with the label summed out", "nats", "lower"),
     "cross_entropy": Metric("cross-entropy of the labelled images", "nats", "lower"),
     "accuracy": Metric("accuracy on the labelled images", "share", "higher"),

@@ -7,7 +7,9 @@ A labelled image costs L(x, y). An unlabelled image costs U(x), with the label s
 
     L(x, y) = E_q(z | x, y)[-log p(x | y, z)] + KL(q(z | x, y) || p(z)) + ln C  >=  -log p(x, y)
     U(x) = sum_y q(y | x) (L(x, y) + log q(y | x))                              >=  -log p(x)
-    loss = L(x, y) + alpha CE(y, q(y | x)) with a label, U(x) without
+    loss = L(x, y) + alpha' CE(y, q(y | x)) with a label, U(x) without
+
+The KL is weighted by beta in the loss, and alpha' is alpha / (share of labelled images in a batch).
 """
 
 import jax

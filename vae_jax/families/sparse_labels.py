@@ -1,7 +1,9 @@
 """A VAE with few labels whose encoder also classifies, after "One model to rule them all" (Berkhahn et al. 2019).
 
     pi = p(y | x) from the last layer of the encoder,    z ~ q(z | x),    x ~ p(x | z, pi)
-    loss = -log p(x | z, pi) + beta KL(q(z | x) || p(z)) + alpha 1[labelled] CE(y, pi)
+    loss = -log p(x | z, pi) + beta KL(q(z | x) || p(z)) + alpha' 1[labelled] CE(y, pi)
+
+alpha' is alpha / (share of labelled images in a batch).
 
 This is the published loss. It is not a bound on a likelihood, because pi carries information at no cost. With `charge`
 the loss is a bound: the label is summed out, p(y) is uniform, and KL(pi || p(y)) is added, or ln C for a known label:

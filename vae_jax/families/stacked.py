@@ -3,7 +3,9 @@
     p(x, c, y, z) = p(x | c) p(c | y, z) p(y) p(z),    q(c, y, z | x) = q(c | x) q(y | c) q(z | c, y)
     p(c | y, z) = N(m(y, z), diag(v(y, z)))
     loss = E_q(c | x)[-log p(x | c)] + beta KL(q(c | x) || N(0, I))    M1
-         + E_q(c | x)[L(c, y) + alpha CE(y, q(y | c)), or U(c)]        M2; the codes c are its data
+         + E_q(c | x)[L(c, y) + alpha' CE(y, q(y | c)), or U(c)]       M2; the codes c are its data
+
+alpha' is alpha / (share of labelled images in a batch).
 
 Both train at the same time. The gradient of M2 stops at the codes, so M1 is the VAE of families/vae.py, unless
 `optimizer.clip_norm` clips the gradients of both together. M2 trains as it would on the codes of a finished M1, except
@@ -73,7 +75,7 @@ def make(
         scale=scale,
         precision=precision,
     )
-    check_classes(num_classes, m1.likelihood.update, likelihood)
+    check_classes(num_classes, None, likelihood)
     code_shape = (1, 1, latent_dim)
     networks = Autoencoder(
         DenseEncoder(2 * code_latent_dim, tuple(code_hidden)), DenseDecoder((1, 1, 2 * latent_dim), tuple(code_hidden))

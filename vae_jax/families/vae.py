@@ -107,9 +107,12 @@ def make(
 def init(
     autoencoder: Any, p_x: Likelihood, p_z: Prior, image_shape: tuple[int, int, int], key, pixel_mean=None
 ) -> dict:
-    """The variables of networks, likelihood and prior; `pixel_mean` sets the output bias of dense decoders."""
+    """The variables of networks, likelihood and prior; `pixel_mean` sets the output bias of a dense decoder
+    with one number per pixel.
+    """
     variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
-    if pixel_mean is not None and isinstance(getattr(autoencoder, "decoder", None), DenseDecoder):
+    dense = isinstance(getattr(autoencoder, "decoder", None), DenseDecoder)
+    if pixel_mean is not None and dense and p_x.channels == 1:
         variables["params"] = init_output_bias(variables["params"], pixel_mean)
     return with_parts(variables, p_x, p_z, key)
 
@@ -234,6 +237,6 @@ def check_data(dataset) -> None:
     """Accept any images."""
 
 
-def decodes_per_example(*, samples: int = 1) -> int:
-    """One image for each sample of z."""
-    return samples
+def decodes_per_example(*, samples: int = 1, estimator: str = "iwae") -> int:
+    """One image for each sample of z, twice with DReG."""
+    return samples * (2 if estimator == "dreg" else 1)

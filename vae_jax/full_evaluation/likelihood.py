@@ -1,5 +1,6 @@
 """The likelihood of a trained VAE by importance sampling, and diagnostics of its reliability."""
 
+import functools
 import sys
 from operator import itemgetter
 from pathlib import Path
@@ -15,7 +16,7 @@ from vae_jax.evaluation.baselines import convert
 from vae_jax.evaluation.likelihood import (
     SAMPLES_AT_ONCE,
     TRUSTED,
-    make_log_weight_at,
+    log_weight_at,
     make_log_weights,
     sandwich,
     simulate,
@@ -60,7 +61,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
         "effective_sample_size/5_percent_quantile": float(np.quantile(ess, 0.05)),
         "effective_sample_size/share_below_5": float(np.mean(ess < 5)),
     }
-    if np.isnan(k_hat).any():
+    if np.isnan(k_hat).all():
         numbers["pareto_k"] = f"left out: {samples} samples are too few"
     else:
         median = float(np.median(k_hat))
@@ -83,11 +84,7 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
     """The results of `summarize` for `subject.first(count)`. Finished blocks are read from the JSON lines in `path`."""
     vae = subject.vae
     log_weights = make_log_weights(vae.model, samples, SAMPLES_AT_ONCE)
-
-    def measure(variables, batch, key):
-        return log_weights(variables, batch, example_keys(key, None, batch.index))
-
-    blocks = map_blocks(measure, subject.first(count), batch_size=WEIGHED, devices=subject.devices)
+    blocks = map_blocks(log_weights, subject.first(count), batch_size=WEIGHED, devices=subject.devices)
     rows = read_json_lines(path, lambda row, before: len(row["nll"]))
     done = sum(len(row["nll"]) for row in rows)
     write_atomically(path, "".join(map(json_line, rows)))  # without a line that a killed process left incomplete
@@ -123,7 +120,7 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
     batch = batch._replace(image=image)
     options = compiler_options(training=False)
     log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE), compiler_options=options)
-    at_truth = jax.jit(make_log_weight_at(vae.model))
+    at_truth = jax.jit(functools.partial(log_weight_at, vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
     parts = []
     with progress(f"likelihood of {SIMULATED} simulated images", SIMULATED) as bar:

@@ -1,12 +1,13 @@
 """A prior fitted after training, --prior=gmm."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from vae_jax.batch import Dataset, example_keys
+from vae_jax.batch import Dataset
 from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
 from vae_jax.pretrained import Pretrained
 from vae_jax.priors import Prior
@@ -17,22 +18,20 @@ def fit_prior(vae: Pretrained, dataset: Dataset) -> Prior:
     """A mixture fitted to draws of q(z | x) on the training images. Raises ValueError for a conditional model."""
     if vae.model.condition_on:
         raise ValueError("--prior=gmm replaces p(z), but the prior of a conditional model depends on its condition")
-    return fit_gmm(_map_split(vae, dataset, "train", draw_posterior(vae.model)))
+    return fit_gmm(_map_split(vae, dataset, "train", functools.partial(draw_posterior, vae.model)))
 
 
 def compare_bounds(vae: Pretrained, mixture: Prior, dataset: Dataset) -> list[str]:
-    """Lines with the test bound under p(z) and under the mixture."""
+    """Lines with the negative ELBO of the test images under p(z) and under the mixture."""
     priors = {"the model's prior": vae.model.prior, "the mixture": mixture}
-    bounds = _map_split(vae, dataset, "test", bound_under(vae.model, priors))
-    return [f"test/bound under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()]
+    bounds = _map_split(vae, dataset, "test", functools.partial(bound_under, vae.model, priors))
+    return [
+        f"-ELBO of the test images under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()
+    ]
 
 
 def _map_split(vae: Pretrained, dataset: Dataset, split: str, function: Callable) -> Any:
     """`function(variables, batch, keys)` on all images of a split, with the noise of the run's evaluation."""
-
-    def measure(variables, batch, key):
-        return function(variables, batch, example_keys(key, None, batch.index))
-
     seed = vae.config["seed"]
     seen = as_seen(dataset.splits[split], dataset.binarize, seed)
-    return map_examples(measure, seen)(vae.variables, jax.random.key(seed))
+    return map_examples(function, seen)(vae.variables, jax.random.key(seed))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vae_jax.batch import Batch, Dataset, Split, example_keys, make_batch, mixed_order
+from vae_jax.batch import Batch, Dataset, Split, make_batch, mixed_order
 from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
 from vae_jax.priors import log_normal
@@ -29,10 +29,10 @@ class Subject(NamedTuple):
         form.
         """
 
-        def measure(variables, batch, key):
+        def measure(variables, batch, keys):
             model = self.vae.model.of(batch)
             mean, logvar = model.encode(variables, batch.image)
-            z = reparameterize(mean, logvar, example_keys(key, None, batch.index))
+            z = reparameterize(mean, logvar, keys)
             found = {"mean": mean, "logvar": logvar, "z": z[0]}
             if model.prior.kl is None:
                 return found | {"kl": (log_normal(z, mean, logvar) - model.prior.log_prob(variables, z))[0]}

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from vae_jax.nn.layers import BatchNormMaxPool
 from vae_jax.nn.networks import Autoencoder, Classifier, Decoder, DenseDecoder, DenseEncoder, Encoder
-
-EPSILON = 1e-5  # of BatchNormMaxPool
 
 
 class Layer(NamedTuple):
@@ -99,7 +98,7 @@ def describe_classifier(network: Classifier, params: Mapping[str, Any], state: M
     layers, convolutions = [], numbered("conv", params)
     for i, name in enumerate(convolutions, start=1):
         norm, running = params[f"norm{i}"], state[f"norm{i}"]
-        factor = norm["scale"] / np.sqrt(np.asarray(running["var"]) + np.float32(EPSILON))
+        factor = norm["scale"] / np.sqrt(np.asarray(running["var"]) + np.float32(BatchNormMaxPool.epsilon))
         offset = norm["bias"] - np.asarray(running["mean"]) * factor
         layers += [Layer("conv", params[name]), Layer("affine", {"factor": factor, "offset": offset})]
         layers += [Layer("max_pool")] * (i < len(convolutions)) + [Layer("relu")]

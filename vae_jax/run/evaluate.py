@@ -16,21 +16,22 @@ from vae_jax.families import Probes
 from vae_jax.objectives import Objective
 from vae_jax.run.devices import Devices
 from vae_jax.run.seeds import first_seed, map_seeds, mean_metrics, reduce_seeds
-from vae_jax.steps import make_eval_step, unchanged
+from vae_jax.steps import unchanged
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
 BLOCK = 2**28  # bytes of images sent at once; the result does not depend on it either
 
 
 def map_examples(
-    function: Callable[[Any, Batch, Key[Array, ""]], Any],
+    function: Callable[[Any, Batch, Key[Array, " batch"]], Any],
     split: Split,
     seeds: int = 1,
     batch_size: int = BATCH_SIZE,
     devices: Devices | None = None,
 ) -> Callable[[Any, Key[Array, "..."]], Any]:
-    """`call(variables, key)` returns per-example arrays of `function(variables, batch, key)`, [n, ...], on the host.
+    """`call(variables, key)` returns per-example arrays of `function(variables, batch, keys)`, [n, ...], on the host.
 
+    `keys` are the examples' own, as evaluation uses them.
     The split is sent in blocks of `BLOCK` bytes of images and divided over the devices, by default one. With several
     seeds, variables and key have a leading seed axis, and the arrays are [seeds, n, ...].
     """
@@ -45,7 +46,7 @@ def map_examples(
 
 
 def map_blocks(
-    function: Callable[[Any, Batch, Key[Array, ""]], Any],
+    function: Callable[[Any, Batch, Key[Array, " batch"]], Any],
     split: Split,
     seeds: int = 1,
     batch_size: int = BATCH_SIZE,
@@ -65,7 +66,8 @@ def map_blocks(
 
     def run(variables, key, batches, shard):
         def one_batch(batch):
-            return function(variables, make_batch(*batch), key)
+            batch = make_batch(*batch)
+            return function(variables, batch, example_keys(key, None, batch.index))
 
         arrays = jax.tree.map(
             lambda values: values.reshape(math.prod(values.shape[:2]), *values.shape[2:]),
@@ -120,12 +122,10 @@ def make_evaluate(
     `numbers` are the means of the objective's metrics and the probes' reduced values, combined over the seeds;
     `arrays` are the probes' measurements for the first seed. `prepare` is as in `make_train_step`.
     """
-    eval_step = make_eval_step(objective)
 
-    def measure(variables, batch, key):
-        keys = example_keys(key, None, batch.index)
+    def measure(variables, batch, keys):
         batch = prepare(batch, keys)
-        return eval_step(variables, batch, key), probes.measure(variables, batch, keys)
+        return objective(variables, batch, keys, False, None)[0], probes.measure(variables, batch, keys)
 
     def reduce(arrays):
         metrics, measured = arrays
