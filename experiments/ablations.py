@@ -20,7 +20,7 @@ from experiments import launch
 from vae_jax import data
 from vae_jax.batch import Split, first_of_each_label
 from vae_jax.evaluation.latents import active_units
-from vae_jax.figures import mosaic, pairs, show_image
+from vae_jax.figures import mosaic, show_image
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path, save_figure
@@ -81,7 +81,8 @@ def draw(variants: list[Variant], test: Split, title: str) -> Figure:
         if vae.config["objective"].get("method") == "gan":  # its encoder has learned nothing
             below_it.set_axis_off()
         else:
-            show_image(below_it, pairs(image, vae.reconstruct(image)))
+            both = np.stack([image, vae.reconstruct(image)], axis=1)
+            show_image(below_it, mosaic(both.reshape(-1, *image.shape[1:]), 4))
     above[0].set_ylabel("samples from the prior", fontsize=12)
     below[0].set_ylabel("test images, each followed\nby its reconstruction", fontsize=12)
     figure.suptitle(title, fontsize=15)

@@ -4,8 +4,10 @@ import functools
 import gzip
 import http.server
 import io
+import math
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -387,6 +389,19 @@ def test_unreadable_npz(tmp_path):
     (tmp_path / "text.npz").write_bytes(b"no zip file")
     with pytest.raises(ValueError, match="cannot read .*text.npz"):
         data.load(name=str(tmp_path / "text.npz"))
+
+
+@pytest.mark.parametrize("limit,room", [("max", math.inf), ("1000", 1000 - 700 + 300), ("500", 100)])
+def test_the_memory_limit_of_a_container_counts(tmp_path, monkeypatch, limit, room):
+    group = tmp_path / Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    for name, text in {"max": limit, "current": "700", "stat": "anon 400\ninactive_file 300"}.items():
+        (group / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert memory.cgroup_room() == room
+    assert memory.available()[0] == min(room, memory.available()[0])
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "none")
+    assert memory.cgroup_room() == math.inf
 
 
 def test_what_is_not_kept_on_disk_is_refused_with_its_size_if_memory_cannot_hold_it(tmp_path, monkeypatch):

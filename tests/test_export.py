@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -460,6 +461,7 @@ def test_jax_programs(family):
     for name, program in for_jax.programs_of(trained).items():
         exported = jax.export.deserialize(bytearray(contents[f"{name}.jaxexport"]))
         assert exported.platforms == ("cpu", "cuda", "tpu")
+        assert str(Path(vae_jax.__file__).parent).encode() not in contents[f"{name}.jaxexport"]
         for count in (1, 5):
             arguments = program.examples(count)
             jax.tree.map(np.testing.assert_array_equal, exported.call(*arguments), jax.jit(program.call)(*arguments))

@@ -212,6 +212,7 @@ def test_bad_fields_of_own_images(tmp_path, monkeypatch):
         data.read_images(f"{tmp_path}/photos/", data.Preparation(2**31))
     monkeypatch.chdir(tmp_path)
     refused("unknown data set 'photos': did you mean './photos'", name="photos", size=8)
+    refused("there is no folder phots", name="phots/", size=8)
 
 
 def fill(folder, counts, value=0):

@@ -358,7 +358,7 @@ def test_onecycle_rises_from_a_25th_and_falls_to_nothing():
 
 @pytest.mark.parametrize(
     "base_batch_size,scaling,factor",
-    [(128, "sqrt", 2), (128, "linear", 4), (1024, "linear", 0.5), (0, "linear", 1)],
+    [(128, "sqrt", 2), (128, "linear", 4), (1024, "linear", 0.5), (0, "sqrt", 1)],
 )
 def test_the_rate_grows_with_the_batch(base_batch_size, scaling, factor):
     fields = {"base_batch_size": base_batch_size, "scaling": scaling}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TRAIN, TEST, BASELINE, UNLABELLED = "#8fb3d9", "#1b4f8a", "#a04000", "#c8c8c8"
-ENLARGED = 3  # factor by which a film enlarges each pixel
+SMALL = 96  # pixels: a film enlarges smaller images by a whole factor
 LEGEND = 0.25  # free space above the curves, as a share of their height
 LARGEST_COUNTED = 25  # classes; with more, the counts would be too small to read
 
@@ -178,14 +178,6 @@ def mosaic(
     return grid.reshape(rows * height, columns * width, channels)
 
 
-def pairs(
-    image: Float[np.ndarray, "n height width channel"], again: Float[np.ndarray, "n height width channel"]
-) -> Float[np.ndarray, "mosaic_height mosaic_width channel"]:
-    """One mosaic of images, each followed by its reconstruction, with two pairs per row."""
-    both = np.stack([image, again], axis=1)
-    return mosaic(both.reshape(-1, *image.shape[1:]), 4)
-
-
 def film(
     image: Float[np.ndarray, "row frame height width channel"],
 ) -> list[UInt8[np.ndarray, "frame_height frame_width channel"]]:
@@ -193,7 +185,8 @@ def film(
     columns = int(np.ceil(np.sqrt(len(image))))
     there_and_back = [*range(image.shape[1]), *range(image.shape[1] - 2, 0, -1)]
     frames = [np.round(255 * mosaic(image[:, i], columns, margin=1, fill=0.5)) for i in there_and_back]
-    return [frame.astype(np.uint8).repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1) for frame in frames]
+    enlarged = max(1, SMALL // max(image.shape[2:4]))
+    return [frame.astype(np.uint8).repeat(enlarged, axis=0).repeat(enlarged, axis=1) for frame in frames]
 
 
 def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> "Figure":

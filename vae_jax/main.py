@@ -11,7 +11,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from vae_jax.run.output import survive_closed_streams
-from vae_jax.run.presets import expand
+from vae_jax.run.presets import drop_repeated, expand
 
 MODES = {  # mode -> the flags that it takes besides --config and --workdir
     "train": "devices distributed coordinator num_processes process_id start_timeout heartbeat_timeout",
@@ -113,6 +113,10 @@ def main(argv: list[str]) -> None:
         fail(str(error), 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail("out of memory: another program may use the device; or take fewer images, or a smaller model", 1)
 
 
 def train(config: dict, workdir: str) -> None:
@@ -136,7 +140,7 @@ def train(config: dict, workdir: str) -> None:
         fail(str(error), 1)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            hosts.exit_now("out of memory: try a smaller batch_size or model; the same command continues", 1)
+            hosts.exit_now("out of memory: try a smaller batch_size or model, with another --workdir", 1)
         if not several:
             raise
         hosts.exit_now(f"a host was lost ({describe_error(error)})", hosts.LOST)
@@ -233,6 +237,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         fail(f"{error}; --help lists the flags", 2)
     except (flags.Error, OSError) as error:
         fail(str(error), 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
     except Exception as error:  # noqa: BLE001
         # ml_collections raises almost anything for an unknown field, and a config file may raise anything.
         with contextlib.suppress(Exception):
@@ -241,13 +247,6 @@ def parse_flags(argv: list[str]) -> list[str]:
     if FLAGS["verbosity"].using_default_value:
         FLAGS.verbosity = -2  # errors only: JAX and Orbax warn about what we report ourselves
     return argv
-
-
-def drop_repeated(argv: list[str]) -> list[str]:
-    """Keep only the last of several --config.FIELD=VALUE of one field: ml_collections would concatenate tuples."""
-    fields = [argument.partition("=")[0].lstrip("-") for argument in argv]
-    last = {field: i for i, field in enumerate(fields) if field.startswith("config.") and "=" in argv[i]}
-    return [argument for i, argument in enumerate(argv) if last.get(fields[i], i) == i]
 
 
 def print_help(argv: list[str]) -> None:

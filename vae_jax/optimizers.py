@@ -61,6 +61,7 @@ def make_adam(
         ("clip_norm", clip_norm, 0 <= clip_norm < math.inf, "at least 0"),
         ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
         ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
+        ("scaling", scaling, scaling == "sqrt" or base_batch_size > 0, "left out unless base_batch_size is above 0"),
     )
     learning_rate *= SCALINGS[scaling](batch_size / base_batch_size) if base_batch_size else 1.0
 

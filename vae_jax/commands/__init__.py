@@ -103,6 +103,8 @@ def sample(
         if labels is not None:
             if not labels:
                 raise ValueError("--labels is empty: give one label, or several")
+            if len(labels) > count:
+                raise ValueError(f"--labels has {len(labels)} labels, but --count is {count}: raise it")
             given["label"] = np.resize(np.array(labels), count)
             named += f"-labels{shortened('-'.join(map(str, labels)))}"
         if own is not None:
@@ -110,6 +112,8 @@ def sample(
             given["image"] = np.resize(examples.image, (count, *vae.image_shape))
             named += f"-{examples.file}"
             lines += examples.notes
+            if len(examples.image) > count:
+                lines.append(f"the first {count} of {len(examples.image)} images: --count chooses how many")
         image = vae.sample(count, seed, **given)
     else:
         if labels is not None or own is not None:

@@ -99,7 +99,8 @@ def load_prepared(
 
 def is_own(name: str) -> bool:
     """Whether the name of a data set is the path of a user's images."""
-    return name.lower().endswith(".npz") or name.startswith((".", "~", "/")) or ("/" in name and Path(name).is_dir())
+    marked = name.lower().endswith((".npz", "/")) or name.startswith((".", "~", "/"))
+    return marked or ("/" in name and Path(name).is_dir())
 
 
 def load_splits(

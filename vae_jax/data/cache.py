@@ -1,5 +1,6 @@
 """A cache of images that do not fit in the host's memory: decoded once into files, then memory-mapped."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,7 +22,7 @@ from vae_jax.run.memory import gib
 
 FORMAT = 1
 LEVELS = ("*", "*/*", "*/*/*")  # `rglob` does not follow links to folders
-WAY_OUT = "set XDG_CACHE_HOME to another folder, or use fewer or smaller images"
+WAY_OUT = "set XDG_CACHE_HOME to another folder, or use fewer or smaller images (--config.data.size=64 scales them)"
 Read = Callable[[Path | None], tuple[dict[str, Split], list[str]]]
 
 
@@ -138,6 +139,10 @@ def write(folder: Path, part: Path, source: str, read: Read) -> None:
         (part / "cache.json").write_text(json.dumps(about))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
+    except OSError as error:
+        if error.errno is None:  # np.save raises it so for a full disk
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part)) from error
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -5,7 +5,7 @@ import math
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +136,13 @@ def read_files(
             if not shapes and not wanted.size:
                 check_size(name, len(files) * pixels.size, wanted.scratch)
             shapes[i] = pixels.shape
+            first = next(iter(shapes))
+            if pixels.shape[:2] != shapes[first][:2]:
+                sizes = [f"{width}x{height}" for height, width, _ in (pixels.shape, shapes[first])]
+                raise ValueError(
+                    f"{path} is {sizes[0]}, but {files[first]} is {sizes[1]}: bring all images to one size, which "
+                    "--config.data.size=64 does"
+                )
             stream.write(pixels)
         bad = [files[i] for i in problems]
         if problems and not (skip_unreadable and shapes):
@@ -143,33 +150,23 @@ def read_files(
             others = f"; nor can {len(bad) - 1} more of {len(files)} be read: {some(bad[1:])}" if bad[1:] else ""
             raise ValueError(f"cannot read the image {bad[0]}: {reason}{others}: {way_out}")
         stream.seek(0)
-        image = same_shape(files, shapes, stream, done, wanted.scratch)
+        image = same_channels(shapes.values(), stream, done, wanted.scratch)
     notes = [f"{count} {what}" for what, count in sorted(done.items())]
     if bad:
         notes.append(f"{len(bad)} of {len(files)} left out as unreadable ({some(bad)})")
     return [*shapes], image, notes
 
 
-def same_shape(
-    files: Sequence[Path],
-    shapes: Mapping[int, tuple[int, ...]],
-    stream: io.BufferedIOBase,
-    done: Counter,
-    scratch: Path | None,
+def same_channels(
+    shapes: Collection[tuple[int, ...]], stream: io.BufferedIOBase, done: Counter, scratch: Path | None
 ) -> UInt8[np.ndarray, "n height width channel"]:
-    """Stack the images of a stream into one array; grey images become coloured if any is coloured."""
-    first = next(iter(shapes))
-    coloured = any(shape[2] == 3 for shape in shapes.values())
-    common = *shapes[first][:2], 3 if coloured else 1
+    """Stack the images of a stream, of one size, into one array; grey images become coloured if any is coloured."""
+    height, width, _ = next(iter(shapes))
+    coloured = any(shape[2] == 3 for shape in shapes)
+    common = height, width, 3 if coloured else 1
 
     def rows():
-        for i, shape in shapes.items():
-            if shape[:2] != common[:2]:
-                sizes = (f"{one[1]}x{one[0]}" for one in (shape, shapes[first]))
-                raise ValueError(
-                    f"{files[i]} is {next(sizes)}, but {files[first]} is {next(sizes)}: bring all images to one size, "
-                    "which --config.data.size=64 does"
-                )
+        for shape in shapes:
             if coloured and shape[2] == 1:
                 done["made colour"] += 1
             pixels = np.frombuffer(stream.read(math.prod(shape)), np.uint8)

@@ -1,6 +1,7 @@
 """Named data sets: the bundled digits, the MNIST family, TensorFlow Datasets."""
 
 import difflib
+import fcntl
 import gzip
 import hashlib
 import http.client
@@ -23,6 +24,7 @@ from vae_jax.data.cache import store
 from vae_jax.data.images import check_size
 from vae_jax.data.own import split_off_test
 from vae_jax.run.files import cache_folder, local_path
+from vae_jax.run.memory import TooLarge
 
 NETWORK_TIMEOUT = 8  # seconds
 
@@ -45,13 +47,20 @@ def _mnist_family(name, manual_dir):
 
     url_infos = tfds.builder_cls(name).url_infos
     folder = local_path(manual_dir) if manual_dir else cache_folder() / "data" / name
-    missing = {info.filename: url for url, info in url_infos.items() if not (folder / info.filename).is_file()}
-    if missing and manual_dir:
+
+    def missing():
+        return {info.filename: url for url, info in url_infos.items() if not (folder / info.filename).is_file()}
+
+    if manual_dir and missing():
         raise ValueError(
-            f"data.manual_dir {manual_dir} lacks {', '.join(missing)}: put the four original files of {name} there"
+            f"data.manual_dir {manual_dir} lacks {', '.join(missing())}: put the four original files of {name} there"
         )
-    if missing:
-        _download(name, missing, folder, url_infos)
+    if missing():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may have downloaded them meanwhile
+            if urls := missing():
+                _download(name, urls, folder, url_infos)
     checksums = {info.filename: info.checksum for info in url_infos.values()}
 
     def read(filename):
@@ -99,6 +108,8 @@ def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
         if magic != [0, 0, 8]:
             raise ValueError(f"it begins with {magic}")
         return values.reshape(sizes)
+    except TooLarge:
+        raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"not an idx file of unsigned bytes: {error}") from error
 

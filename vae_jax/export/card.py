@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vae_jax.data import is_own
 from vae_jax.families import FAMILIES
 from vae_jax.pretrained import Pretrained
 
@@ -27,7 +28,7 @@ def model_card(pretrained: Pretrained, metadata: Mapping[str, Any], files: Seque
     facts = {
         "library_name": "vae_jax",
         "pipeline_tag": "unconditional-image-generation" if generates else "image-classification",
-        "datasets": [name for name in [config["data"]["name"]] if "/" not in name],  # not the user's own files
+        "datasets": [name for name in [config["data"]["name"]] if not is_own(name)],
         "tags": ["jax", "flax", *(["variational-autoencoder"] if generates else []), config["model"]["name"]],
     }
     if model.condition_on:  # model hubs have no tag for conditional generation

@@ -1,6 +1,7 @@
 """Export a trained model's functions with their weights by `jax.export`, for any batch, on CPU, CUDA and TPU."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -67,12 +68,27 @@ def jax_programs(pretrained: Pretrained) -> dict[str, bytes]:
     for name, program in programs_of(pretrained).items():
         (batch,) = jax.export.symbolic_shape("batch")
         arguments = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in program.shapes]
-        exported = jax.export.export(jax.jit(program.call), platforms=PLATFORMS)(*arguments)
+        with without_paths():
+            exported = jax.export.export(jax.jit(program.call), platforms=PLATFORMS)(*arguments)
         contents[f"{name}.jaxexport"] = bytes(exported.serialize())
         check_agreement(
             f"{name}.jaxexport", program, jax.export.deserialize(bytearray(contents[f"{name}.jaxexport"])).call
         )
     return contents
+
+
+@contextlib.contextmanager
+def without_paths() -> Iterator[None]:
+    """In the block, lowered programs name no source file of this machine, and do not depend on who calls."""
+    options = {"jax_hlo_source_file_canonicalization_regex": ".*", "jax_include_full_tracebacks_in_locations": False}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def check_agreement(name: str, program: Program, exported: Callable[..., Any]) -> None:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from vae_jax.run.devices import unwrap_keys
 from vae_jax.run.environment import differences
-from vae_jax.run.files import describe_error
+from vae_jax.run.files import describe_error, is_remote
 from vae_jax.run.stored import DIGESTS, absolute, check_same_data, digests, latest_saved, locked, select, steps, survey
 from vae_jax.steps import TrainState
 
@@ -81,7 +81,8 @@ class Checkpoints:
         `like`.
         """
         kept, damaged = survey(self._folder)
-        if damaged and not kept:
+        unfinished = is_remote(str(self._folder)) and not latest_saved(self._folder)  # renaming is not atomic there
+        if damaged and not kept and not unfinished:
             raise OSError(
                 f"no checkpoint in {self._folder} can be read ({next(iter(damaged.values()))}): "
                 "move the whole run directory away to start again, or name another --workdir"
@@ -138,7 +139,9 @@ class Checkpoints:
         state, variables = jax.tree.map(np.asarray, trees)
         for name, leaf in _named_leaves(state):
             if not np.isfinite(leaf).all():
-                raise FloatingPointError(f"{name} is not finite at step {step}: try a lower optimizer.learning_rate")
+                raise FloatingPointError(
+                    f"{name} is not finite at step {step}: try a lower optimizer.learning_rate, with another --workdir"
+                )
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves((state, variables))))
         best = {"step": step, "cost": self._cost(metrics)} if self.is_best(metrics) else self.best
         items = {
@@ -225,9 +228,9 @@ def _restore(folder, step, item, like):
         raise ValueError(f"checkpoint {step} cannot be read ({describe_error(error)})") from error
     for (name, leaf), wanted in zip(_named_leaves(tree), jax.tree.leaves(like)):
         if leaf.shape != wanted.shape or leaf.dtype != wanted.dtype:
-            raise ValueError(
-                f"checkpoint {step} is of another model: {name} is {leaf.shape} there, {wanted.shape} here"
-            )
+            what = "shape" if leaf.shape != wanted.shape else "dtype"
+            there, here = (getattr(one, what) for one in (leaf, wanted))
+            raise ValueError(f"checkpoint {step} is of another model: {name} is {there} there, {here} here")
     return tree
 
 

@@ -91,8 +91,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file through `atomic_file`; names that are not UTF-8 are written as escapes."""
-    with atomic_file(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with atomic_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # some file systems would leave an empty file after a power failure
 
 
 def save_figure(figure, path: Path) -> None:

@@ -264,5 +264,5 @@ class Loop:
 def advice(step: int) -> str:
     """What to change after a non-finite number. Before the first update, the learning rate cannot be the cause."""
     if step > 1:
-        return "try a lower optimizer.learning_rate"
+        return "try a lower optimizer.learning_rate, with another --workdir"
     return "no update had been made, so try smaller numbers in the sections objective and model"

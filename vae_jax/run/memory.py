@@ -1,11 +1,13 @@
 """Memory checks, made before memory is allocated."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import psutil
 
+CGROUPS = Path("/sys/fs/cgroup")
 STAY = 0.5  # largest share of a device's memory for images, since activations need the rest; larger sets are streamed
 
 
@@ -25,8 +27,21 @@ def available(device: Any = None) -> tuple[int, str]:
     """
     if limit := (device.memory_stats() or {}).get("bytes_limit") if device else None:
         return limit, f"{device.device_kind} has {gib(limit)}"
-    room = psutil.virtual_memory().available
+    room = min(psutil.virtual_memory().available, cgroup_room())
     return room, f"this machine has {gib(room)} free"
+
+
+def cgroup_room() -> float:
+    """Bytes that the limit of a container or a batch job leaves, its page cache included; infinite without a limit."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
+        limit, used, detail = (
+            (CGROUPS / group.lstrip("/") / f"memory.{name}").read_text() for name in ("max", "current", "stat")
+        )
+        cached = dict(line.split() for line in detail.splitlines())["inactive_file"]
+        return max(0, int(limit) - int(used) + int(cached))
+    except (OSError, ValueError, KeyError):  # no cgroups of version 2, or "max"
+        return math.inf
 
 
 def check_memory(what: str, nbytes: int, way_out: str, device: Any = None) -> None:

@@ -51,3 +51,10 @@ def path_of(value: str) -> str:
     if name not in names():
         raise FileNotFoundError(f"there is no config {name}: give a file, or a preset; {nearest(name, names())}")
     return f"{folder() / name}.py{colon}{variant}"
+
+
+def drop_repeated(argv: list[str]) -> list[str]:
+    """Keep only the last of several --config.FIELD=VALUE of one field: ml_collections would concatenate tuples."""
+    fields = [argument.partition("=")[0].lstrip("-") for argument in argv]
+    last = {field: i for i, field in enumerate(fields) if field.startswith("config.") and "=" in argv[i]}
+    return [argument for i, argument in enumerate(argv) if last.get(fields[i], i) == i]
