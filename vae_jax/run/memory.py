@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import psutil
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # of Linux
 STAY = 0.5  # largest share of a device's memory for images, since activations need the rest; larger sets are streamed
 
 
@@ -31,16 +31,21 @@ def available(device: Any = None) -> tuple[int, str]:
     return room, f"this machine has {gib(room)} free"
 
 
-def cgroup_room() -> float:
-    """Bytes that the limit of a container or a batch job leaves, its page cache included; infinite without a limit."""
+def cgroup_room() -> int | float:
+    """Bytes that the memory limits of a container or a batch job leave; infinite without a limit."""
+    if not CGROUP.is_file():
+        return math.inf
+    folder = CGROUPS / CGROUP.read_text().strip().rpartition("::")[2].lstrip("/")
+    return min(room_in(each) for each in (folder, *folder.parents) if each.is_relative_to(CGROUPS))
+
+
+def room_in(cgroup: Path) -> int | float:
+    """Bytes that one cgroup's limit leaves, its page cache included; infinite without a limit."""
     try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2]
-        limit, used, detail = (
-            (CGROUPS / group.lstrip("/") / f"memory.{name}").read_text() for name in ("max", "current", "stat")
-        )
+        limit, used, detail = ((cgroup / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
         cached = dict(line.split() for line in detail.splitlines())["inactive_file"]
         return max(0, int(limit) - int(used) + int(cached))
-    except (OSError, ValueError, KeyError):  # no cgroups of version 2, or "max"
+    except (OSError, ValueError, KeyError):  # not version 2, or "max"
         return math.inf
 
 
