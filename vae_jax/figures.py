@@ -17,19 +17,17 @@ LEGEND = 0.25  # free space above the curves, as a share of their height
 LARGEST_COUNTED = 25  # classes; with more, the counts would be too small to read
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, with its size in inches."""
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    """An empty figure with a title, and its size in inches.
+
+    The title may contain the name of a user's file: $ is escaped, since it would start a formula, and so is what is not
+    UTF-8.
+    """
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def set_title(figure: "Figure", title: str) -> None:
-    """Set the title of a figure.
-
-    It may contain the name of a user's file: $ is escaped, since it would start a formula, and so is what is not UTF-8.
-    """
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title.replace("$", r"\$").encode(errors="backslashreplace").decode(), wrap=True)
+    return figure
 
 
 def whole_numbers(**options):
@@ -54,9 +52,10 @@ def training_curve(
         panels: {metric: title of its panel}, "loss" first; metrics without rows have no panel.
         loss_scale: "linear" or "log".
     """
-    figure = new_figure(12.0, 4.5)
-    others = [name for name in panels if name != "loss" and any(f"test/{name}" in row for row in history)]
-    columns: list[Any] = [*["loss"] * len(others), *others]
+    figure = new_figure(12.0, 4.5, title)
+    known = {name.partition("/")[2] for row in history for name in row}
+    others = [name for name in panels if name != "loss" and name in known]
+    columns: list[Any] = [*["loss"] * max(1, len(others)), *others]
     axes = figure.subplot_mosaic([columns])
     axes["loss"].set_yscale(loss_scale)
     for name, ax in axes.items():
@@ -70,7 +69,6 @@ def training_curve(
     _draw_baselines(axes["loss"], baselines)
     axes["loss"].set_ylabel("nats per image")
     axes["loss"].legend(frameon=False, loc="upper right")
-    set_title(figure, title)
     return figure
 
 
@@ -121,7 +119,7 @@ def reconstructions(
     """Each image above its reconstruction (the post's Figure 4), ten in a row."""
     columns = min(10, len(image))
     rows = -(-len(image) // columns)
-    figure = new_figure(1.1 * columns + 0.9, 2.4 * rows + 0.5)
+    figure = new_figure(1.1 * columns + 0.9, 2.4 * rows + 0.5, title)
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -135,7 +133,6 @@ def reconstructions(
         if column == 0:
             above.set_ylabel("input")
             below.set_ylabel("reconstruction")
-    set_title(figure, title)
     return figure
 
 
@@ -148,7 +145,7 @@ def image_rows(
 ) -> "Figure":
     """Images in labelled rows and columns. `marks` gives a column number per row, marked by a triangle below the image."""
     rows, columns, height, width, channels = image.shape
-    figure = new_figure(0.75 * columns + 2.2, 0.75 * rows + 1)
+    figure = new_figure(0.75 * columns + 2.2, 0.75 * rows + 1, title)
     ax = figure.subplots()
     show_image(ax, mosaic(image.reshape(-1, height, width, channels), columns, margin=1, fill=1.0))
     ax.set_xticks((np.arange(columns) + 0.5) * (width + 2) - 0.5, column_labels, fontsize=10)
@@ -158,7 +155,6 @@ def image_rows(
         below = (np.arange(rows) + 1) * (height + 2) - 1.5
         along = (marks + 0.5) * (width + 2) - 0.5
         ax.plot(along, below, "^", color=BASELINE, markersize=7, clip_on=False, scalex=False, scaley=False)
-    set_title(figure, title)
     return figure
 
 
@@ -193,9 +189,8 @@ def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -
     """Images tiled in a square (the post's Figure 5)."""
     columns = int(np.ceil(np.sqrt(len(image))))
     rows = -(-len(image) // columns)
-    figure = new_figure(7.0, 7 * rows / columns + 0.5)
+    figure = new_figure(7.0, 7 * rows / columns + 0.5, title)
     show_image(figure.subplots(), mosaic(image, columns, margin=1, fill=0.5))
-    set_title(figure, title)
     return figure
 
 
@@ -205,7 +200,7 @@ def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figur
     """
     classes = len(counts)
     errors = counts - np.diag(counts.diagonal())
-    figure = new_figure(8.2, 7.4)
+    figure = new_figure(8.2, 7.4, f"{title}\n{errors.sum():,} errors in {counts.sum():,} images")
     ax = figure.subplots()
     shown = np.ma.masked_array(errors, np.eye(classes, dtype=bool))
     image = ax.imshow(shown, cmap="Oranges", vmin=0, vmax=max(errors.max(), 1))
@@ -223,7 +218,6 @@ def confusion(counts: Int[np.ndarray, "label prediction"], title: str) -> "Figur
     bar = figure.colorbar(image, shrink=0.6, label="errors")
     bar.ax.yaxis.set_major_locator(whole_numbers())
     bar.outline.set_visible(False)
-    set_title(figure, f"{title}\n{errors.sum():,} errors in {counts.sum():,} images")
     return figure
 
 
@@ -237,7 +231,7 @@ def mistakes(
     """Misclassified images in the given order, each titled with its label, prediction and the prediction's probability."""
     columns = 6
     rows = max(-(-len(image) // columns), 1)
-    figure = new_figure(1.75 * columns, 2.15 * rows + 0.6)
+    figure = new_figure(1.75 * columns, 2.15 * rows + 0.6, title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()
@@ -249,16 +243,13 @@ def mistakes(
         )
     if not len(image):
         axes[columns // 2].set_title("none")
-    set_title(figure, title)
     return figure
 
 
 def codes(plane: Float[np.ndarray, "n 2"], label: Int[np.ndarray, " n"], axes: tuple[str, str], title: str) -> "Figure":
     """Codes in a plane, coloured by label."""
-    figure = new_figure(7.5, 6.5)
-    ax = figure.subplots()
-    draw_plane(ax, plane, label, axes)
-    set_title(figure, title)
+    figure = new_figure(7.5, 6.5, title)
+    draw_plane(figure.subplots(), plane, label, axes)
     return figure
 
 

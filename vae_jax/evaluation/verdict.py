@@ -30,12 +30,14 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
         found["copies"] = (
             f"{copies:.1%} of the generated images lie nearer to a training image than 99 % of the {split} images do"
         )
+    state, change = judge(numbers, split, baselines)
     trained, tested = numbers.get("train/bound"), numbers.get(f"{split}/bound")
     if trained is not None and tested is not None and split != "train":
-        found["fit"] = (
-            f"the bound is {tested:.2f} on {split} and {trained:.2f} in training, {tested - trained:+.2f} nats"
-        )
-    state, change = judge(numbers, split, baselines)
+        gap = tested - trained
+        found["fit"] = f"the bound is {tested:.2f} on {split} and {trained:.2f} in training, {gap:+.2f} nats"
+        if state.startswith("healthy") and gap > GAP * abs(trained):
+            state += f", but the bound on {split} is {gap:.2f} nats above that of training"
+            change = "use more images, or fewer epochs"
     return {"verdict": state} | found | ({"what to change": change} if change else {})
 
 
@@ -74,11 +76,8 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     if won := discriminator_wins(numbers, split):
         return won
     if active == 0 or (kl is not None and kl < UNUSED):
-        reached = (
-            ""
-            if collapsed is None or loss is None
-            else f", and the loss is {loss:.2f}, compared with {collapsed:.2f} without latents"
-        )
+        known = collapsed is not None and loss is not None
+        reached = f", and the loss is {loss:.2f}, compared with {collapsed:.2f} without latents" if known else ""
         return (
             f"collapsed: the latents carry {kl:.3g} nats{reached}",
             "lower objective.beta, warm up the KL or give it free bits where the family can, or train longer",
@@ -99,18 +98,7 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
             f"undertrained: the loss {loss:.2f} is above {collapsed:.2f}, the loss of a model without latents",
             "train longer, or raise optimizer.learning_rate",
         )
-    healthy = f"healthy: the latents carry {kl:.1f} nats"
-    if overfit := overfitting(numbers, split):
-        return f"{healthy}, but {overfit}", "use more images, or fewer epochs"
-    return healthy, ""
-
-
-def overfitting(numbers: Mapping[str, Any], split: str) -> str:
-    """How far the bound on a split exceeds the training bound; "" if within `GAP`."""
-    trained, tested = numbers.get("train/bound"), numbers.get(f"{split}/bound")
-    if trained is None or tested is None or split == "train" or tested - trained <= GAP * abs(trained):
-        return ""
-    return f"the bound on {split} is {tested - trained:.2f} nats above that of training"
+    return f"healthy: the latents carry {kl:.1f} nats", ""
 
 
 def describe_explained(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]) -> str:
@@ -127,11 +115,9 @@ def describe_latents(kl_by_latent: Sequence[float]) -> str:
     """The KL that the latents carry, the latents with the most, and the unused ones."""
     order = sorted(range(len(kl_by_latent)), key=lambda latent: -kl_by_latent[latent])
     used = [latent for latent in order if kl_by_latent[latent] >= UNUSED]
-    unused = [latent for latent in order if kl_by_latent[latent] < UNUSED]
+    if not used:
+        return "none carries any"
+    unused = ", ".join(f"z{latent}" for latent in range(len(kl_by_latent)) if latent not in used)
     most = ", ".join(f"z{latent} {kl_by_latent[latent]:.2f}" for latent in used[:3])
-    text = (
-        f"{len(used)} of {len(kl_by_latent)} carry {sum(kl_by_latent):.2f} nats; most: {most}"
-        if used
-        else "none carries any"
-    )
-    return text + (f"; unused: {', '.join(f'z{latent}' for latent in sorted(unused))}" if used and unused else "")
+    text = f"{len(used)} of {len(kl_by_latent)} carry {sum(kl_by_latent):.2f} nats; most: {most}"
+    return text + (f"; unused: {unused}" if unused else "")

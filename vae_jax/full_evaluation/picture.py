@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from vae_jax.figures import BASELINE, TEST, draw_plane, new_figure, set_title, whole_numbers
+from vae_jax.figures import BASELINE, TEST, draw_plane, new_figure, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ def draw_evaluation(
         error: mean squared error of each image's reconstruction, over the pixels that p covers.
         planes: {title: (codes on two principal axes, shares of the variance)}.
     """
-    figure = new_figure(15.0, 8.0)
+    figure = new_figure(15.0, 8.0, title)
     axes = figure.subplot_mosaic([["curve", "variance", "error"], [*planes, *["empty"] * (3 - len(planes))]])
     axes.pop("empty").set_axis_off()
     axes["curve"].plot([*curve], [*curve.values()], color=TEST, marker="o")
@@ -50,5 +50,4 @@ def draw_evaluation(
         names = f"first, {share[0]:.0%} of the variance", f"second, {share[1]:.0%}"
         draw_plane(axes[name], plane, label, names)
         axes[name].set(title=name)
-    set_title(figure, title)
     return figure

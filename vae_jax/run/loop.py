@@ -215,15 +215,10 @@ class Loop:
     def mean_over_epoch(self, epoch: int) -> dict[str, float]:
         """The training metrics of an epoch, each row weighted by its steps."""
         rows = [row for row in self.directory.history if "train/loss" in row and epoch - 1 < row["epoch"] <= epoch]
-        starts = [(epoch - 1) * self.per_epoch, *(row["step"] for row in rows[:-1])]
-        values: dict[str, list] = {}
-        for row, start in zip(rows, starts):
-            for name in row:
-                if name.startswith("train/"):
-                    values.setdefault(name, []).append((row[name], row["step"] - start))
+        counts = np.diff([row["step"] for row in rows], prepend=(epoch - 1) * self.per_epoch)
         means = {}
-        for name, pairs in values.items():
-            value, steps = np.transpose(pairs)
+        for name in dict.fromkeys(name for row in rows for name in row if name.startswith("train/")):
+            value, steps = np.transpose([(row[name], count) for row, count in zip(rows, counts) if name in row])
             means[name] = float(np.average(value, weights=steps))
         return means
 
