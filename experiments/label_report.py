@@ -94,41 +94,50 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
 
 def draw(rows: list[dict], settings: dict) -> Figure:
     """Plot the error by number of labels, one line per method: warm colours with a generative model, blue without."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(14, 7), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     found = by_method(rows)
+    error = [100 - values for of in found.values() for values in of.values()]
+    lowest, highest = (0.8 * min(map(np.min, error)), 1.2 * max(map(np.max, error)))
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if lowest <= tick <= highest]
     for ax, shifted in zip(axes, (False, True)):
-        methods = [name for name in found if name.startswith(SHIFTED) == shifted]
-        plot(ax, {name: found[name] for name in methods})
         ax.set(title="Images shifted and rotated" if shifted else "Images as they are")
-        ax.set(xscale="log", yscale="log", xlabel="labelled training images")
-        ax.set_xticks(settings["labels"], [f"{n:,}" for n in settings["labels"]])
+        ax.set(xscale="log", yscale="log", xlabel="labelled training images", ylim=(lowest, highest))
+        ax.set_xticks(settings["labels"], [f"{n:,}" for n in settings["labels"]], rotation=45)
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=9)
-    means = [100 - values.mean() for of in found.values() for values in of.values()]
-    axes[0].set(ylabel="test error in %", ylim=(0.8 * min(means), 1.2 * max(means)))
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if 0.8 * min(means) <= tick <= 1.2 * max(means)]
-    axes[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        plot(ax, {name: found[name] for name in found if name.startswith(SHIFTED) == shifted})
+    axes[0].set(ylabel="test error in %")
     figure.suptitle(title_of(settings))
     return figure
 
 
 def plot(ax: Axes, found: dict[str, dict[int, np.ndarray]]) -> None:
-    """Plot one line with intervals per method, dotted for a method that is trained on all labels."""
-    groups = {True: [name for name in found if is_generative(name)]}
-    groups[False] = [name for name in found if name not in groups[True]]
-    for generative, names in groups.items():
-        colours = colormaps["YlOrRd" if generative else "Blues"](np.linspace(0.45, 0.95, max(len(names), 1)))
-        for name, colour, marker in zip(names, colours, "osD^vPX*"):
+    """Plot one line per method, with its name at its end and intervals where there are several draws; dotted for a
+    method that is trained on all labels.
+    """
+    generative = [name for name in found if is_generative(name)]
+    names = {}  # where each line ends, and its name
+    for group, colours in ((generative, "YlOrRd"), ([name for name in found if name not in generative], "Blues")):
+        shades = colormaps[colours](np.linspace(0.45, 0.95, max(len(group), 1)))
+        for name, colour, marker in zip(group, shades, "osD^vPX*"):
             counts = [n for n in found[name] if n > 0]
-            style = {"color": colour, "lw": 2, "label": name}
             if not counts:
-                ax.axhline(100 - found[name][-1].mean(), ls=":", **style | {"label": f"{name}, all labels"})
+                error = 100 - found[name][-1].mean()
+                ax.axhline(error, ls=":", lw=2, color=colour)
+                names[error] = f"{name}, all labels", colour
                 continue
             error = [100 - found[name][n].mean() for n in counts]
-            half = [mean_and_interval(found[name][n].tolist())[1] if len(found[name][n]) > 1 else 0 for n in counts]
-            ax.errorbar(counts, error, half, marker=marker, ms=6, capsize=2, elinewidth=1, **style)
+            half = [
+                mean_and_interval(found[name][n].tolist())[1] if len(found[name][n]) > 1 else np.nan for n in counts
+            ]
+            ax.errorbar(counts, error, half, marker=marker, ms=6, lw=2, capsize=2, elinewidth=1, color=colour)
+            names[error[-1]] = name.removeprefix(f"{SHIFTED}, "), colour
+    height = 0.0
+    for error, (name, colour) in sorted(names.items()):
+        height = max(ax.transAxes.inverted().transform(ax.transData.transform((1, error)))[1], height + 0.035)
+        ax.text(1.02, height, name, color=colour, transform=ax.transAxes, va="center", fontsize=10)
 
 
 def is_generative(method: str) -> bool:
@@ -138,7 +147,7 @@ def is_generative(method: str) -> bool:
 
 def title_of(settings: dict) -> str:
     """The title of the study."""
-    return f"How few labels are enough? {settings['data']}, {settings['draws']} draws, 95 % intervals"
+    return f"How few labels are enough? {settings['data']}, {settings['draws']} draws unless a table says fewer, 95 % intervals"
 
 
 def write_summary(path: Path, rows: list[dict], settings: dict) -> None:
