@@ -17,14 +17,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import classifier, vae
-from vae_jax import data, families, optimizers, steps
+from vae_jax import data, families, steps
 from vae_jax.batch import Split, make_batch
 from vae_jax.evaluation.baselines import linear_vae_baselines
 from vae_jax.families import FAMILIES, Metric
 from vae_jax.nn.networks import NETWORKS
-from vae_jax.run import config as run_config
 from vae_jax.run import hosts, memory, session
-from vae_jax.run.config import RunOptions, bind, changes, defaults, fields, fill_in, flatten, make_config, signatures
+from vae_jax.run.config import RunOptions, bind, changes, defaults, fill_in, flatten, make_config
 from vae_jax.run.directory import FORMAT
 from vae_jax.run.job import Job
 
@@ -36,17 +35,6 @@ def config():
 
 CONFIGS = {name: importlib.import_module(f"configs.{name}") for name in FAMILIES}
 VARIANTS = [(name, v) for name, module in CONFIGS.items() for v in module.VARIANTS]
-SIGNATURES = {
-    name: {
-        "data": [data.load],
-        "model": [family.make],
-        "objective": [family.make_objective],
-        "optimizer": [optimizers.make_adam, optimizers.ema],
-        "run": [RunOptions],
-    }
-    for name, family in FAMILIES.items()
-}
-SECTIONS = [(name, section) for name, sections in SIGNATURES.items() for section in sections]
 
 
 def test_every_field_is_described():
@@ -55,31 +43,13 @@ def test_every_field_is_described():
     assert set(described) == {name for config in configs for name in flatten(config)}
     assert all(described.values()), described
     assert described["model.latent_dim"] == "size of z."
+    assert inspect.Parameter.empty not in [v for name in FAMILIES for v in flatten(defaults(name)).values()]
 
 
 def test_top_level_fields_are_described_first_and_sections_in_their_order():
     sections = ["", "data", "model", "objective", "optimizer", "run"]
     order = [name.rpartition(".")[0] for name, _ in session.describe()]
     assert order == sorted(order, key=sections.index) and set(order) == set(sections)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_signatures_are_what_a_config_sets(name):
-    assert signatures(FAMILIES[name]) == SIGNATURES[name]
-
-
-@pytest.mark.parametrize("name,section", SECTIONS)
-def test_defaults_are_those_of_the_signatures(name, section):
-    found = dict(defaults(name)[section])
-    if section in ("model", "optimizer"):
-        assert found.pop("name") == {"model": name, "optimizer": "adam"}[section]
-    expected = {
-        field: parameter.default
-        for function in SIGNATURES[name][section]
-        for field, parameter in fields(function).items()
-    }
-    assert found == expected
-    assert inspect.Parameter.empty not in expected.values()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -386,33 +356,6 @@ def refuse(config, field, value, message):
     assert "\n" not in str(error.value)
 
 
-OLD_FIELDS = {"run.chunk": 2, "run.best": "loss", "optimizer.average": 0.9, "objective.name": "elbo"}
-
-
-@pytest.mark.parametrize("field", OLD_FIELDS)
-def test_fields_of_the_old_format_are_unknown(config, field):
-    refuse(config, field, OLD_FIELDS[field], f"unknown config field {field}: ")
-
-
-DIRECTIONS = [
-    ("vae", "loss", "lower"),
-    ("vae", "reconstruction", "lower"),
-    ("vae", "kl", "lower"),
-    ("vae", "bound", "lower"),
-    *(("conditional", name, "lower") for name in ("loss", "reconstruction", "kl", "bound")),
-    *(
-        (family, name, "lower")
-        for family in ("sparse_labels", "semisupervised", "stacked")
-        for name in ("loss", "reconstruction", "kl", "bound", "cross_entropy")
-    ),
-    ("stacked", "code_bound", "lower"),
-    *((family, "accuracy", "higher") for family in ("sparse_labels", "semisupervised", "stacked")),
-    *(("vaegan", name, "lower") for name in ("loss", "reconstruction", "kl", "bound")),
-    ("classifier", "loss", "lower"),
-    ("classifier", "accuracy", "higher"),
-]
-
-
 @pytest.mark.parametrize("name,metric,better", [("vae", "kl", "lower"), ("classifier", "accuracy", "higher")])
 def test_the_family_says_which_direction_of_best_is_better(name, metric, better, monkeypatch):
     """Reversing the direction in METRICS reverses it in the job: no other place knows it."""
@@ -426,20 +369,10 @@ def test_the_family_says_which_direction_of_best_is_better(name, metric, better,
     assert session.build(config).best == (f"validation/{metric}", other)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_metric_of_the_objective_is_known_with_its_direction(name):
-    job = session.build(CONFIGS[name].get_config("smoke").to_dict())
-    image, label = (jnp.asarray(array[:2]) for array in job.dataset.splits["train"])
-
-    def measure(root):
-        batch = make_batch(image, label, jnp.ones(2), jnp.arange(2))
-        return steps.make_eval_step(job.objective)(job.init(root), batch, root)
-
-    metrics = jax.eval_shape(measure, jax.random.key(0))
-    known = FAMILIES[name].METRICS
-    assert "loss" in metrics and metrics.keys() <= known.keys()
-    directed = {(metric, known[metric].better) for metric in metrics if known[metric].better}
-    assert {(metric, better) for family, metric, better in DIRECTIONS if family == name} == directed
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_of_all_metrics_only_the_accuracy_is_better_when_higher(family):
+    higher = {name for name, metric in family.METRICS.items() if metric.better == "higher"}
+    assert higher == {"accuracy"} & family.METRICS.keys()
 
 
 def test_a_metric_without_a_direction_cannot_mark_the_best(monkeypatch, config):
@@ -532,12 +465,6 @@ def test_a_class_without_training_images_is_refused(tmp_path):
     refuse(config, "data.name", str(tmp_path / "own.npz"), "no training image labelled 1, though labels go up to 2")
 
 
-def test_a_missing_field(config):
-    del config["epochs"]
-    with pytest.raises(ValueError, match="config field epochs is missing"):
-        session.build(config)
-
-
 def test_building_leaves_the_config_as_it_was(config):
     before = copy.deepcopy(config)
     session.build(ConfigDict(config).to_dict())
@@ -592,4 +519,3 @@ def test_options_of_a_run_are_those_of_its_section(config):
     config["run"] |= {"steps_per_call": 3, "keep": 5}
     assert isinstance(session.build(config), Job)
     assert session.build(config).run == RunOptions(steps_per_call=3, keep=5, likelihood_samples=0)
-    assert run_config.RunOptions() == RunOptions(**defaults("vae")["run"])
