@@ -1,16 +1,22 @@
-"""A training that takes a second: the start of every test of the loop and of what follows it.
+"""A training that takes a second, the start of every test of the loop and of what follows it; how to stop, damage and
+compare runs.
 
 Jobs of one config, and runs of one job, share what is compiled, which takes most of the second.
 """
 
 import contextlib
 import copy
+import itertools
 import json
+
+import jax
+import numpy as np
 
 from configs import vae
 from vae_jax.run import loop, session
 from vae_jax.run.checkpoint import Checkpoints
 from vae_jax.run.directory import RunDirectory
+from vae_jax.run.log import read_rows
 from vae_jax.run.loop import train
 from vae_jax.run.progress import Progress
 
@@ -59,3 +65,38 @@ def run_job(job, config, path, stop=lambda: False, devices=None, routed=False):
     finally:
         directory.close()
     return state, directory
+
+
+def stop_after(calls):
+    """A `stop`, asked after each call of the compiled program, that answers yes from the given call on."""
+    return itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
+
+
+def assert_same_state(state, other):
+    """Two training states have the same bits."""
+    state, other = (jax.device_get(each.replace(key=jax.random.key_data(each.key))) for each in (state, other))
+    jax.tree.map(np.testing.assert_array_equal, state, other)
+
+
+def without_time(rows):
+    """Rows of a log without what differs between equal runs."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def rows_of(path):
+    """The rows of a run directory, without time."""
+    return without_time(read_rows(path))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(bytes(content))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")

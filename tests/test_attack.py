@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from program import fresh
-from small_run import run_job, small_job
+from small_run import run_job, small_job, without_time
 
 import vae_jax
 from vae_jax import commands, figures, main
@@ -54,10 +54,6 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def without_time(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def lines_of(path):

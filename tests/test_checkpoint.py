@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from small_run import empty, flip_a_bit, truncate
 
 from vae_jax.run import checkpoint, stored
 from vae_jax.run.checkpoint import Checkpoints, restore_variables
@@ -132,20 +133,6 @@ def test_no_checkpoint(tmp_path):
         with pytest.raises(ValueError, match="there is no checkpoint in"):
             select(folder)
     assert not (tmp_path / "none").exists()
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(bytes(content))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def empty(path):
-    path.write_bytes(b"")
 
 
 def make_unreadable(path):

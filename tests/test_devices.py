@@ -1,14 +1,13 @@
 """Devices: the numbers do not depend on how a batch is divided, and the comparison would notice if they did."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_run import run_job, small_job
+from small_run import run_job, small_job, stop_after
 
 from configs import classifier, vae, vaegan
 from vae_jax.nn import bfloat16
@@ -135,8 +134,7 @@ def test_a_run_continues_on_other_devices(tmp_path):
     job = job._replace(optimizer=optax.sgd(1e-3))
     uninterrupted, expected = run_job(job, config, tmp_path / "uninterrupted")
     for count, calls in [(1, 3), (8, 1), (1, 9)]:
-        stop = itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
-        state, directory = run_job(job, config, tmp_path / "parts", stop, Devices(count))
+        state, directory = run_job(job, config, tmp_path / "parts", stop_after(calls), Devices(count))
     assert_close(uninterrupted.eval_variables, state.eval_variables, 1e-5)
     row, last = expected.history[-1], directory.history[-1]
     assert row["step"] == last["step"] == 10

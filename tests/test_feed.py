@@ -3,7 +3,6 @@ different.
 """
 
 import errno
-import itertools
 import os
 import shutil
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from small_run import run_job
+from small_run import assert_same_state, rows_of, run_job, stop_after
 
 from configs import vae
 from vae_jax import data
@@ -24,7 +23,6 @@ from vae_jax.data import cache
 from vae_jax.run import feed, memory, session
 from vae_jax.run.devices import Devices
 from vae_jax.run.feed import ask_for, make_feed
-from vae_jax.run.log import read_rows
 from vae_jax.steps import make_run_steps
 
 IMAGES = 4000  # of 8x8: 250 KiB
@@ -63,15 +61,6 @@ def make_job(path, **changes):
     return session.build(config)._replace(figures=lambda *_: {}), config
 
 
-def same_bits(state, other):
-    state, other = (jax.device_get(each.replace(key=jax.random.key_data(each.key))) for each in (state, other))
-    jax.tree.map(np.testing.assert_array_equal, state, other)
-
-
-def rows_of(path):
-    return [row | {"seconds": 0} for row in read_rows(path)]
-
-
 def test_a_set_twice_as_large_as_memory_trains_to_the_same_bits(images, tmp_path, cap, capsys):
     """It is mapped on the host and sent to the device; the run is stopped in the middle of the epoch and continued."""
     job, config = make_job(images)
@@ -82,14 +71,13 @@ def test_a_set_twice_as_large_as_memory_trains_to_the_same_bits(images, tmp_path
     assert "own.npz does not fit into memory: its images are decoded into" in capsys.readouterr().err
     image = job.dataset.splits["train"].image
     assert isinstance(image, np.memmap) and image.nbytes == 0.8 * IMAGES * 64
-    stop = itertools.chain([False] * 2, itertools.repeat(True)).__next__
-    stopped, _ = run_job(job, config, tmp_path / "streamed", stop)
+    stopped, _ = run_job(job, config, tmp_path / "streamed", stop_after(3))
     assert int(stopped.step) == 21
     streamed, _ = run_job(*make_job(images), tmp_path / "streamed")
     message = "the training images take 0.1 GiB, and this machine has 0.1 GiB free: they stay on the host, which sends"
     err = capsys.readouterr().err
     assert err.count(message) == 2 and "decoded" not in err
-    same_bits(streamed, state)
+    assert_same_state(streamed, state)
     assert rows_of(tmp_path / "streamed") == rows_of(tmp_path / "resident")
 
 
@@ -109,7 +97,7 @@ def test_a_small_device_or_a_small_host_alone_changes_no_bit(images, tmp_path, c
     assert isinstance(job.dataset.splits["train"].image, np.memmap) == (small == "host")
     other, _ = run_job(job, config, tmp_path / "other")
     assert ("they stay on the host" in capsys.readouterr().err) == (small == "device")
-    same_bits(other, state)
+    assert_same_state(other, state)
     assert rows_of(tmp_path / "other") == rows_of(tmp_path / "resident")
 
 
@@ -121,7 +109,7 @@ def test_the_same_bits_on_several_devices_and_of_several_seeds(images, tmp_path,
     cap(IMAGES * 64)
     job, config = make_job(images, seeds=seeds)
     streamed, _ = run_job(job, config, tmp_path / "streamed", devices=Devices(count))
-    same_bits(streamed, state)
+    assert_same_state(streamed, state)
     assert rows_of(tmp_path / "streamed") == rows_of(tmp_path / "resident")
 
 

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from program import QUICK, ROOT, fresh
+from small_run import rows_of
 
 from vae_jax.run import directory as run_directory
 from vae_jax.run import files, hosts
@@ -102,10 +103,6 @@ def finish(*processes):
 def params(workdir, host):
     with np.load(f"{workdir}-{host}.npz") as saved:
         return dict(saved)
-
-
-def rows_of(path):
-    return [row | {"seconds": 0} for row in read_rows(path)]
 
 
 def assert_same(params, other, tolerance=0):

@@ -1,6 +1,5 @@
 """The loop: neither the steps in a call nor stops change the numbers; bad numbers end it; what it writes."""
 
-import itertools
 import json
 import re
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import run_job, small_job
+from small_run import assert_same_state, run_job, small_job, stop_after, without_time
 
 from configs import classifier
 from vae_jax import batch, data
@@ -24,15 +23,6 @@ from vae_jax.steps import make_run_steps
 
 def read_rows(path):
     return list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
-
-
-def without_time(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
-def assert_same_state(state, other):
-    state, other = (each.replace(key=jax.random.key_data(each.key)) for each in (state, other))
-    jax.tree.map(np.testing.assert_array_equal, state, other)
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +80,6 @@ def test_training_lowers_the_loss(finished):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     return run_job(*small_job(steps_per_call=2), tmp_path_factory.mktemp("uninterrupted"))
-
-
-def stop_after(calls):
-    """A `stop`, asked after each call of the compiled program, that answers yes from the given call on."""
-    return itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
 
 
 @pytest.mark.parametrize("stops", [(1, 3), (2, 1, 2)])

@@ -6,11 +6,9 @@ import re
 import sys
 from unittest.mock import Mock
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from small_run import run_job, small_job
+from small_run import assert_same_state, run_job, small_job, stop_after, without_time
 from test_loggers import FakeTracker
 
 from configs import vae
@@ -61,20 +59,6 @@ def patient_job(epochs=EPOCHS, **run):
     return job._replace(figures=lambda *_: {}, final_probes=FINAL, baselines=dict), config
 
 
-def without_time(rows):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
-def assert_same(state, other):
-    state, other = (each.replace(key=jax.random.key_data(each.key)) for each in (state, other))
-    jax.tree.map(np.testing.assert_array_equal, state, other)
-
-
-def stop_after(calls):
-    """A `stop` that ends a training after so many calls of the compiled program."""
-    return iter([False] * (calls - 1) + [True]).__next__
-
-
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, given_bounds):
     """A training that ran out of patience, whose tracker has no network."""
@@ -108,7 +92,7 @@ def test_an_interrupted_training_ends_at_the_same_epoch_with_the_same_bits(ended
     for calls in stops:
         run_job(job, config, tmp_path, stop_after(calls))
     state, directory = run_job(job, config, tmp_path)
-    assert_same(state, expected)
+    assert_same_state(state, expected)
     assert without_time(read_rows(tmp_path)) == without_time(whole.history) == without_time(directory.history)
     told = capsys.readouterr().err
     assert told.count("the training ends after epoch 5: validation/bound has not improved for 2 epochs") == 1
@@ -138,7 +122,7 @@ def test_more_epochs_do_not_continue_a_training_without_patience(ended, tmp_path
     """Patience ran out in the very last epoch: with more epochs the training ends there too."""
     run_job(*patient_job(epochs=LAST), tmp_path)
     state, directory = run_job(*patient_job(), tmp_path)
-    assert_same(state, ended[0])
+    assert_same_state(state, ended[0])
     assert without_time(directory.history) == without_time(ended[1].history)
 
 

@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 import small_mnist
 from program import QUICK, USUAL
+from small_run import empty, flip_a_bit, truncate, without_time
 
 from vae_jax.run import stored
 
@@ -51,10 +52,6 @@ def rows(workdir):
     path = workdir / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return list(map(json.loads, lines))
-
-
-def without_time(rows):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def saves(workdir):
@@ -275,20 +272,6 @@ def test_a_second_ctrl_c_ends_a_long_call_at_once(program, tmp_path, tally):
         assert process.refuses(130) == "vae_jax: interrupted\n"
         assert saves(tmp_path) == [2, 1]
         assert_nothing_is_lost(tmp_path)
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 4
-    path.write_bytes(bytes(content))
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path):
-    path.write_bytes(b"")
 
 
 def file_size(path):

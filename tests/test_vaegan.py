@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_run import run_job
+from small_run import assert_same_state, run_job, stop_after, without_time
 
 import vae_jax
 from configs import vaegan as config_file
@@ -608,22 +608,12 @@ def finished(tmp_path_factory):
     return *run_job(job, config, tmp_path_factory.mktemp("run"), routed=True), config
 
 
-def without_time(rows):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
-def assert_same_state(state, other):
-    state, other = (each.replace(key=jax.random.key_data(each.key)) for each in (state, other))
-    jax.tree.map(np.testing.assert_array_equal, state, other)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 3])
 def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, calls):
     """Parameters, the three Adams, the average and the log; calls end at the steps 2, 4, 5, 7, 9, 10."""
     job, config = small_job(steps_per_call=2)
-    stop = itertools.chain([False] * (calls - 1), itertools.repeat(True)).__next__
-    state, _ = run_job(job, config, tmp_path, stop)
+    state, _ = run_job(job, config, tmp_path, stop_after(calls))
     assert int(state.step) < 10
     state, directory = run_job(job, config, tmp_path)
     assert_same_state(state, finished[0])
