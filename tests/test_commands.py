@@ -42,7 +42,8 @@ def test_evaluate_repeats_the_logged_numbers(run):
         expected = {name: v for name, v in logged.items() if name.startswith(split)}
         assert {name: found[name] for name in found if "/" in name and " " not in name} == expected
         assert found["step"] == 10 and found["collapsed model"] > found["best linear VAE"] > 0
-    assert commands.evaluate(path, config, "latest", "train")["train/loss"] > 0
+    found = commands.evaluate(path, config, "latest", "train")
+    assert found["train/loss"] > 0 and len(found["train/kl_by_latent"]) == 20
 
 
 def test_evaluate_needs_no_metrics_and_knows_home(run, tmp_path, monkeypatch):

@@ -99,25 +99,14 @@ def test_modes_need_only_the_run_directory(digits, forks):
     assert picture.exists() and arrays.exists()
 
 
-@pytest.mark.slow
-def test_a_run_can_have_more_epochs(tmp_path, forks):
-    for epochs in (1, 2):
-        process = forks(*SMALL, f"--config.epochs={epochs}", f"--workdir={tmp_path}")
-        assert process.ends() == "" and f"epoch {epochs}/{epochs}" in process.stdout
-        assert last_row(tmp_path)["step"] == 2 * epochs
-
-
-@pytest.mark.parametrize(
-    "number,code", [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
-)
-def test_a_stopped_program_saves_and_continues(tmp_path, forks, number, code):
+def test_a_stopped_program_saves_and_continues(tmp_path, forks):
     command = [*SMALL, "--config.epochs=4", "--config.batch_size=64"]
     command += ["--config.run.steps_per_call=1", f"--workdir={tmp_path}"]
-    process = fresh(*command, **CACHED) if number == signal.SIGINT else forks(*command)
+    process = fresh(*command, **CACHED)
     rows = tmp_path / "metrics.jsonl"
     process.wait_for(lambda: rows.exists() and rows.read_text())
-    process.send_signal(number)
-    assert "of 88: the same command continues" in process.refuses(code)
+    process.send_signal(signal.SIGINT)
+    assert "of 88: the same command continues" in process.refuses(130)
     assert forks(*command).ends() == ""
     steps = [json.loads(row) for row in rows.read_text().splitlines()]
     steps = [row["step"] for row in steps if "train/loss" in row]

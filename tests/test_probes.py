@@ -1,16 +1,13 @@
-"""Probes: what they measure, that they cost no second pass, and that every split and mode reports them."""
+"""Probes: what they measure, and that they cost no second pass; test_commands.py has that every split reports them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import run_job, small_job
 
-from vae_jax import commands
 from vae_jax.batch import Batch, Split
 from vae_jax.evaluation.latents import active_units
 from vae_jax.families import classifier, vae
-from vae_jax.run import session
 from vae_jax.steps import make_eval_step
 
 
@@ -88,17 +85,3 @@ def test_a_classifier_reports_confusion_and_calibration():
         {name: values[:4] for name, values in arrays.items()}, Split(split.image[:4], label[:4])
     )
     assert "class_accuracy" not in without  # class 2 has no image
-
-
-@pytest.mark.slow
-def test_logs_and_the_evaluate_mode_agree_on_every_split(tmp_path):
-    _, config = small_job({"epochs": 1})
-    config["data"]["validation"] = 100
-    job = session.build(config)._replace(figures=lambda *_: {})
-    _, directory = run_job(job, config, tmp_path)
-    logged = directory.history[-1]
-    for split in ("validation", "test"):
-        found = commands.evaluate(str(tmp_path), config, "latest", split)
-        for name in ("active_units", "kl_by_latent", "bound"):
-            np.testing.assert_allclose(found[f"{split}/{name}"], logged[f"{split}/{name}"], rtol=1e-6)
-    assert len(commands.evaluate(str(tmp_path), config, "latest", "train")["train/kl_by_latent"]) == 20

@@ -16,7 +16,6 @@ from configs import classifier
 from experiments import ablations, arms, augmentation_report, launch, likelihoods, reproduce, speed, speed_peers
 from vae_jax import data
 from vae_jax.batch import Batch
-from vae_jax.figures import mosaic
 from vae_jax.run import session
 from vae_jax.run.files import save_figure
 from vae_jax.run.report import bullets, markdown_table, to_html
@@ -59,11 +58,6 @@ def test_html_is_one_escaped_page(tmp_path):
     assert "<li>one</li>" in text and "--b='5 % c'" in text
     assert '<img src="data:image/png;base64,' in text and "<em>A caption</em>" in text
     assert not re.search(r'(src|href)="(?!data:)', text)
-
-
-def test_mosaic():
-    image = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1) * np.ones((1, 2, 2, 1), np.float32)
-    assert mosaic(image, 2)[..., 0].tolist() == [[0, 0, 1, 1]] * 2 + [[2, 2, 0, 0]] * 2
 
 
 def test_commands_name_the_variants_fields(tmp_path):
