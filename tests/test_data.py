@@ -90,21 +90,6 @@ def test_read_idx():
     np.testing.assert_array_equal(named.read_idx(io.BytesIO(small_mnist.idx(array))), array)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda c: c[:-1],
-        lambda c: c + b"x",
-        lambda c: b"\1" + c[1:],
-        lambda c: c[:6],
-        lambda c: b"",
-    ],
-)
-def test_damaged_idx_is_refused(damage):
-    with pytest.raises(ValueError, match="not an idx file"):
-        named.read_idx(io.BytesIO(damage(small_mnist.idx(np.zeros((2, 3), np.uint8)))))
-
-
 @pytest.fixture
 def tiny_mnist(tmp_path, monkeypatch):
     """A folder with four small files that TFDS takes for those of fashion_mnist."""
@@ -315,18 +300,6 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="deep.png: it has more than 8 bits a channel"):
         data.load(name=str(tmp_path))
-
-
-def test_a_flipped_byte_in_an_npz_is_loaded_or_refused_in_one_line(tmp_path):
-    path = tmp_path / "own.npz"
-    np.savez_compressed(path, image=np.random.default_rng(0).random((10, 8, 8)))
-    content = path.read_bytes()
-    for position in range(0, len(content) - 100, len(content) // 20):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 255]) + content[position + 1 :])
-        try:
-            data.load(name=str(path))
-        except ValueError as error:
-            assert "\n" not in str(error)
 
 
 def test_npz(tmp_path):
