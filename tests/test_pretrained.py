@@ -20,6 +20,7 @@ from configs import conditional
 from vae_jax import generate
 from vae_jax.families import classifier
 from vae_jax.pretrained import Pretrained, of_seed
+from vae_jax.pretrained.arguments import check_integer
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,6 @@ def test_samples(vae):
     assert np.abs(sample - vae.sample(5, seed=4)).max() > 0
     z = jax.random.normal(jax.random.key(3), (5, 20))
     np.testing.assert_array_equal(sample, vae.decode(z))
-    with pytest.raises(ValueError, match="count is 0, but must be an integer from 1 to 1000000"):
-        vae.sample(0)
 
 
 def test_draws_have_the_moments_of_q_and_of_p(run, vae):
@@ -85,29 +84,39 @@ def test_draws_have_the_moments_of_q_and_of_p(run, vae):
     assert np.abs(pixels[0] - vae.decode(mean, pixels=True, seed=1)).max() > 1e-4
 
 
+IMAGE, Z = np.zeros((2, 28, 28)), np.zeros((3, 20))
+
+
 @pytest.mark.parametrize(
-    "image,message",
+    "use,message",
     [
-        (
-            np.zeros((2, 28, 27, 1)),
-            r"images have shape \(2, 28, 27, 1\), but must be \[n, 28, 28, 1\]",
-        ),
-        (np.zeros((28, 28)), r"images have shape \(28, 28\)"),
-        (np.zeros((0, 28, 28)), r"images have shape \(0, 28, 28, 1\)"),
-        (
-            np.zeros((2, 28, 28), int),
-            "images are int64, but must be uint8, or float in",
-        ),
-        (
-            np.full((2, 28, 28), 255.0),
-            r"images has the value 255.0, but must lie in \[0, 1\]",
-        ),
-        (np.full((2, 28, 28), np.nan), "images has the value nan, but must lie in"),
+        (lambda vae: vae.encode(IMAGE[..., 1:]), r"images have shape \(2, 28, 27, 1\), but must be \[n, 28, 28, 1\]"),
+        (lambda vae: vae.encode(IMAGE[0]), r"images have shape \(28, 28\)"),
+        (lambda vae: vae.encode(IMAGE[:0]), r"images have shape \(0, 28, 28, 1\)"),
+        (lambda vae: vae.encode(IMAGE.astype(int)), "images are int64, but must be uint8, or float in"),
+        (lambda vae: vae.encode(IMAGE + 255), r"images has the value 255.0, but must lie in \[0, 1\]"),
+        (lambda vae: vae.encode(IMAGE - 0.5), r"images has the value -0.5, but must lie in \[0, 1\]"),
+        (lambda vae: vae.encode(IMAGE + np.inf), "images has the value inf"),
+        (lambda vae: vae.encode(IMAGE + np.nan), "images has the value nan, but must lie in"),
+        (lambda vae: vae.encode(np.ma.masked_array(IMAGE, mask=True)), "images is a masked array"),
+        (lambda vae: vae.decode(Z[:, 1:]), r"z has shape \(3, 19\), but must be \[n, 20\]"),
+        (lambda vae: vae.decode(Z + np.nan), r"z has the value nan, but must lie in \[-10000, 10000\]"),
+        (lambda vae: vae.decode(Z + 1e300), r"z has the value 1e\+300"),
+        (lambda vae: vae.decode(Z.astype(complex)), "z is complex128, but must be real numbers"),
+        (lambda vae: vae.decode(np.full((1, 20), "a")), "z is <U1, but must be real numbers"),
+        (lambda vae: vae.decode(np.ma.masked_array(Z)), "z is a masked array"),
+        (lambda vae: vae.sample(0), "count is 0, but must be an integer from 1 to 1000000"),
+        (lambda vae: vae.sample(True), "count is True, but must be an integer"),
+        (lambda vae: vae.sample(2 * 10**9), "count is 2000000000, but must be an integer from 1 to 1000000"),
+        (lambda vae: vae.sample(2, seed=2**32), "seed is 4294967296, but must be an integer from 0 to 4294967295"),
+        (lambda vae: check_integer("seed", "0", 0, 9), "seed is '0', but must be an integer from 0 to 9"),
+        (lambda vae: check_integer("seed", 1.0, 0, 9), "seed is 1.0, but must be an integer"),
     ],
 )
-def test_bad_images(vae, image, message):
-    with pytest.raises(ValueError, match=message):
-        vae.encode(image)
+def test_bad_arguments(vae, use, message):
+    with pytest.raises(ValueError, match=message) as error:
+        use(vae)
+    assert "\n" not in str(error.value)
 
 
 def test_a_shell_shows_a_few_lines_and_a_notebook_16_samples(vae):
@@ -151,11 +160,6 @@ def test_remote_runs_are_named(tmp_path):
         ValueError, match=r"vae_jax.load takes a run on this machine: copy gs://b/x here .* name the copy"
     ):
         vae_jax.load("gs://b/x")
-
-
-def test_bad_latents(vae):
-    with pytest.raises(ValueError, match=r"z has shape \(3, 19\), but must be \[n, 20\]"):
-        vae.decode(np.zeros((3, 19)))
 
 
 @pytest.mark.slow
