@@ -13,18 +13,7 @@ from absl import app
 from small_mnist import url_infos
 
 from vae_jax import main
-from vae_jax.run import checkpoint, devices, directory, job
-
-
-def without_optimizer(step):
-    """A restore that loses the optimizer's state."""
-    restore = checkpoint.Checkpoints.restore
-
-    def broken(*arguments):
-        state = restore(*arguments)
-        return state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
-
-    checkpoint.Checkpoints.restore = broken
+from vae_jax.run import devices, directory, job
 
 
 def raises(step):
@@ -97,7 +86,6 @@ def small_mnist_in(folder):
 
 FAULTS = {
     "small_mnist_in": small_mnist_in,
-    "without_optimizer": without_optimizer,
     "raises": raises,
     "slow": slow,
     "loss": lambda step: not_a_number(step, "loss"),

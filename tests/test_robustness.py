@@ -116,6 +116,7 @@ def reference(tmp_path_factory, program):
     assert program(workdir).ends() == ""
     latest, best = saves(workdir)
     assert latest == STEPS and best < STEPS - PER_EPOCH  # the divergence falls at first, then rises
+    assert digest(workdir, latest) != digest(workdir, best)
     return workdir
 
 
@@ -251,14 +252,6 @@ def test_files_that_were_moved_are_recorded(program, tmp_path):
         ):
             assert config["data"]["manual_dir"] == str(folder)
     assert_nothing_is_lost(workdir)
-
-
-def test_a_broken_restore_would_be_noticed(reference, interrupted, program, tmp_path):
-    workdir = copy(interrupted, tmp_path)
-    assert program(workdir, fault=("without_optimizer", 0)).ends() == ""
-    assert saves(workdir)[0] == STEPS
-    with pytest.raises(AssertionError):
-        assert_same_end(workdir, reference)
 
 
 def test_a_second_ctrl_c_ends_a_long_call_at_once(program, tmp_path, tally):
