@@ -15,6 +15,7 @@ import numpy as np
 from configs import vae
 from vae_jax.run import loop, session
 from vae_jax.run.checkpoint import Checkpoints
+from vae_jax.run.config import make_config
 from vae_jax.run.directory import RunDirectory
 from vae_jax.run.log import read_rows
 from vae_jax.run.loop import train
@@ -38,12 +39,14 @@ loop.make_programs = make_programs
 
 
 def small_job(changes=None, drawn=False, **run):
-    """Two epochs of five steps of a small VAE on the bundled digits; figures are drawn only with `drawn`."""
-    config = vae.get_config("smoke").to_dict()
-    config |= {"epochs": 2, "batch_size": 256} | (changes or {})
-    config["model"] |= {"encoder_features": (4, 4), "decoder_features": (4, 4)}
-    config["optimizer"] |= {"ema_decay": 0.9}
-    config["run"] |= run
+    """Two epochs of five steps of a small VAE on the bundled digits; figures are drawn only with `drawn`.
+
+    `changes` maps dotted fields of its config to values, and `run` fields of the section run.
+    """
+    fields = {"epochs": 2, "batch_size": 256, "optimizer.ema_decay": 0.9}
+    fields |= {"model.encoder_features": (4, 4), "model.decoder_features": (4, 4)}
+    fields |= {f"run.{name}": value for name, value in run.items()} | (changes or {})
+    config = make_config("vae", vae.BASE | vae.VARIANTS["smoke"], {"small": fields}, "small").to_dict()
     key = json.dumps(config)
     job = JOBS[key] = JOBS.get(key) or session.build(copy.deepcopy(config))
     return job if drawn else job._replace(figures=lambda *_: {}), config

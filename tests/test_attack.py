@@ -36,10 +36,8 @@ FLAGS = (
 
 def validated(epochs):
     """A training of nine steps an epoch in three rows, with validation images and a checkpoint at every best epoch."""
-    job, config = small_job({"epochs": epochs, "batch_size": 128, "best": "loss"}, steps_per_call=3, save_every=4)
-    config["data"]["validation"] = 200
-    job = session.build(config)
-    return job._replace(figures=lambda *_: {}), config
+    changes = {"epochs": epochs, "batch_size": 128, "best": "loss", "data.validation": 200}
+    return small_job(changes, steps_per_call=3, save_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +276,8 @@ def test_a_file_in_place_of_a_folder_is_named(forks, copy, name, kind):
     path = copy / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.write_text("") if kind == "file" else path.mkdir()
-    config = validated(3)[1]
     with pytest.raises(OSError, match=f"{copy}/{name}") as error:
-        run_job(validated(3)[0], config, copy)
+        run_job(*validated(3), copy)
     assert error.value.strerror is not None or "but must be a folder" in str(error.value)
 
 
@@ -369,7 +366,7 @@ def test_a_pipe_or_a_device_in_the_run_directory_is_not_read(copy, name):
         path.unlink(missing_ok=True)
         make(path)
         with pytest.raises(OSError, match="is not a regular file|has no config.json of a run"):
-            run_job(validated(3)[0], validated(3)[1], copy)
+            run_job(*validated(3), copy)
         if name == "config.json":
             with pytest.raises(ValueError, match="has no config.json of a run"):
                 vae_jax.load(str(copy))

@@ -16,11 +16,10 @@ from vae_jax import commands, data
 from vae_jax.batch import BINARIZE, Batch, binarize, example_keys
 from vae_jax.commands import examples
 from vae_jax.families import vae
-from vae_jax.run import session
 from vae_jax.run.evaluate import as_seen
 from vae_jax.steps import init_state, make_train_step
 
-BERNOULLI = {"model": {"likelihood": "bernoulli"}, "data": {"binarize": "dynamic"}}
+BERNOULLI = {"model.likelihood": "bernoulli", "data.binarize": "dynamic"}
 
 
 def batch_of(value, n=4000):
@@ -67,18 +66,10 @@ def test_each_training_step_draws_its_own_pixels():
         assert metrics["loss"].mean == pytest.approx(float(expected), rel=1e-5)
 
 
-def configured(changes, **run):
-    _, config = small_job()
-    for section, fields in changes.items():
-        config[section] |= fields
-    config["run"] |= run
-    return session.build(config)._replace(figures=lambda *_: {}), config
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("binary")
-    job, config = configured(BERNOULLI, steps_per_call=2)
+    job, config = small_job(BERNOULLI, steps_per_call=2)
     return path, job, config, *run_job(job, config, path)
 
 
@@ -111,8 +102,7 @@ def test_training_evaluation_and_load_see_the_same_test_images(trained):
 
 @pytest.mark.slow
 def test_a_bernoulli_on_grey_pixels_is_named_grey_cross_entropy(tmp_path):
-    job, config = configured({"model": {"likelihood": "bernoulli"}})
-    job = session.build(config)
+    job, config = small_job({"model.likelihood": "bernoulli"}, drawn=True)
     run_job(job, config, tmp_path)
     summary = (tmp_path / "summary.md").read_text()
     assert "| the numbers measure | grey cross-entropy: " in summary and "bits per dimension" not in summary
@@ -138,7 +128,7 @@ def test_the_numbers_of_binary_pixels_are_a_likelihood(trained):
 @pytest.mark.parametrize("likelihood", ["unit_gaussian", "continuous_bernoulli", "discretised_logistic"])
 def test_a_likelihood_of_grey_pixels_refuses_binary_ones(likelihood):
     with pytest.raises(ValueError, match="model.likelihood is a .*, but data.binarize is 'dynamic': take") as error:
-        configured({"model": {"likelihood": likelihood}, "data": {"binarize": "dynamic"}})
+        small_job(BERNOULLI | {"model.likelihood": likelihood})
     assert "\n" not in str(error.value)
 
 

@@ -18,9 +18,7 @@ from vae_jax.run import session
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
-    job, config = small_job()
-    config["data"]["validation"] = 100
-    job = session.build(config)
+    job, config = small_job({"data.validation": 100})
     _, directory = run_job(job, config, path)
     return str(path), config, directory.history, job.dataset.splits
 

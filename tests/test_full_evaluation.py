@@ -24,18 +24,15 @@ from vae_jax.run.devices import Devices
 QUICK = {"split": "test", "full": True, "samples": 12, "count": 40}
 
 
-def train(path, changes=None, **sections):
-    _, config = small_job({"epochs": 1} | (changes or {}))
-    for section, fields in sections.items():
-        config[section] |= fields
-    job = session.build(config)._replace(figures=lambda *_: {})
+def train(path, changes):
+    job, config = small_job({"epochs": 1} | changes)
     run_job(job, config, path)
     return str(path), config
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("run"))
+    return train(tmp_path_factory.mktemp("run"), {})
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +204,7 @@ def test_a_fitted_mixture_takes_the_place_of_the_prior(run, found):
 @pytest.mark.slow
 def test_binary_images_and_the_training_split(tmp_path, monkeypatch):
     """Draws have a floor of their own, of binary images; what has no meaning says why."""
-    workdir, config = train(tmp_path, model={"likelihood": "bernoulli"}, data={"binarize": "dynamic"})
+    workdir, config = train(tmp_path, {"model.likelihood": "bernoulli", "data.binarize": "dynamic"})
     monkeypatch.setattr(full_evaluation.likelihood, "SIMULATED", 16)
     numbers = commands.evaluate(workdir, config, "latest", **QUICK | {"split": "train", "count": 16})
     assert numbers["train/nll/bits_per_dimension"] == pytest.approx(numbers["train/nll"] / 784 / np.log(2))
@@ -230,7 +227,7 @@ def test_an_unlabelled_image_has_no_condition(run):
 
 @pytest.mark.slow
 def test_grey_pixels_have_no_bernoulli_likelihood(tmp_path):
-    workdir, config = train(tmp_path, model={"likelihood": "bernoulli"})
+    workdir, config = train(tmp_path, {"model.likelihood": "bernoulli"})
     subject = full_evaluation.Subject(vae_jax.load(workdir), session.build(config).dataset, "test", None, None, None)
     numbers = full_evaluation.likelihood_numbers(subject, 10, 10, tmp_path / "unused")
     assert numbers == {"nll": "left out: a Bernoulli is not a likelihood of grey pixels"}

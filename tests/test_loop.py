@@ -155,12 +155,8 @@ def test_a_classifier_learns_the_digits(tmp_path):
 @pytest.mark.slow
 def test_validation_images_mark_the_best_checkpoint(tmp_path):
     """The lowest bound, by default: at this rate it does not fall steadily."""
-    _, config = small_job()
-    config["data"]["validation"] = 100
-    config["optimizer"]["learning_rate"] = 0.3
-    config |= {"epochs": 6, "batch_size": 400}
-    config["run"] |= {"keep": 1}
-    _, directory = run_job(session.build(config), config, tmp_path)
+    changes = {"epochs": 6, "batch_size": 400, "data.validation": 100, "optimizer.learning_rate": 0.3}
+    _, directory = run_job(*small_job(changes, keep=1), tmp_path)
     check_best(tmp_path, directory, "validation/bound", min)
 
 
