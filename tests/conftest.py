@@ -37,6 +37,21 @@ def mnist_dir():
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A finished run: its last state, its directory, moved from the place of its training, its job and its config.
+
+    It is never written to: a test that would do that copies it.
+    """
+    from small_run import run_job, small_job  # after the import hook above, since it imports vae_jax
+
+    job, config = small_job(drawn=True)
+    path = tmp_path_factory.mktemp("small")
+    state, directory = run_job(job, config, path / "before")
+    directory.path = directory.path.rename(path / "after")
+    return state, directory, job, config
+
+
+@pytest.fixture(scope="session")
 def forks():
     """`forks(*arguments)` starts `python ARGUMENTS` in a fork that needs no imports; see program.py."""
     forks = Forks(

@@ -27,10 +27,10 @@ FILES = {"README.md", "config.json", "model.safetensors", "sha256.json"}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(small, tmp_path_factory):
     """A finished run, its last row, and the folder to which it is exported."""
-    path = tmp_path_factory.mktemp("run") / "run"
-    _, directory = run_job(*small_job(), path)
+    directory = small[1]
+    path = shutil.copytree(directory.path, tmp_path_factory.mktemp("run") / "run")
     export.export(str(path), str(path.parent / "exported"))
     return path, directory.history[-1], path.parent / "exported"
 

@@ -25,23 +25,16 @@ def read_rows(path):
     return list(map(json.loads, (path / "metrics.jsonl").read_text().splitlines()))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    job, config = small_job(drawn=True)
-    return *run_job(job, config, tmp_path_factory.mktemp("run")), config
-
-
-def test_the_steps_in_a_call_do_not_change_the_numbers(finished, tmp_path):
-    state, _, _ = finished
+def test_the_steps_in_a_call_do_not_change_the_numbers(small, tmp_path):
     job, config = small_job(steps_per_call=2)
     other, directory = run_job(job, config, tmp_path)
-    assert_same_state(state, other)
+    assert_same_state(small[0], other)
     rows = [row["step"] for row in directory.history if "train/loss" in row]
     assert rows == [2, 4, 5, 7, 9, 10]
 
 
-def test_the_run_directory(finished):
-    _, directory, config = finished
+def test_the_run_directory(small):
+    _, directory, _, config = small
     stored = json.loads((directory.path / "config.json").read_text())
     assert stored == {"format": 3, "saved": 10} | json.loads(json.dumps(config))
     rows = read_rows(directory.path)
@@ -72,8 +65,8 @@ def test_the_run_directory(finished):
     assert page.count('src="data:image/png;base64,') == 5 and not re.search(r'(src|href)="(?!data:)', page)
 
 
-def test_training_lowers_the_loss(finished):
-    losses = [row["test/loss"] for row in finished[1].history if "test/loss" in row]
+def test_training_lowers_the_loss(small):
+    losses = [row["test/loss"] for row in small[1].history if "test/loss" in row]
     assert losses[1] < losses[0]
 
 
@@ -126,7 +119,7 @@ def test_rows_after_the_checkpoint_and_an_incomplete_one_are_dropped(tmp_path):
 
 
 @pytest.mark.slow
-def test_more_epochs(finished, tmp_path):
+def test_more_epochs(tmp_path):
     """Under a constant rate a run of two epochs and one more equals a run of three."""
     job, config = small_job({"epochs": 3})
     expected_state, expected = run_job(job, config, tmp_path / "three")

@@ -24,29 +24,19 @@ from vae_jax.pretrained.arguments import check_integer
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run, moved from the place of its training."""
-    path = tmp_path_factory.mktemp("run")
-    job, config = small_job()
-    state, _ = run_job(job, config, path / "before")
-    shutil.move(path / "before", path / "after")
-    return path / "after", state, job
+def vae(small):
+    return vae_jax.load(str(small[1].path))
 
 
-@pytest.fixture(scope="module")
-def vae(run):
-    return vae_jax.load(str(run[0]))
-
-
-def test_the_moving_average_is_loaded(run, vae):
-    _, state, job = run
+def test_the_moving_average_is_loaded(small, vae):
+    state, _, job, _ = small
     jax.tree.map(np.testing.assert_array_equal, vae.variables, state.ema)
     assert vae.step == 10 and vae.config["model"]["latent_dim"] == vae.model.latent_dim == 20
     assert vae.data == job.metadata["data"] and vae.title == job.title == "VAE on digits"
 
 
-def test_methods_are_the_pure_functions(run, vae):
-    image = run[2].dataset.splits["test"].image[:300]  # more than one batch
+def test_methods_are_the_pure_functions(small, vae):
+    image = small[2].dataset.splits["test"].image[:300]  # more than one batch
     mean, logvar = vae.encode(image)
     scaled = image / np.float32(255)
     expected = vae.model.encode(vae.variables, jnp.asarray(scaled))
@@ -68,8 +58,8 @@ def test_samples(vae):
     np.testing.assert_array_equal(sample, vae.decode(z))
 
 
-def test_draws_have_the_moments_of_q_and_of_p(run, vae):
-    image = run[2].dataset.splits["test"].image[:1]
+def test_draws_have_the_moments_of_q_and_of_p(small, vae):
+    image = small[2].dataset.splits["test"].image[:1]
     mean, logvar = vae.encode(image)
     z = vae.encode(np.repeat(image, 3000, axis=0), draw=True)
     np.testing.assert_allclose(z.mean(axis=0), mean[0], atol=0.08)  # four standard errors
@@ -218,8 +208,8 @@ def test_what_a_family_lacks_is_named(vae):
         assert "\n" not in str(error.value)
 
 
-def test_a_run_of_the_old_format_is_refused(run, tmp_path):
-    copy = shutil.copytree(run[0], tmp_path / "old")
+def test_a_run_of_the_old_format_is_refused(small, tmp_path):
+    copy = shutil.copytree(small[1].path, tmp_path / "old")
     checkpoint = copy / "checkpoints" / "10"
     (checkpoint / "metadata").rename(checkpoint / "about")
     (checkpoint / "sha256.json").unlink()
@@ -229,7 +219,7 @@ def test_a_run_of_the_old_format_is_refused(run, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_no_run(tmp_path, run):
+def test_no_run(tmp_path, small):
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         vae_jax.load(str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
@@ -237,13 +227,13 @@ def test_no_run(tmp_path, run):
         ValueError,
         match="there is no checkpoint '3' in .*: give latest, best, or one of 10",
     ):
-        vae_jax.load(str(run[0]), checkpoint="3")
+        vae_jax.load(str(small[1].path), checkpoint="3")
 
 
-def test_loading_needs_neither_config_nor_training_set(run):
+def test_loading_needs_neither_config_nor_training_set(small):
     code = f"""
 import sys, vae_jax
-vae_jax.load({str(run[0])!r}).sample(2)
+vae_jax.load({str(small[1].path)!r}).sample(2)
 names = ("ml_collections", "tensorflow_datasets", "sklearn", "matplotlib", "absl.flags", "tqdm")
 print(*(name for name in names if name in sys.modules))
 """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from small_run import run_job, small_job
+from small_run import run_job
 
 from configs import classifier
 from experiments import ablations, arms, augmentation_report, launch, likelihoods, reproduce, speed, speed_peers
@@ -68,10 +68,10 @@ def test_commands_name_the_variants_fields(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def parts(small, tmp_path_factory):
     """The directory of a reproduction on the digits with all parts done: small runs, and an invented study."""
     path = tmp_path_factory.mktemp("post")
-    run_job(*small_job(drawn=True), path / "vae")
+    shutil.copytree(small[1].path, path / "vae")
     for name in ablations.VARIANTS:
         shutil.copytree(path / "vae", path / "ablations" / name)
     config = classifier.get_config("smoke").to_dict() | {"seeds": reproduce.SEEDS}
