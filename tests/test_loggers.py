@@ -7,6 +7,7 @@ import struct
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from matplotlib.figure import Figure
@@ -14,10 +15,14 @@ from small_run import run_job, small_job
 from tensorboardX.proto.event_pb2 import Event
 
 from vae_jax.run.config import RunOptions
+from vae_jax.run.directory import RunDirectory
 from vae_jax.run.files import save_figure
-from vae_jax.run.loggers import Loggers, Run, import_loggers
+from vae_jax.run.loggers import Loggers, import_loggers
 
-CONFIG = {"seed": 3, "model": {"features": (4, 4)}}
+
+def directory_of(path, remote=None):
+    """What the loggers ask of a run directory."""
+    return Mock(RunDirectory, path=path, remote=remote, config={"seed": 3, "model": {"features": (4, 4)}})
 
 
 class FakeTracker(ModuleType):
@@ -116,7 +121,7 @@ def test_a_training_is_logged_everywhere_and_continues_as_the_same_run(trackers,
 def test_a_tracker_without_network_is_reported_once_and_left_out(trackers, tmp_path, broken):
     fake, well, said = trackers("wandb", broken), trackers("trackio"), []
     save_figure(Figure(figsize=(1, 1)), tmp_path / "one.png")
-    loggers = Loggers("wandb,trackio", Run(tmp_path, None, CONFIG, 0), said.append)
+    loggers = Loggers("wandb,trackio", directory_of(tmp_path), 0, said.append)
     for step in (1, 2):
         loggers.log({"step": step, "epoch": 1.0, "seconds": 1, "train/loss": 2.0, "test/list": [1.0]})
     loggers.show(2, tmp_path)
@@ -132,7 +137,7 @@ def test_a_tracker_without_network_is_reported_once_and_left_out(trackers, tmp_p
 def test_the_project_may_be_named_in_the_environment(trackers, tmp_path, monkeypatch):
     fake = trackers("wandb")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    Loggers("wandb", Run(tmp_path, None, CONFIG, 0), print).close()
+    Loggers("wandb", directory_of(tmp_path), 0, print).close()
     assert fake.inits[0]["project"] == "mine"
 
 
@@ -142,7 +147,7 @@ def test_a_run_on_cloud_storage_keeps_its_id(trackers, tmp_path):
     remote.mkdir()
     for local in (tmp_path / "a", tmp_path / "b"):
         local.mkdir()
-        Loggers("wandb", Run(local, remote, CONFIG, 0), print).close()
+        Loggers("wandb", directory_of(local, remote), 0, print).close()
         if not (remote / "log_id").exists():
             (remote / "log_id").write_text((local / "log_id").read_text())
     assert fake.inits[0]["id"] == fake.inits[1]["id"] and fake.inits[0]["name"] == "remote"

@@ -91,7 +91,7 @@ class RunDirectory:
     def __init__(self, path: str, config: Mapping, command: str):
         self.remote = epath.Path(path) if is_remote(path) else None
         self.path = local_path(tempfile.mkdtemp(prefix="vae_jax-") if self.remote else path)
-        self.command, self._config = command, config
+        self.command, self.config = command, config
         self._code = code_version()  # taken at the start: the files may change during training
         with contextlib.ExitStack() as on_error:
             if self.remote:
@@ -118,7 +118,7 @@ class RunDirectory:
             local.write_bytes(frame.read_bytes())
 
     def _write_settings(self):
-        settings = {"format": FORMAT, "saved": self._saved, **self._config}
+        settings = {"format": FORMAT, "saved": self._saved, **self.config}
         write_atomically(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def mark_saved(self, step: int) -> None:

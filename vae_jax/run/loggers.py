@@ -5,40 +5,23 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vae_jax.run.config import nearest
-from vae_jax.run.directory import LOGS
+from vae_jax.run.directory import LOGS, RunDirectory
 from vae_jax.run.files import describe_error, write_atomically
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 ID = "log_id"  # file in the run directory with the id by which a tracker recognises a resumed run
 
 
-class Run(NamedTuple):
-    """The run that is logged.
-
-    Attributes:
-        path: the local run directory.
-        remote: the directory on gs:// that it is uploaded to, if any.
-        config: the run's config.
-        step: the step from which training starts or continues.
-    """
-
-    path: Path
-    remote: epath.Path | None
-    config: Mapping[str, Any]
-    step: int
-
-
 class TensorBoard:
     """Event files in the run directory; entries that an interrupted process logged after its checkpoint are purged."""
 
-    def __init__(self, module: Any, run: Run):
-        self._writer = module.SummaryWriter(str(run.path / LOGS), purge_step=run.step + 1)
+    def __init__(self, module: Any, directory: RunDirectory, step: int):
+        self._writer = module.SummaryWriter(str(directory.path / LOGS), purge_step=step + 1)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -60,14 +43,14 @@ class TensorBoard:
 class Tracker:
     """A run of W&B or Trackio, which share one interface. A resumed run continues it: W&B by id, Trackio by name."""
 
-    def __init__(self, module: Any, run: Run):
-        name, key = (run.remote or run.path.resolve()).name, run_id(run)
+    def __init__(self, module: Any, directory: RunDirectory, step: int):
+        name, key = (directory.remote or directory.path.resolve()).name, run_id(directory)
         own = {"name": f"{name}-{key}"}
         if module.__name__ == "wandb":
-            own = {"name": name, "id": key, "dir": str(run.path)}
+            own = {"name": name, "id": key, "dir": str(directory.path)}
         project = os.environ.get(f"{module.__name__.upper()}_PROJECT", "vae_jax")
         self._module = module
-        self._run = module.init(project=project, config=dict(run.config), resume="allow", **own)
+        self._run = module.init(project=project, config=dict(directory.config), resume="allow", **own)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._run.log(dict(numbers), step=step)
@@ -82,13 +65,16 @@ class Tracker:
 
 
 class Loggers:
-    """All loggers of a run. One that fails is reported once through `note` and dropped: no logger ends a training."""
+    """All loggers of a run that starts or continues from `step`.
 
-    def __init__(self, log_to: str, run: Run, note: Callable[[str], None]):
+    One that fails is reported once through `note` and dropped: no logger ends a training.
+    """
+
+    def __init__(self, log_to: str, directory: RunDirectory, step: int, note: Callable[[str], None]):
         self._note, self._open = note, {}
         for name, module in import_loggers(log_to).items():
-            with_run = TensorBoard if name == "tensorboard" else Tracker
-            self._try(name, lambda: self._open.update({name: with_run(module, run)}))  # noqa: B023
+            kind = TensorBoard if name == "tensorboard" else Tracker
+            self._try(name, lambda: self._open.update({name: kind(module, directory, step)}))  # noqa: B023
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log the numbers of a row of metrics.jsonl; lists are left out."""
@@ -141,10 +127,10 @@ def import_loggers(log_to: str) -> dict[str, Any]:
     return modules
 
 
-def run_id(run: Run) -> str:
+def run_id(directory: RunDirectory) -> str:
     """An id of eight characters that stays with the run directory, drawn at the first call."""
-    file = (run.remote or run.path) / ID
+    file = (directory.remote or directory.path) / ID
     if not file.exists():
-        write_atomically(run.path / ID, secrets.token_hex(4))
-        file = run.path / ID
+        file = directory.path / ID
+        write_atomically(file, secrets.token_hex(4))
     return file.read_text().strip()

@@ -18,7 +18,7 @@ from vae_jax.run.directory import RunDirectory
 from vae_jax.run.feed import make_feed
 from vae_jax.run.hosts import NotPrimary, gather, raise_on_all_hosts
 from vae_jax.run.job import Job, make_programs
-from vae_jax.run.loggers import Loggers, Run
+from vae_jax.run.loggers import Loggers
 from vae_jax.run.profile import Profile
 from vae_jax.run.progress import Progress
 from vae_jax.run.seeds import first_seed
@@ -68,8 +68,7 @@ class Loop:
         """Open the loggers that `run.log_to` names."""
         if not self.devices.is_primary:
             return NotPrimary()
-        run = Run(self.directory.path, self.directory.remote, self.job.metadata["config"], step)
-        return Loggers(self.job.run.log_to, run, self.progress.note)
+        return Loggers(self.job.run.log_to, self.directory, step, self.progress.note)
 
     def train_from(self, state: TrainState, stop: Callable[[], bool]) -> TrainState:
         job, checkpoints = self.job, self.checkpoints
