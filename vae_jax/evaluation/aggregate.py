@@ -13,8 +13,8 @@ from vae_jax.priors import Prior, log_normal
 
 
 def fit_gmm(z: Float[np.ndarray, "n latent"], components: int = 10, seed: int = 0) -> Prior:
-    """A mixture of Gaussians with full covariances, at most one for each code, fitted by scikit-learn to draws of q(z | x) over the training
-    images.
+    """A mixture of Gaussians with full covariances, fitted by scikit-learn to draws of q(z | x) over the training
+    images; never more Gaussians than draws.
 
     Source: Ghosh et al. 2020, section 4, who sample from it instead of p(z). It can also replace p(z) in the bound.
     """
