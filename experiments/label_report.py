@@ -98,7 +98,7 @@ def draw(rows: list[dict], settings: dict) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     found = by_method(rows)
     error = [100 - values for of in found.values() for values in of.values()]
-    lowest, highest = (0.8 * min(map(np.min, error)), 1.2 * max(map(np.max, error)))
+    lowest, highest = 0.8 * max(0.1, min(map(np.min, error))), 1.2 * max(map(np.max, error))
     ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50) if lowest <= tick <= highest]
     for ax, shifted in zip(axes, (False, True)):
         ax.set(title="Images shifted and rotated" if shifted else "Images as they are")
