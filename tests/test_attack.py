@@ -268,7 +268,7 @@ session.run = run
 
 def test_out_of_memory_is_one_line(forks, tmp_path):
     process = forks("-c", START.format(OUT_OF_MEMORY), *FLAGS, f"--workdir={tmp_path}")
-    assert "out of memory: try a smaller batch_size or model; the same command continues" in process.refuses()
+    assert "out of memory: try a smaller batch_size or model, with another --workdir" in process.refuses()
 
 
 @pytest.mark.parametrize("name,kind", [("figures", "file"), ("metrics.jsonl", "folder")])

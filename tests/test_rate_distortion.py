@@ -96,4 +96,4 @@ def test_the_table_and_the_picture_of_a_sweep():
     heading, first, *_ = rate_distortion.table(found)
     assert first == ["beta0.5", "3.00", "5.00", *[""] * (len(heading) - 3)]
     figure = rate_distortion.draw(found, np.array([9.0, 4, 2, 1]), 2, "a sweep")
-    assert [text.get_text() for text in figure.axes[0].texts] == ["0.5", "2", "5"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["beta 0.5", "beta 2", "5 latents"]

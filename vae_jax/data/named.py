@@ -24,7 +24,6 @@ from vae_jax.data.cache import store
 from vae_jax.data.images import check_size
 from vae_jax.data.own import split_off_test
 from vae_jax.run.files import cache_folder, local_path
-from vae_jax.run.memory import TooLarge
 
 NETWORK_TIMEOUT = 8  # seconds
 
@@ -108,8 +107,6 @@ def read_idx(file: io.BufferedIOBase) -> UInt8[np.ndarray, "..."]:
         if magic != [0, 0, 8]:
             raise ValueError(f"it begins with {magic}")
         return values.reshape(sizes)
-    except TooLarge:
-        raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"not an idx file of unsigned bytes: {error}") from error
 
