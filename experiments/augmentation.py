@@ -152,14 +152,14 @@ def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) 
     judge, vae, sharp = (path / name for name in arms.MODELS)
     fields = {"data.name": settings["data"]}
     launch.run(launch.make_command(settings["classifier"], judge, fields, manual_dir))
-    half_a = {"data.name": str(write_half_a(path, dataset).absolute())}
+    half_a = {"data.name": str(write_half_a(path, dataset))}
     for workdir, fields in [(vae, {}), (sharp, arms.SHARP_VAE)]:
         launch.run(launch.make_command(settings["vae"], workdir, half_a | fields))
 
 
 def write_half_a(path: Path, dataset: Dataset) -> Path:
-    """Write half A and the test images as a data set, unless the file exists; returns its path."""
-    images = path / "half_a.npz"
+    """Write half A and the test images as a data set, unless the file exists; returns its absolute path."""
+    images = path.absolute() / "half_a.npz"
     if not images.exists():
         half_a, test = arms.halves(dataset.splits["train"])[0], dataset.splits["test"]
         with atomic_file(images) as part, open(part, "wb") as file:

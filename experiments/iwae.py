@@ -39,7 +39,8 @@ RECIPE = {
     "optimizer.warmup": 0.1,
     "run.likelihood_samples": 0,
 }
-PUBLISHED = {  # -log p(x) of IWAE in nats after the paper's 3,280 epochs; the paper, and (older) READMEs of public code with 50 latents
+# -log p(x) of IWAE in nats after the paper's 3,280 epochs: the paper, and older READMEs of public code with 50 latents
+PUBLISHED = {
     "the paper": {1: 86.76, 5: 85.54, 50: 84.78},
     "nbip, TensorFlow": {1: 87.75, 5: 85.50, 50: 84.65},
     "xqding, PyTorch": {1: 87.75, 5: 85.46, 50: 84.59},

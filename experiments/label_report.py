@@ -3,6 +3,7 @@
 `rows` are the rows of results.jsonl, `settings` the content of settings.json.
 """
 
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def plot(ax: Axes, found: dict[str, dict[int, np.ndarray]]) -> None:
     method that is trained on all labels.
     """
     generative = [name for name in found if is_generative(name)]
-    names = {}  # where each line ends, and its name
+    ends = []  # of each line: the error, the name, the colour
     for group, colours in ((generative, "YlOrRd"), ([name for name in found if name not in generative], "Blues")):
         shades = colormaps[colours](np.linspace(0.45, 0.95, max(len(group), 1)))
         for name, colour, marker in zip(group, shades, "osD^vPX*"):
@@ -126,16 +127,16 @@ def plot(ax: Axes, found: dict[str, dict[int, np.ndarray]]) -> None:
             if not counts:
                 error = 100 - found[name][-1].mean()
                 ax.axhline(error, ls=":", lw=2, color=colour)
-                names[error] = f"{name}, all labels", colour
+                ends.append((error, f"{name}, all labels", colour))
                 continue
             error = [100 - found[name][n].mean() for n in counts]
             half = [
                 mean_and_interval(found[name][n].tolist())[1] if len(found[name][n]) > 1 else np.nan for n in counts
             ]
             ax.errorbar(counts, error, half, marker=marker, ms=6, lw=2, capsize=2, elinewidth=1, color=colour)
-            names[error[-1]] = name.removeprefix(f"{SHIFTED}, "), colour
+            ends.append((error[-1], name.removeprefix(f"{SHIFTED}, "), colour))
     height = 0.0
-    for error, (name, colour) in sorted(names.items()):
+    for error, name, colour in sorted(ends, key=itemgetter(0)):
         height = max(ax.transAxes.inverted().transform(ax.transData.transform((1, error)))[1], height + 0.035)
         ax.text(1.02, height, name, color=colour, transform=ax.transAxes, va="center", fontsize=10)
 
@@ -147,7 +148,8 @@ def is_generative(method: str) -> bool:
 
 def title_of(settings: dict) -> str:
     """The title of the study."""
-    return f"How few labels are enough? {settings['data']}, {settings['draws']} draws unless a table says fewer, 95 % intervals"
+    draws = f"{settings['draws']} draws unless a table says fewer"
+    return f"How few labels are enough? {settings['data']}, {draws}, 95 % intervals"
 
 
 def write_summary(path: Path, rows: list[dict], settings: dict) -> None:

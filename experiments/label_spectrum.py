@@ -3,8 +3,9 @@
     python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000] [--draws=5]
 
 Each method sees all training images but few labels, drawn anew for each of `--draws`, and is tested on all test images.
-Nothing is tuned on other labels, except on the digits: `ALPHA` was chosen on their test images. Each result is one line of results.jsonl, so the same command resumes an interrupted
-study; `--methods` computes a part of it. summary.md and the figure come last, from the available results.
+Nothing is tuned on other labels, except on the digits: `ALPHA` was chosen on their test images. Each result is one line
+of results.jsonl, so the same command resumes an interrupted study; `--methods` computes a part of it. summary.md and
+the figure come last, from the available results.
 """
 
 import functools
@@ -161,12 +162,12 @@ class Spectrum:
         """Train a generative model of images and labels once; returns its test numbers."""
         family = FAMILIES[method]
         run = self._path / f"{family.folder}-{labels}-{draw}"
-        fields, own = {"epochs": self._settings["epochs"][method], "seed": draw}, {}
+        fields = {"epochs": self._settings["epochs"][method], "seed": draw}
+        own = {"model.precision": self._settings["precision"]}
         if family.uses_unlabelled:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
-            own = {"objective.alpha": self._settings["alpha"]}
-        own |= {"model.precision": self._settings["precision"]}
+            own["objective.alpha"] = self._settings["alpha"]
         self._run(family.config, run, fields | own)
         last = launch.last_test(run)
         found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}

@@ -25,7 +25,7 @@ def start(program: str, main: Callable[..., None], takes_arguments: bool = False
     With `takes_arguments`, `main` receives the list of positional arguments; otherwise there must be none.
     """
 
-    # An experiment computes between trainings, which need the device's memory.
+    # An experiment shares the device's memory with its trainings, and with PyTorch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
     def run(argv):

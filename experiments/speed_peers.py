@@ -22,7 +22,15 @@ from vae_jax.objectives import Objective
 from vae_jax.priors import standard_normal
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import map_examples
-from vae_jax.steps import TrainState, init_state, jit_train_step, make_eval_step, make_run_steps, make_train_step
+from vae_jax.steps import (
+    TrainState,
+    eval_metrics,
+    init_state,
+    jit_train_step,
+    make_eval_step,
+    make_run_steps,
+    make_train_step,
+)
 
 IMAGE_SHAPE, CLASSES = (28, 28, 1), 10
 MODELS = ("vae", "classifier")
@@ -147,10 +155,7 @@ def evaluate_split(implementation: Implementation, work: Work, in_bfloat16: bool
     """Evaluate as this package does: all batches in one program, arrays copied to the host."""
     state = implementation.state(optax.adam(1e-3))
     split = Split(work.image, work.label)
-
-    def metrics(variables, batch, keys):
-        return implementation.objective(variables, batch, keys, False, None)[0]
-
+    metrics = functools.partial(eval_metrics, implementation.objective)
     evaluate = map_examples(metrics, split, batch_size=work.batch_size, devices=Devices(1, in_bfloat16))
     return lambda: evaluate(state.variables, state.key)
 

@@ -14,7 +14,7 @@ from vae_jax.nn import bfloat16
 from vae_jax.run import session
 from vae_jax.run.devices import Devices, compiler_options
 from vae_jax.run.evaluate import map_examples
-from vae_jax.steps import init_state, make_run_steps, make_train_step
+from vae_jax.steps import eval_metrics, init_state, make_run_steps, make_train_step
 
 
 def sgd_job(config, model=None, objective=None, rate=1e-3, **changes):
@@ -58,7 +58,7 @@ def ten_steps(job, devices, axis_name):
         state, _ = run_steps(state, order, 0, 5, image, label)
 
     def measure(variables, batch, keys):
-        return job.objective(variables, batch, keys, False, None)[0] | job.probes.measure(variables, batch, None)
+        return eval_metrics(job.objective, variables, batch, keys) | job.probes.measure(variables, batch, None)
 
     evaluate = map_examples(measure, job.dataset.splits["test"], len(job.seeds), devices=devices)
     return state, evaluate(state.variables, state.key)

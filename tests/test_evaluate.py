@@ -32,6 +32,7 @@ from vae_jax.run import evaluate
 from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import make_evaluate, map_examples
 from vae_jax.run.seeds import combine_seeds, mean_metrics, reduce_seeds, root_keys
+from vae_jax.steps import eval_metrics
 
 KEY = jax.random.key(3)
 NO_PROBES = Probes(lambda variables, batch, keys: {}, lambda arrays, split: {})
@@ -52,16 +53,11 @@ def split():
     )
 
 
-def evaluated(objective):
-    """The metrics of a batch, as evaluation computes them."""
-    return lambda variables, batch, keys: objective(variables, batch, keys, False, None)[0]
-
-
 @pytest.fixture(scope="module")
 def undivided(vae, split):
     """Each test image's metrics, evaluated in one batch."""
     objective, variables = vae
-    return map_examples(evaluated(objective), split)(variables, KEY)
+    return map_examples(functools.partial(eval_metrics, objective), split)(variables, KEY)
 
 
 def assert_close(tree, other, rtol=1e-5):
@@ -73,7 +69,7 @@ def test_result_does_not_depend_on_the_batch_size(vae, split, undivided, batch_s
     objective, variables = vae
     names = ("loss", "reconstruction", "kl", "bound")
     assert {name: values.shape for name, values in undivided.items()} == dict.fromkeys(names, (23,))
-    divided = map_examples(evaluated(objective), split, batch_size=batch_size)(variables, KEY)
+    divided = map_examples(functools.partial(eval_metrics, objective), split, batch_size=batch_size)(variables, KEY)
     assert_close(divided, undivided)
 
 
@@ -110,13 +106,15 @@ def test_more_decodes_make_smaller_batches_and_the_same_numbers(split, decodes, 
 def test_result_does_not_depend_on_the_devices(vae, split, undivided, count):
     """23 images on 8 devices: 3 each, and a row of padding."""
     objective, variables = vae
-    found = map_examples(evaluated(objective), split, batch_size=2, devices=Devices(count))(variables, KEY)
+    found = map_examples(functools.partial(eval_metrics, objective), split, batch_size=2, devices=Devices(count))(
+        variables, KEY
+    )
     assert_close(found, undivided)
 
 
 def test_evaluation_repeats_exactly_and_has_noise_of_the_key(vae, split, undivided):
     objective, variables = vae
-    evaluate = map_examples(evaluated(objective), split)
+    evaluate = map_examples(functools.partial(eval_metrics, objective), split)
     np.testing.assert_array_equal(evaluate(variables, KEY)["loss"], undivided["loss"])
     other = evaluate(variables, jax.random.key(4))
     assert (undivided["reconstruction"] != other["reconstruction"]).all()

@@ -59,17 +59,24 @@ def make_adam(
         ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
         ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "at least 0"),
         ("clip_norm", clip_norm, 0 <= clip_norm < math.inf, "at least 0"),
-        ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
-        ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
-        ("scaling", scaling, scaling == "sqrt" or base_batch_size > 0, "left out unless base_batch_size is above 0"),
     )
-    learning_rate *= SCALINGS[scaling](batch_size / base_batch_size) if base_batch_size else 1.0
+    learning_rate *= scale_of_rate(batch_size, base_batch_size, scaling)
 
     def make_one(share: float) -> optax.GradientTransformation:
         rate = make_schedule(steps, share * learning_rate, schedule, warmup, boundaries, factors)
         return adam_with(rate, beta1, beta2, eps, weight_decay, clip_norm)
 
     return by_group(make_one, groups, rate_multipliers)
+
+
+def scale_of_rate(batch_size: int, base_batch_size: int, scaling: str) -> float:
+    """By what the learning rate is multiplied; arguments as in `make_adam`. Raises ValueError for a value out of range."""
+    check(
+        ("base_batch_size", base_batch_size, base_batch_size >= 0, "at least 0"),
+        ("scaling", scaling, scaling in SCALINGS, f"one of {', '.join(SCALINGS)}"),
+        ("scaling", scaling, scaling == "sqrt" or base_batch_size > 0, "left out unless base_batch_size is above 0"),
+    )
+    return SCALINGS[scaling](batch_size / base_batch_size) if base_batch_size else 1.0
 
 
 def adam_with(

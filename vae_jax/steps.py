@@ -182,14 +182,17 @@ def make_run_steps(train_step: Callable, batch_size: int, max_steps: int, shards
     return run_steps
 
 
+def eval_metrics(objective: Objective, variables: Any, batch: Batch, keys: Key[Array, " batch"]) -> dict:
+    """The metrics of a batch in evaluation, one value per example, with the examples' own keys."""
+    return objective(variables, batch, keys, False, None)[0]
+
+
 def make_eval_step(
     objective: Objective,
 ) -> Callable[[dict, Batch, Key[Array, ""]], dict]:
     """`eval_step(variables, batch, key) -> metrics`, one value per example, deterministic for a given key."""
 
     def eval_step(variables, batch, key):
-        keys = example_keys(key, None, batch.index)
-        metrics, _ = objective(variables, batch, keys, False, None)
-        return metrics
+        return eval_metrics(objective, variables, batch, example_keys(key, None, batch.index))
 
     return eval_step

@@ -46,24 +46,23 @@ def ppca_loss(eigenvalues: Float[np.ndarray, " pixels"], latent_dim: int) -> flo
 
 
 def cross_entropy_baselines(
-    image: UInt8[np.ndarray, "n height width channel"], rounded: bool = False
+    image: UInt8[np.ndarray, "n height width channel"], rounded: bool = False, has_floor: bool = True
 ) -> dict[str, float]:
     """For a Bernoulli decoder: the loss of a collapsed model, and the floor, which no model beats.
 
         collapsed = sum_pixels H(mean pixel),    floor = mean_x sum_pixels H(x)
 
     H is the entropy of a binary pixel. The expected loss of any model on these images, binarized or grey, is at least
-    the floor. `rounded` is for a model that sees each pixel rounded to 0 or 1.
+    the floor. `rounded` is for a model that sees each pixel rounded to 0 or 1. Where there is no floor it is
+    left out: at beta below 1 the code can hold pixels that were drawn.
     """
     value, mean = np.arange(256) / 255, mean_image(image)
     if rounded:
         value = np.round(value)
         mean = np.sum([(part > 127).sum(axis=0) for part in chunks(image)], axis=0) / len(image)
     counts = np.sum([np.bincount(part.reshape(-1), minlength=256) for part in chunks(image)], axis=0)
-    return {
-        "collapsed model": float(entropy(mean).sum()),
-        "floor: the entropy of the pixels": float(counts @ entropy(value) / len(image)),
-    }
+    floor = {"floor: the entropy of the pixels": float(counts @ entropy(value) / len(image))}
+    return {"collapsed model": float(entropy(mean).sum())} | (floor if has_floor else {})
 
 
 def entropy(p: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:

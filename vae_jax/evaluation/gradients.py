@@ -34,7 +34,7 @@ def gradient_routing(
         metrics, _ = objective({"params": params, **state}, batch, keys, True, None)
         found[:] = [name for name in (*terms, "loss") if name in metrics]
         sums = (total(metrics[name], batch.weight) for name in found)
-        return jnp.stack([value / jnp.maximum(weight, 1e-30) for value, weight in sums])
+        return jnp.stack([value / jnp.maximum(weight, 1e-30) for value, weight in sums])  # 0 without weight
 
     _, pull = jax.vjp(means, variables["params"])
 

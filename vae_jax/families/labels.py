@@ -57,7 +57,7 @@ def weight_of_labels(alpha: float, labelled_share: float) -> float:
     return alpha / labelled_share if labelled_share else 0.0
 
 
-def check_classes(num_classes: int, update: Any, likelihood: str) -> None:
+def check_classes(num_classes: int, update: Any = None, likelihood: str = "") -> None:
     """Raise ValueError for data with fewer than 2 classes, and for a likelihood with its variance fitted to a batch."""
     if num_classes < 2:
         raise ValueError(f"labels of at least 2 classes are needed, but the data have {num_classes}: give labels")

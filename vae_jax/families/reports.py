@@ -99,10 +99,8 @@ def baselines(
 ) -> dict:
     """Closed-form losses on the training images, where known: a collapsed model, the best linear VAE, and the floor."""
     if likelihood == "bernoulli":
-        found = cross_entropy_baselines(image, rounded=binarize == "threshold")
-        if binarize == "dynamic" and beta < 1:  # the code may then hold the drawn pixels
-            found = {name: value for name, value in found.items() if not name.startswith("floor")}
-        return found
+        has_floor = beta >= 1 or binarize != "dynamic"
+        return cross_entropy_baselines(image, rounded=binarize == "threshold", has_floor=has_floor)
     if likelihood == "discretised_logistic":
         return {"a histogram of each pixel": histogram_loss(image)}
     if prior != "standard_normal":

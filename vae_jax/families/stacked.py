@@ -75,7 +75,7 @@ def make(
         scale=scale,
         precision=precision,
     )
-    check_classes(num_classes, None, likelihood)
+    check_classes(num_classes)
     code_shape = (1, 1, latent_dim)
     networks = Autoencoder(
         DenseEncoder(2 * code_latent_dim, tuple(code_hidden)), DenseDecoder((1, 1, 2 * latent_dim), tuple(code_hidden))

@@ -107,8 +107,8 @@ def make(
 def init(
     autoencoder: Any, p_x: Likelihood, p_z: Prior, image_shape: tuple[int, int, int], key, pixel_mean=None
 ) -> dict:
-    """The variables of networks, likelihood and prior; `pixel_mean` sets the output bias of a dense decoder
-    with one number per pixel.
+    """The variables of networks, likelihood and prior; `pixel_mean` sets the output bias of a dense decoder with one
+    number per pixel.
     """
     variables = dict(autoencoder.init(key, jnp.zeros((1, *image_shape))))
     dense = isinstance(getattr(autoencoder, "decoder", None), DenseDecoder)

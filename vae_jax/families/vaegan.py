@@ -15,8 +15,8 @@ gradient:
     lambda = n (1 - gamma) / gamma
 
 The decoder's part is its objective times n / gamma. This factor has no effect, because each network has its own Adam,
-which is invariant to the scale of its loss, unless `optimizer.clip_norm` is set. The released code freezes a network when its opponent loses, and uses batch
-normalisation; neither is needed here (see `penalty`).
+which is invariant to the scale of its loss, unless `optimizer.clip_norm` is set. The released code freezes a network
+when its opponent loses, and uses batch normalisation; neither is needed here (see `penalty`).
 """
 
 import functools

@@ -14,13 +14,17 @@ from vae_jax.nn import convolution
 kernel_init = nn.initializers.glorot_uniform()
 
 
+def is_stored_as_float32(dtype: Any) -> bool:
+    """Whether `dtype` is bfloat16 on a CPU, which only rounds its values: loops over float32 are faster there."""
+    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+
+
 def rounded(x: Float[Array, "..."], dtype: Any) -> Float[Array, "..."]:
     """Round x to `dtype`, the input precision of a layer.
 
-    On CPUs bfloat16 values are stored as float32, because loops over float32 are faster there. Accelerators also
-    multiply rounded operands and sum the products in float32.
+    Both accelerators and CPUs multiply rounded operands and sum the products in float32.
     """
-    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if is_stored_as_float32(dtype):
         return lax.reduce_precision(x.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
 
@@ -31,7 +35,7 @@ def _all_rounded(*args: Any, dtype: Any = None, inexact: bool = True) -> list[An
 
 def dense(features: int, dtype: Any, name: str) -> nn.Dense:
     """A dense layer that computes in `dtype`, for use in compact modules."""
-    product = _as_convolution if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else None
+    product = _as_convolution if is_stored_as_float32(dtype) else None
     return nn.Dense(
         features, dtype=dtype, kernel_init=kernel_init, promote_dtype=_all_rounded, dot_general=product, name=name
     )

@@ -81,8 +81,7 @@ class Checkpoints:
         `like`.
         """
         kept, damaged = survey(self._folder)
-        unfinished = is_remote(str(self._folder)) and not latest_saved(self._folder)  # renaming is not atomic there
-        if damaged and not kept and not unfinished:
+        if damaged and not kept and not self._may_be_unfinished():
             raise OSError(
                 f"no checkpoint in {self._folder} can be read ({next(iter(damaged.values()))}): "
                 "move the whole run directory away to start again, or name another --workdir"
@@ -166,6 +165,10 @@ class Checkpoints:
         for old in steps(self._folder)[self._keep :]:
             if best is None or old != best["step"]:
                 self._delete(old)
+
+    def _may_be_unfinished(self):
+        """Whether a kill in the first save may have left a part of it: on gs:// renaming is not atomic."""
+        return is_remote(str(self._folder)) and not latest_saved(self._folder)
 
     def _delete(self, step):
         path = self._folder / str(step)

@@ -16,7 +16,7 @@ from vae_jax.families import Probes
 from vae_jax.objectives import Objective
 from vae_jax.run.devices import Devices
 from vae_jax.run.seeds import first_seed, map_seeds, mean_metrics, reduce_seeds
-from vae_jax.steps import unchanged
+from vae_jax.steps import eval_metrics, unchanged
 
 BATCH_SIZE = 256  # bounds the memory of evaluation; the result does not depend on it
 BLOCK = 2**28  # bytes of images sent at once; the result does not depend on it either
@@ -125,7 +125,7 @@ def make_evaluate(
 
     def measure(variables, batch, keys):
         batch = prepare(batch, keys)
-        return objective(variables, batch, keys, False, None)[0], probes.measure(variables, batch, keys)
+        return eval_metrics(objective, variables, batch, keys), probes.measure(variables, batch, keys)
 
     def reduce(arrays):
         metrics, measured = arrays

@@ -1,5 +1,5 @@
 """The config files that come with the package, found by path and never imported: configs/ in a clone, presets/ in a
-wheel.
+wheel; and the command lines that name a config and its fields.
 """
 
 import os
