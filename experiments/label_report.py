@@ -24,7 +24,13 @@ SHIFTED = "classifier, shifted"
 PAIRS = [  # one method minus another
     ("label spreading, VAE's codes", "label spreading, pixels"),
     ("label spreading, VAE's codes", "classifier"),
+    ("label spreading, VAE's codes", "classifier, pseudo-labels"),
+    ("classifier, pseudo-labels", "classifier"),
+    ("M2", "classifier"),
+    ("M1 + M2", "classifier"),
     ("linear probe, VAE's codes", "linear probe, pixels"),
+    (SHIFTED, "classifier"),
+    (f"{SHIFTED}, pseudo-labels", SHIFTED),
     (f"{SHIFTED}, labels spread over VAE's codes", SHIFTED),
     (f"{SHIFTED}, labels spread over VAE's codes", f"{SHIFTED}, pseudo-labels"),
     (f"{SHIFTED}, labels spread over VAE's codes", f"{SHIFTED}, labels spread over pixels"),
@@ -58,9 +64,20 @@ def cell(values: np.ndarray | None, signed: bool = False, draws: int = 0) -> str
     return f"{mean:{sign}.2f} ± {half:.2f}{few}"
 
 
+def difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """One method minus another, draw by draw, over the draws that both have."""
+    both = min(len(one), len(other))
+    return one[:both] - other[:both]
+
+
+def numbers_of(settings: dict) -> list[int]:
+    """The numbers of labels, without that of all."""
+    return [labels for labels in settings["labels"] if labels > 0]
+
+
 def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
     """{title: cells}: accuracy without and with augmentation, paired differences, nats, minutes."""
-    found, labels = by_method(rows), settings["labels"]
+    found, labels = by_method(rows), numbers_of(settings)
     heading = [f"{count:,} labels" for count in labels] + ["all labels"]
     counts = [*labels, -1]
 
@@ -78,7 +95,7 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
     for one, other in PAIRS:
         if one in found and other in found:
             both = [n for n in labels if n in found[one] and n in found[other]]
-            values = {n: found[one][n] - found[other][n] for n in both}
+            values = {n: difference(found[one][n], found[other][n]) for n in both}
             pairs.append([f"{one} - {other}", *(cell(values.get(n), signed=True) for n in labels)])
     minutes = [["method", "minutes"]]
     for name in found:
@@ -104,7 +121,7 @@ def draw(rows: list[dict], settings: dict) -> Figure:
     for ax, shifted in zip(axes, (False, True)):
         ax.set(title="Images shifted and rotated" if shifted else "Images as they are")
         ax.set(xscale="log", yscale="log", xlabel="labelled training images", ylim=(lowest, highest))
-        ax.set_xticks(settings["labels"], [f"{n:,}" for n in settings["labels"]], rotation=45)
+        ax.set_xticks(numbers_of(settings), [f"{n:,}" for n in numbers_of(settings)], rotation=45)
         ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)

@@ -1,6 +1,6 @@
 """How few labels are enough? From 10 labels to all, with and without a generative model.
 
-    python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000] [--draws=5]
+    python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000,all] [--draws=5]
 
 Each method sees all training images but few labels, drawn anew for each of `--draws`, and is tested on all test images.
 Nothing is tuned on other labels, except on the digits: `ALPHA` was chosen on their test images. Each result is one line
@@ -12,6 +12,7 @@ import functools
 import itertools
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from vae_jax.nn.networks import PRECISIONS
 from vae_jax.run.files import local_path
 from vae_jax.run.log import OwnedDirectory
 
+ALL = -1  # labels, as in data.labelled
 NEIGHBOURS = 10  # of each image in the graph
 TRAIN, TEST = 0, 1  # given to scikit-learn in place of images; its kernel then returns the precomputed graph
 SPREADING = 0.99  # weight of the neighbours: alpha of Zhou et al. 2004, section 4
@@ -41,16 +43,20 @@ BAYES_SAMPLES = 1000  # draws of z for each image and label, as in Kingma et al.
 
 
 class Family(NamedTuple):
-    """A generative model of images and labels: the folder of its runs, its config, and epochs on MNIST."""
+    """A generative model of images and labels: the folder of its runs, its config and changes to it, epochs on MNIST."""
 
     folder: str
     config: str
     epochs: int = 10  # the 25 runs of M2 take an hour and a half on two cores
     uses_unlabelled: bool = True
+    fields: Mapping[str, Any] = {}
 
 
 FAMILIES = {
     "sparse labels": Family("sparse", "configs/sparse_labels.py:dense"),
+    "sparse labels, published loss": Family(
+        "sparse-published", "configs/sparse_labels.py:dense", fields={"objective.charge": False}
+    ),
     "M2": Family("m2", "configs/semisupervised.py"),
     "M1 + M2": Family("stacked", "configs/stacked.py", epochs=20),
     "conditional VAE, Bayes' rule": Family(
@@ -164,11 +170,12 @@ class Spectrum:
         run = self._path / f"{family.folder}-{labels}-{draw}"
         fields = {"epochs": self._settings["epochs"][method], "seed": draw}
         own = {"model.precision": self._settings["precision"]}
-        if family.uses_unlabelled:
+        if labels != ALL:
             each = min(MOST_LABELLED, labels)
             fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
+        if family.uses_unlabelled:
             own["objective.alpha"] = self._settings["alpha"]
-        self._run(family.config, run, fields | own)
+        self._run(family.config, run, {**fields, **own, **family.fields})
         last = launch.last_test(run)
         found = {name: last[f"test/{name}"] for name in ("accuracy", "bound") if f"test/{name}" in last}
         start = time.monotonic()
@@ -193,6 +200,11 @@ class Spectrum:
         launch.run(launch.make_command(config, run, fields, self._manual_dir))
 
 
+def takes_all(method: str) -> bool:
+    """Whether a method of `METHODS` can use all labels: the others label the images that have none."""
+    return "spread" not in method and "pseudo" not in method
+
+
 def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_dir: str, chosen: list[str]) -> None:
     """Compute the missing results of the chosen methods, then write the summary of all available results."""
     spectrum = Spectrum(study.path, settings, dataset, manual_dir)
@@ -201,14 +213,14 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
             name, arguments = METHODS[method]
             compute = functools.partial(getattr(spectrum, name), **arguments)
             for labels in settings["labels"]:
-                compute_once(study, method, compute, labels=labels)
+                if labels != ALL or takes_all(method):
+                    compute_once(study, method, compute, labels=labels)
         else:
             compute = functools.partial(spectrum.family, method)
-            all_labels, draws = [-1], range(1)
-            if FAMILIES[method].uses_unlabelled:
-                all_labels, draws = settings["labels"], range(settings["draws"])
-            for draw, labels in itertools.product(draws, all_labels):
-                compute_once(study, method, compute, labels=labels, draw=draw)
+            counts = settings["labels"] if FAMILIES[method].uses_unlabelled else [ALL]
+            for draw, labels in itertools.product(range(settings["draws"]), counts):
+                if labels != ALL or draw == 0:
+                    compute_once(study, method, compute, labels=labels, draw=draw)
     label_report.write_summary(study.path, study.rows, settings)
 
 
@@ -216,7 +228,7 @@ def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
     settings = settings_of(given.data, dataset) | {
-        "labels": [int(count) for count in given.labels],
+        "labels": [ALL if count == "all" else int(count) for count in given.labels],
         "draws": given.draws,
         "epochs": {name: given.epochs or family.epochs for name, family in FAMILIES.items()},
         "alpha": ALPHA,
@@ -230,9 +242,9 @@ def main() -> None:
         raise ValueError("--labels is empty: give numbers of labelled images, such as 100,1000")
     fewest, size = dataset.num_classes, len(dataset.splits["train"].label)
     for labels in settings["labels"]:
-        if not fewest <= labels < size:
+        if labels != ALL and not fewest <= labels < size:
             raise ValueError(
-                f"--labels has {labels}, but each must be from {fewest}, one for each class, to {size - 1}"
+                f"--labels has {labels}, but each must be from {fewest}, one for each class, to {size - 1}, or all"
             )
         data.hide_labels(dataset.splits["train"], labels, 0, dataset.num_classes)
     methods = {**METHODS, **FAMILIES}
@@ -245,7 +257,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     launch.define_data_flags("runs/label-spectrum")
-    flags.DEFINE_list("labels", "10,100,600,1000,3000", "Labelled training images.")
+    flags.DEFINE_list("labels", "10,100,600,1000,3000,all", "Labelled training images.")
     flags.DEFINE_integer("draws", 5, "Draws of the labelled images.", lower_bound=2)
     flags.DEFINE_integer(
         "epochs", 0, "Epochs of each generative model of images and labels; 0: its own.", lower_bound=0

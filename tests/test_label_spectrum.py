@@ -1,6 +1,7 @@
 """The study of few labels: its label draws, label spreading where the answer is known, its tables."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,10 +125,47 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
         "conditional VAE, Bayes' rule": ["", "", "89.00"],
     }
     assert {cells[0]: cells[1] for cells in minutes[1:]}["M2"] == "3.0"
+    _, _, pairs, *_ = report.tables([*rows, row("classifier", [0.7])], SETTINGS).values()
+    assert ["M2 - classifier", "-20.00", ""] in pairs
     begun = report.tables(rows[:4], SETTINGS)["Test accuracy in %, images as they are"]
     assert ["M2", "55.00 ± 63.53 (2 of 3 draws)", "", ""] in begun
     figure = report.draw(rows, SETTINGS)
     assert [ax.get_title() for ax in figure.axes] == ["Images as they are", "Images shifted and rotated"]
+
+
+def test_all_labels_are_used_once_and_only_where_they_are_defined(monkeypatch):
+    computed = []
+    monkeypatch.setattr(
+        label_spectrum, "compute_once", lambda study, method, _, **cell: computed.append((method, cell))
+    )
+    monkeypatch.setattr(report, "write_summary", lambda *_: None)
+    study, chosen = SimpleNamespace(path=Path(), rows=[]), ["classifier", "label spreading, pixels", "M2"]
+    label_spectrum.run_study(
+        study,
+        SETTINGS | {"labels": [4, -1]},
+        Dataset({"train": two_clusters(), "test": two_clusters(30)}, 2, True),
+        "",
+        chosen,
+    )
+    assert computed[:3] == [("classifier", {"labels": 4}), ("classifier", {"labels": -1}), (chosen[1], {"labels": 4})]
+    cells = [(cell["labels"], cell["draw"]) for _, cell in computed[3:]]
+    assert cells == [(4, 0), (-1, 0), (4, 1), (4, 2)]
+
+
+@pytest.mark.parametrize("labels", [4, -1])
+def test_a_family_hides_labels_and_keeps_its_own_fields(spectrum, monkeypatch, labels):
+    given = {}
+    monkeypatch.setattr(spectrum, "_run", lambda config, run, fields: given.update(fields))
+    monkeypatch.setattr(label_spectrum.launch, "last_test", lambda run: {"test/accuracy": 0.5, "seconds": 1.0})
+    spectrum._settings = SETTINGS | {
+        "precision": "float32",
+        "alpha": 10.0,
+        "epochs": {"sparse labels, published loss": 1},
+    }
+    row = spectrum.family("sparse labels, published loss", labels, 2)
+    assert row["accuracy"] == 0.5 and row["objective.alpha"] == 10.0
+    assert given["objective.charge"] is False and given["seed"] == 2
+    assert [given.get(f"data.{name}") for name in ("labelled", "label_seed")] == ([4, 2] if labels == 4 else [None] * 2)
 
 
 def test_methods_with_a_generative_model_are_known():
@@ -135,5 +173,5 @@ def test_methods_with_a_generative_model_are_known():
     expected = (
         "linear probe, VAE's codes; label spreading, VAE's codes; classifier, shifted, labels spread over VAE's codes; "
     )
-    expected += "sparse labels; M2; M1 + M2; conditional VAE, Bayes' rule"
+    expected += "sparse labels; sparse labels, published loss; M2; M1 + M2; conditional VAE, Bayes' rule"
     assert names == expected.split("; ")

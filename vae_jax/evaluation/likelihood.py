@@ -19,11 +19,12 @@ from vae_jax.objectives import log_weights, reparameterize
 
 TRUSTED = 0.7  # the largest Pareto k-hat of a reliable estimate (Vehtari et al. 2024)
 SAMPLES_AT_ONCE = 32  # samples of each image that are decoded together
+WEIGHED = 16  # images in a batch of a likelihood estimate
 LEAST_TAIL = 5  # fewest weights for a Pareto fit
 SMALLEST = 1e-300  # the fit would overflow with a smaller quartile
 
 
-def make_log_weights(model: Model, samples: int, chunk: int) -> Callable:
+def make_log_weights(model: Model, samples: int, chunk: int = SAMPLES_AT_ONCE) -> Callable:
     """`measure(variables, batch, keys)`: log w_k of `samples` draws for each image, [batch, samples].
 
     They omit the likelihood's constant. At most `chunk` draws per image are decoded at once, to bound the memory. Draw

@@ -15,7 +15,7 @@ from vae_jax import figures, generate
 from vae_jax.batch import Batch, first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
 from vae_jax.evaluation.latents import Axes, active_units, decompose_kl, principal_axes
-from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, effective_sample_size, log_mean_exp, make_log_weights
+from vae_jax.evaluation.likelihood import effective_sample_size, log_mean_exp, make_log_weights
 from vae_jax.families import Metric, Model, Probes
 from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.objectives import reparameterize
@@ -64,7 +64,7 @@ def make_final_probes(model: Model, samples: int, binarize: str) -> Probes | Non
     """The likelihood by importance sampling, and the decomposition of the KL (see `evaluation`)."""
     if not samples:
         return None
-    weigh = make_log_weights(model, samples, SAMPLES_AT_ONCE)
+    weigh = make_log_weights(model, samples)
 
     def measure(variables, batch, keys):
         net = model.of(batch)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from vae_jax.batch import example_keys, named_key
 from vae_jax.evaluation.baselines import convert
 from vae_jax.evaluation.likelihood import (
-    SAMPLES_AT_ONCE,
     TRUSTED,
+    WEIGHED,
     log_weight_at,
     make_log_weights,
     sandwich,
@@ -25,7 +25,6 @@ from vae_jax.evaluation.likelihood import (
 from vae_jax.evaluation.statistics import standard_error
 from vae_jax.full_evaluation.subject import Subject
 from vae_jax.likelihoods import BINARY, DENSITY
-from vae_jax.pretrained import WEIGHED
 from vae_jax.run.devices import compiler_options
 from vae_jax.run.evaluate import map_blocks
 from vae_jax.run.files import json_line, read_json_lines, write_atomically
@@ -83,7 +82,7 @@ def likelihood_numbers(subject: Subject, samples: int, count: int, path: Path) -
 def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, np.ndarray]:
     """The results of `summarize` for `subject.first(count)`. Finished blocks are read from the JSON lines in `path`."""
     vae = subject.vae
-    log_weights = make_log_weights(vae.model, samples, SAMPLES_AT_ONCE)
+    log_weights = make_log_weights(vae.model, samples)
     blocks = map_blocks(log_weights, subject.first(count), batch_size=WEIGHED, devices=subject.devices)
     rows = read_json_lines(path, lambda row, before: len(row["nll"]))
     done = sum(len(row["nll"]) for row in rows)
@@ -119,7 +118,7 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
     z, image = draw(vae.variables, batch, named_key(subject.root, "simulate"))
     batch = batch._replace(image=image)
     options = compiler_options(training=False)
-    log_weights = jax.jit(make_log_weights(vae.model, samples, SAMPLES_AT_ONCE), compiler_options=options)
+    log_weights = jax.jit(make_log_weights(vae.model, samples), compiler_options=options)
     at_truth = jax.jit(functools.partial(log_weight_at, vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
     parts = []

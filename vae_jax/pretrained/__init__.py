@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from vae_jax import generate, weights
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
-from vae_jax.evaluation.likelihood import SAMPLES_AT_ONCE, log_mean_exp, make_log_weights
+from vae_jax.evaluation.likelihood import WEIGHED, log_mean_exp, make_log_weights
 from vae_jax.families import FAMILIES, Model
 from vae_jax.likelihoods import BINARY
 from vae_jax.objectives import reparameterize
@@ -25,7 +25,6 @@ from vae_jax.run.config import make_title
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 MOST_SAMPLES = 1_000_000  # largest `count` of `sample`, and largest `samples` of a likelihood estimate
-WEIGHED = 16  # images per batch of a likelihood estimate; SAMPLES_AT_ONCE samples of each are decoded at once
 
 
 def load(workdir: str | os.PathLike, checkpoint: str | int = "", seed: int | None = None) -> "Pretrained":
@@ -202,8 +201,7 @@ class Pretrained:
         if self.model.likelihood.support == BINARY and ((seen > 0) & (seen < 1)).any():
             raise ValueError("these images have grey pixels, but a Bernoulli is a likelihood of 0 and 1: binarize them")
         label = self._labels(len(seen), label)
-        measure = jax.jit(make_log_weights(self.model, samples, SAMPLES_AT_ONCE))
-        parts = []
+        measure, parts = self._log_weights(samples), []
         for start in range(0, len(seen), WEIGHED):
             index = start + jnp.arange(WEIGHED)  # the last batch is padded, so that nothing is compiled twice
             rows = np.minimum(index, len(seen) - 1)
@@ -256,14 +254,12 @@ class Pretrained:
         image, how = check_images(image, self.image_shape), self.config["data"]["binarize"]
         if how == "none":
             return image
-        index = jnp.arange(len(image))
-        return np.asarray(binarize_as_evaluated(jnp.asarray(image), index, how, self.config["seed"]))
+        return np.asarray(binarize_as_evaluated(jnp.asarray(image), jnp.arange(len(image)), how, self.config["seed"]))
 
     def check_has(self, function: str, what: str) -> None:
         """Raise ValueError if the model's family has no such function."""
         if getattr(self.model, function) is None:
-            name = self.config["model"]["name"]
-            raise ValueError(f"a model of the family {name} has no {what}")
+            raise ValueError(f"a model of the family {self.config['model']['name']} has no {what}")
 
     def check_has_density(self) -> None:
         """Raise ValueError if p(z), which importance sampling needs, has no closed form."""
@@ -280,6 +276,10 @@ class Pretrained:
             "probabilities": self.model.probabilities,
         }
         return {name: jax.jit(f) for name, f in functions.items() if f is not None}
+
+    @functools.cached_property
+    def _log_weights(self):
+        return functools.cache(lambda samples: jax.jit(make_log_weights(self.model, samples)))
 
     def _map(self, name, *arrays):
         return in_batches(functools.partial(self._functions[name], self.variables), *arrays)

@@ -191,6 +191,8 @@ class Stop:
             if self.signal and number == signal.SIGINT:
                 exit_now("interrupted", 128 + number)
             self.signal = number
+            if number == signal.SIGINT:
+                print("\nvae_jax: stopping after these steps; Ctrl-C again ends at once", file=sys.stderr)
 
     def __call__(self) -> bool:
         return bool(self.signal)
