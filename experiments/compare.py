@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments import launch
 from vae_jax.families import FAMILIES, Metric
+from vae_jax.likelihoods import LIKELIHOODS
 from vae_jax.run.config import flatten, with_defaults
 from vae_jax.run.directory import read_config
 from vae_jax.run.files import check_local, local_path, save_figure, write_atomically
@@ -24,8 +25,9 @@ from vae_jax.run.log import read_rows
 from vae_jax.run.report import markdown_table
 
 IGNORED = ("run.", "data.manual_dir")  # fields that affect no number
-DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.condition")  # what losses measure
+DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.learn_scale", "model.condition")
 DECIDE += ("objective.samples", "objective.beta", "objective.method", "objective.charge")
+MEASURED = ("loss", "reconstruction", "bound")  # numbers of the likelihood's kind
 MOST_LABELLED = 12  # most runs that a legend can name
 WAY_OUT = ": name another with --workdir"  # advice for a training run, removed from its error messages
 FILES = {"summary.md", "curves.png", "summary.tmp", "curves.tmp"}  # .tmp: left by a killed process
@@ -88,7 +90,10 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
-    """The loss, and the other metrics with a better direction that some run has logged on the test images."""
+    """The loss, and the other metrics with a better direction that some run has logged on the test images.
+
+    If the runs' likelihoods are of different kinds, their numbers do not belong into one column and are left out.
+    """
     known = {}
     for run in runs:
         family = FAMILIES.get(run.config["model.name"])
@@ -96,9 +101,20 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
     return {
         name: metric
         for name, metric in known.items()
-        if name == "loss"
-        or (metric.better and any(isinstance(row.get(f"test/{name}"), int | float) for run in runs for row in run.rows))
+        if not (name in MEASURED and len(kinds(runs)) > 1)
+        and (name == "loss" or (metric.better and any(is_number(row, name) for run in runs for row in run.rows)))
     }
+
+
+def is_number(row: dict, metric: str) -> bool:
+    """Whether a row has one number of this metric on the test images."""
+    return isinstance(row.get(f"test/{metric}"), int | float)
+
+
+def kinds(runs: Sequence[Run]) -> list[str]:
+    """What the runs' likelihoods are: densities, masses on 256 levels, masses on two."""
+    named = (run.config.get("model.likelihood") for run in runs)
+    return sorted({LIKELIHOODS[name]().support for name in named if name in LIKELIHOODS})
 
 
 def last(run: Run, name: str) -> dict | None:
@@ -137,6 +153,8 @@ def show(run: Run, metric: str) -> str:
 
 def caveat(runs: Sequence[Run]) -> str:
     """A warning that names the fields that make the runs' losses incomparable; "" if there are none."""
+    if len(kinds(runs)) > 1:
+        return f"The runs measure different things ({', '.join(kinds(runs))}), so {', '.join(MEASURED)} are left out."
     fields = [name for name in differing(runs) if name.startswith(DECIDE)]
     return f"The runs differ in {', '.join(fields)}, so their losses may measure different things." if fields else ""
 
@@ -144,8 +162,8 @@ def caveat(runs: Sequence[Run]) -> str:
 def draw(runs: Sequence[Run]) -> Figure:
     """Draw a panel per metric with each run's test curve and, paler, its training curve."""
     metrics = metrics_of(runs)
-    columns = min(3, len(metrics))
-    lines = -(-len(metrics) // columns)
+    columns = min(3, len(metrics)) or 1
+    lines = -(-len(metrics) // columns) or 1
     figure = Figure(figsize=(5.2 * columns + 2.5, 4 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     colors = matplotlib.colormaps["tab10" if len(runs) <= 10 else "viridis"]

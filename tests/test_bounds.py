@@ -55,6 +55,14 @@ def test_the_evidence_of_the_linear_gaussian_model():
     np.testing.assert_allclose(POSTERIOR, (0.415525, 0.228311), atol=1e-6)
 
 
+def test_the_elbo_is_exact_where_the_noise_has_its_moments(monkeypatch):
+    """The ELBO with q = N(0.2, 0.6) is quadratic in the noise, so e = 1 and e = -1 give its exact mean."""
+    draw = lambda mean, logvar, keys, samples: (mean + jnp.exp(logvar / 2) * jnp.array([[1.0], [-1.0]]))[None]
+    monkeypatch.setattr(vae, "reparameterize", draw)
+    values = log_bounds(linear_gaussian(0.2, 0.6), 1, n=2)
+    assert values.mean() == pytest.approx(-1.855378, abs=1e-6)
+
+
 @pytest.mark.parametrize("samples,expected", [(1, -1.855378), (5, -1.463), (50, -1.426)])
 def test_bounds_rise_to_the_evidence(samples, expected):
     """With q = N(0.2, 0.6); the values of 5 and 50 samples are Monte Carlo estimates to 0.002."""
@@ -228,6 +236,17 @@ def test_free_bits_count_in_the_training_loss_alone():
         np.testing.assert_allclose(metrics["bound"], metrics["reconstruction"] + metrics["kl"], rtol=1e-5)
         extra = metrics["loss"] - metrics["bound"]
         np.testing.assert_allclose(extra, 12 - metrics["kl"] if train else 0, rtol=1e-4, atol=1e-4)
+    # Two devices, one of which has a smaller mean KL than is free: what counts is the mean of both.
+    batch = batch._replace(image=batch.image * jnp.repeat(jnp.array([0.1, 1.0]), 3)[:, None, None, None])
+    kl = model.prior.kl(variables, *model.encode(variables, batch.image)).reshape(2, 3, 3).mean(axis=1)
+    differs = int(jnp.ptp(kl, axis=0).argmax())
+    objective = vae.make_objective(model, free_bits=float(kl[:, differs].min() + kl[:, differs].mean()) / 2)
+    alone = objective(variables, batch, keys, True, 0)[0]["loss"]
+    shards = jax.tree.map(lambda leaf: leaf.reshape(2, 3, *leaf.shape[1:]), (batch, keys))
+    share = jax.vmap(lambda *given: objective(variables, *given, True, 0, "device")[0]["loss"], axis_name="device")
+    np.testing.assert_allclose(share(*shards).reshape(-1), alone, rtol=1e-5)
+    apart = jax.vmap(lambda *given: objective(variables, *given, True, 0)[0]["loss"])(*shards).reshape(-1)
+    assert (np.abs(apart - alone) > 1e-3).any()
 
 
 def test_the_optimal_variance_is_that_of_the_elbo():

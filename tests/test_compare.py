@@ -72,6 +72,23 @@ def test_fields_and_metrics_that_one_family_lacks(tmp_path, runs):
     assert "differ in model.name, so their losses may measure different things" in compare.caveat(both)
 
 
+def test_numbers_of_two_kinds_share_no_column(tmp_path, runs):
+    """A density and a mass; a learned scale changes what a loss omits, but not its kind."""
+    masses = small(model__likelihood="bernoulli", data__binarize="dynamic")
+    both = [runs[0], *compare.read_runs([write_run(tmp_path / "c", masses, [90.0])])]
+    heading, *_ = compare.table(both)
+    assert "test/kl" in heading and "test/loss" not in heading
+    kinds = "density on [0, 1], mass on {0, 1}"
+    assert (
+        compare.caveat(both)
+        == f"The runs measure different things ({kinds}), so loss, reconstruction, bound are left out."
+    )
+    assert len(compare.draw(both).axes) == 1
+    learned = small(model__likelihood="gaussian", model__learn_scale=True)
+    both = [runs[0], *compare.read_runs([write_run(tmp_path / "d", learned, [-90.0])])]
+    assert "test/loss" in compare.table(both)[0] and "model.learn_scale" in compare.caveat(both)
+
+
 def test_a_run_of_an_older_version_lacks_fields(tmp_path, runs):
     old = small()
     del old["data"]["labelled"]

@@ -159,12 +159,30 @@ def test_only_hidden_pixels_count_and_visible_ones_are_kept():
     assert (decoded[:, :2] != batch.image[:, :2]).all()
 
 
+def test_a_row_of_the_figure_has_one_style(monkeypatch):
+    """With a decoder that ignores its condition all images of a row are equal, and the rows differ."""
+    model, variables = make()
+    decode = lambda variables, z: jnp.tile(z[:, :1, None, None], (1, 4, 4, 1))
+    unconditional = model._replace(decode_raw=decode, prior=standard_normal(3))
+    blind = model._replace(given=lambda c: unconditional)
+    test = Split(np.zeros((6, 4, 4, 1), np.uint8), np.arange(6, dtype=np.int32) % 3)
+    monkeypatch.setattr(conditional.figures, "image_rows", lambda image, rows, heading, title: (image, heading))
+    drawn = conditional.make_figures(blind, test, jax.random.key(0), "Title")(
+        variables, {"mean": np.zeros((6, 3))}, [], {}
+    )
+    image, heading = drawn["samples"]()
+    assert heading == ["0", "1", "2"] and image.shape[1:] == (3, 4, 4, 1)
+    assert (image == image[:, :1]).all()
+    assert len(np.unique(image[:, 0, 0, 0, 0])) == len(image)
+
+
 def test_a_likelihood_given_the_label_says_so():
     numbers = {"test/bound": 8.0, "test/nll": 7.0}
     for condition, said in [("label", True), ("quadrant3", False)]:
         model, _ = make(condition=condition, likelihood="bernoulli")
         found = conditional.ledger(model, numbers, "test", 16, True, likelihood="bernoulli")
         assert (found.get("test/nll measures") == "-log p(x | y), given each image's own label") == said
+        assert ("given each image's own label" in found["the numbers measure"]) == said
 
 
 def test_numbers_of_hidden_pixels_are_divided_by_hidden_pixels():

@@ -101,18 +101,6 @@ def test_a_small_device_or_a_small_host_alone_changes_no_bit(images, tmp_path, c
     assert rows_of(tmp_path / "other") == rows_of(tmp_path / "resident")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count,seeds", [(4, 1), (1, 2), (4, 2)])
-def test_the_same_bits_on_several_devices_and_of_several_seeds(images, tmp_path, cap, count, seeds):
-    job, config = make_job(images, seeds=seeds)
-    state, _ = run_job(job, config, tmp_path / "resident", devices=Devices(count))
-    cap(IMAGES * 64)
-    job, config = make_job(images, seeds=seeds)
-    streamed, _ = run_job(job, config, tmp_path / "streamed", devices=Devices(count))
-    assert_same_state(streamed, state)
-    assert rows_of(tmp_path / "streamed") == rows_of(tmp_path / "resident")
-
-
 @pytest.mark.parametrize("count,seeds", [(1, 1), (4, 1), (1, 2), (4, 2)])
 def test_a_call_sees_the_same_examples_either_way(images, cap, count, seeds):
     """A step that only notes, by index, when it got which image and label; a call begins in the middle of the second

@@ -33,6 +33,15 @@ def test_each_class_keeps_as_many_labels(labelled):
     assert (hidden.label != data.hide_labels(split, labelled, 1, 3).label).any()
 
 
+def test_a_data_set_hides_the_training_labels_by_the_seed():
+    plain = data.load("digits")
+    for seed in (0, 1):
+        hidden = data.load("digits", labelled=100, label_seed=seed)
+        expected = data.hide_labels(plain.splits["train"], 100, seed, 10).label
+        np.testing.assert_array_equal(hidden.splits["train"].label, expected)
+        np.testing.assert_array_equal(hidden.splits["test"].label, plain.splits["test"].label)
+
+
 def test_all_and_no_labels():
     split = split_of([2, 3])
     assert data.hide_labels(split, -1, 0, 2) is split
@@ -150,6 +159,12 @@ def test_one_soft_label_is_another_number(model, variables):
     assert (np.abs(published["loss"] - charged["loss"]) > 1e-3).any()
     evaluated = metrics_of(model, variables, batch, train=False, charge=False)
     assert (evaluated["loss"] < evaluated["bound"]).all()
+
+
+@pytest.mark.parametrize("charge", [True, False])
+def test_beta_weighs_the_kl_of_z_alone(model, variables, charge):
+    once, thrice = (metrics_of(model, variables, batch_of([0, -1]), charge=charge, beta=beta) for beta in (1.0, 3.0))
+    np.testing.assert_allclose(thrice["loss"] - once["loss"], 2 * once["kl"], rtol=1e-4)
 
 
 def test_labels_of_a_split_never_enter_its_bound(model, variables):

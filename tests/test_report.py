@@ -17,7 +17,7 @@ from experiments import ablations, arms, augmentation_report, launch, likelihood
 from vae_jax import data
 from vae_jax.batch import Batch
 from vae_jax.run import session
-from vae_jax.run.files import save_figure
+from vae_jax.run.files import read_json_lines, save_figure
 from vae_jax.run.report import bullets, markdown_table, to_html
 
 CELLS = [["what", "ours", "share"], ["a loss | b", "**18.52** ± 0.03", "5 %"], ["none", "", "-0.5 %"]]
@@ -251,6 +251,18 @@ def test_no_two_kinds_of_numbers_share_a_column():
     }
     assert found["mass on {0, 1}"][1] == ["bernoulli", "1.00 ± 0.50", "0.1000", "2.00", "3.0", ""]
     assert found["density on [0, 1]"][2] == ["laplace", "1.00 ± 0.50", "none", "2.00", "3.0", "0.1000"]
+
+
+@pytest.mark.slow
+def test_the_importance_weighted_autoencoders(forks, tmp_path):
+    """Numbers of samples that were computed are kept, and their likelihoods left alone."""
+    arguments = ["--data=digits", "--epochs=1", "--seeds=2", f"--workdir={tmp_path}", "--importance_samples=20"]
+    arguments += ["--count=20", "--samples=1,2"]
+    assert forks("-m", "experiments.iwae", *arguments[:-1], "--samples=1").ends(0).count("likelihood of 20") == 2
+    assert forks("-m", "experiments.iwae", *arguments).ends(0).count("likelihood of 20") == 2
+    rows = read_json_lines(tmp_path / "results.jsonl")
+    assert [row["k"] for row in rows] == [1, 2] and all(len(row["nll"]) == 2 for row in rows)
+    assert "| 2 | " in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.slow

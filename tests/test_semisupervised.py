@@ -11,6 +11,7 @@ import scipy.stats
 from small_run import run_job
 
 import vae_jax
+from vae_jax import commands
 from vae_jax.batch import Batch, example_keys
 from vae_jax.families import conditional, semisupervised, stacked, vae
 from vae_jax.likelihoods import HALF_LOG_2PI, Likelihood, align
@@ -309,6 +310,9 @@ def test_a_trained_model_predicts_and_generates(name, tmp_path):
     image = model.sample(3, label=[0, 1, 2])
     label, probability = model.predict(image)
     assert image.shape == (3, 28, 28, 1) and label.shape == probability.shape == (3,)
+    np.savez(tmp_path / "own.npz", image=image)
+    path, *_ = commands.predict(str(tmp_path), "latest", str(tmp_path / "own.npz"))
+    assert [int(line.split(",")[1]) for line in path.read_text().splitlines()[1:]] == label.tolist()
     with pytest.raises(ValueError, match="label"):
         model.sample(3)
     if name == "stacked":

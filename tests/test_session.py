@@ -113,10 +113,26 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, before)
     assert metrics["loss"].total.shape == ()
     if variant == "default":
-        state, step = jax.jit(initial)(), jax.jit(step)
-        for _ in range(2):
-            state, metrics = step(state, batch)
-        assert state.step == 2 and np.isfinite(metrics["loss"].mean)
+        take_two_steps(job, batch)
+
+
+def take_two_steps(job, batch):
+    root = jax.random.key(job.seeds[0])
+    state = steps.init_state(jax.jit(job.init)(root), job.optimizer, root)
+    step = jax.jit(steps.make_train_step(job.objective, job.optimizer, job.prepare))
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert state.step == 2 and np.isfinite(metrics["loss"].mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["bernoulli", "continuous_bernoulli", "sigma", "logistic", "iwae", "iwae_paper"])
+def test_every_likelihood_and_bound_takes_its_steps(variant):
+    config = vae.get_config(variant).to_dict()
+    config["data"]["name"] = "digits"
+    job = session.build(config | {"batch_size": 8})
+    image, label = (array[:8] for array in job.dataset.splits["train"])
+    take_two_steps(job, make_batch(jnp.asarray(image), label, jnp.ones(8), jnp.arange(8)))
 
 
 def test_only_two_recipes_do_not_shuffle():

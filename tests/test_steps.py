@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from configs import vae as vae_config
 from vae_jax import families, steps
 from vae_jax.batch import Batch, example_keys
 from vae_jax.optimizers import make_adam
@@ -252,6 +253,15 @@ def test_a_piecewise_rate_is_multiplied_at_its_boundaries():
     np.testing.assert_allclose(rates, [0.1] * 3 + [0.05] * 5 + [0.005] * 2, rtol=1e-4)
     fields = {"schedule": "piecewise", "boundaries": (0.5, 0.52), "factors": (0.1, 0.1)}  # both before the same step
     np.testing.assert_allclose(learning_rates(make_adam(10, learning_rate=1.0, **fields), 10)[5:], 0.01, rtol=1e-4)
+
+
+def test_the_stages_of_burda_et_al():
+    """3^i epochs at 0.001 10^(-i/7), rounded to two digits, for i = 0, ..., 7 (Burda et al. 2016, section 5)."""
+    config = vae_config.get_config("iwae_paper")
+    fields = config.optimizer
+    np.testing.assert_allclose(np.multiply(fields.boundaries, config.epochs), np.cumsum(3 ** np.arange(7)))
+    rates = fields.learning_rate * np.cumprod([1, *fields.factors])
+    np.testing.assert_allclose(rates, 0.001 * 10 ** (-np.arange(8) / 7), rtol=0.02)
 
 
 def test_clip_norm_shrinks_large_gradients_only():

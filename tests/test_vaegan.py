@@ -621,14 +621,6 @@ def test_a_stopped_run_continues_bit_for_bit(finished, tmp_path, calls):
 
 
 @pytest.mark.slow
-def test_several_seeds_equal_each_alone(finished, tmp_path):
-    job, config = small_job({"seeds": 2}, steps_per_call=2)
-    both, directory = run_job(job, config, tmp_path)
-    assert_same_state(jax.tree.map(lambda leaf: leaf[0], both), finished[0])
-    assert "test/discriminator_on_data/seed1" in directory.history[-1]
-
-
-@pytest.mark.slow
 def test_what_a_run_logs_draws_and_sums_up(finished):
     state, directory, _ = finished
     rows = directory.history

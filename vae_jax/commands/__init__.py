@@ -53,7 +53,7 @@ def evaluate(
 
     The images at the path `own`, if given, form another split, named after the path and their hash.
     `full` adds the numbers of `full_evaluation` and a verdict in words. With the prior "gmm", a mixture replaces the
-    model's prior in these numbers.
+    model's prior in these numbers; those under the model's own prior say so in their names.
     """
     metadata, variables = load_variables(workdir, checkpoint)
     job = build(config)
@@ -78,7 +78,11 @@ def evaluate(
     if full and own is None:  # the baselines are those of the training images
         judged = verdict(found | ledger, split, job.baselines())
     notes = {"what was done to the images": "; ".join(examples.notes)} if own is not None and examples.notes else {}
-    return found | ledger | job.baselines() | notes | judged
+    result = found | ledger | job.baselines() | notes | judged
+    if not full or prior == "model":
+        return result
+    own_prior = tuple(f"{split}/{name}" for name in ("loss", "bound", "kl"))  # the objective's, as in training
+    return {f"{name}, p(z) of the model" if name.startswith(own_prior) else name: result[name] for name in result}
 
 
 def sample(

@@ -6,6 +6,7 @@ from typing import Any
 WON = 0.99  # the discriminator has won if it gives more than this probability to the right answer
 UNUSED = 0.01  # nats of KL; a latent with less carries no information
 GAP = 0.05  # largest acceptable excess of the test bound over the training bound, relative to the latter
+FLOOR = 0.9  # smallest credible ratio of a bound to the floor, which is that of other images
 COPIES = 0.2  # largest acceptable share of generated images closer to training data than the closest 1 % of test images
 
 
@@ -13,7 +14,7 @@ def verdict(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, floa
     """{what: sentence} from the available numbers of a split: state, explained variance, latents, fit, copies, what to
     change.
 
-    The state is one of "the discriminator wins", "collapsed", "memorising", "few latents used", "undertrained" and
+    The state is one of "the discriminator wins", "impossible", "collapsed", "memorising", "few latents used", "undertrained" and
     "healthy".
     """
     if not trains_an_encoder(numbers, split):
@@ -72,9 +73,15 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     by_latent = kl_by_latent(numbers, split)
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
     collapsed = next((value for name, value in baselines.items() if name.startswith("collapsed")), None)
-    active = numbers.get(f"{split}/active_units")
+    active, bound = numbers.get(f"{split}/active_units"), numbers.get(f"{split}/bound")
+    floor = next((value for name, value in baselines.items() if name.startswith("floor")), None)
     if won := discriminator_wins(numbers, split):
         return won
+    if floor is not None and bound is not None and bound < FLOOR * floor:
+        return (
+            f"impossible: the bound {bound:.2f} is below {floor:.2f}, the floor of the training images",
+            "look for images that differ from the training images, or for an error in the likelihood",
+        )
     if active == 0 or (kl is not None and kl < UNUSED):
         known = collapsed is not None and loss is not None
         reached = f", and the loss is {loss:.2f}, compared with {collapsed:.2f} without latents" if known else ""

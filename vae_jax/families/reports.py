@@ -138,9 +138,11 @@ def ledger(
         return {"the numbers measure": f"-log of a {p_x.support}"}
     nats = convert(numbers[f"{split}/bound"], "loss", pixels, p_x.constant)["nats"]
     covered = round(pixels * p_x.covered)
+    of = f", of {covered} hidden pixels" if covered < pixels else ""
+    if model.condition_on == "label" and f"{split}/cross_entropy" not in numbers:  # with few labels it is summed out
+        of += ", given each image's own label"
     lines = {
-        "the numbers measure": f"-log of a {p_x.support}"
-        + (f", of {covered} hidden pixels" if covered < pixels else ""),
+        "the numbers measure": f"-log of a {p_x.support}{of}",
         f"{split}/bound, with its constant, nats": nats,
     }
     if model.condition_on == "label" and f"{split}/nll" in numbers:
@@ -149,8 +151,12 @@ def ledger(
         lines[f"{split}/bound, bits per dimension"] = "none, since the pixels are not dequantised"
     else:
         lines[f"{split}/bound, bits per dimension"] = convert(nats, "nats", covered)["bits per dimension"]
-    if likelihood in ("unit_gaussian", "gaussian") and not learn_scale:
-        error = 2 * scale**2 * numbers[f"{split}/reconstruction"]
+    gaussian = likelihood in ("unit_gaussian", "gaussian", "optimal_gaussian")
+    if gaussian and f"{split}/scale/interval" not in numbers:  # the scale of a mean over seeds is not the mean scale
+        learned = numbers.get(f"{split}/scale")
+        scale = learned or scale
+        rest = numbers[f"{split}/reconstruction"] - (covered * math.log(learned) if learned else 0.0)
+        error = 2 * scale**2 * rest
         lines[f"{split}/squared error of an image"] = error
         if variance and model.condition_on != "image":  # otherwise the error covers only the hidden pixels
             lines[f"{split}/explained variance"] = 1 - error / variance

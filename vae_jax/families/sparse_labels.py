@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from vae_jax.families import Metric, labels
 from vae_jax.families.conditional import make_figures, needs_condition, one_hot  # noqa: F401
 from vae_jax.families.labels import (  # noqa: F401
-    METRICS,
     baselines,
     check_classes,
     check_data,
@@ -37,6 +37,8 @@ from vae_jax.objectives import reparameterize, warm_up
 from vae_jax.priors import standard_normal
 
 NAME = "VAE with sparse labels"
+LOSS = "loss: U(x), or the published loss without `charge`, and the cross-entropy of labelled training images"
+METRICS = labels.METRICS | {"loss": Metric(LOSS, "nats", "lower")}
 TERMS = ("reconstruction", "kl", "cross_entropy")
 
 

@@ -1,7 +1,7 @@
 """`--mode=evaluate --full`: every measurement of a trained VAE, with reference values or standard errors.
 
 Measurements that do not apply are replaced by the reason. The numbers go to generated/evaluation-*.json, and the
-figures to the same folder.
+figures to the same folder. Until then finished parts of the likelihood lie there as JSON lines.
 """
 
 import json
@@ -53,8 +53,8 @@ def evaluate_fully(
     name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (
         "" if prior == "model" else f"-{prior}"
     )
-    codes = subject.encode(seen)
-    numbers = likelihood_numbers(subject, samples, count, folder / f"{name}.jsonl")
+    codes, parts = subject.encode(seen), folder / f"{name}.jsonl"
+    numbers = likelihood_numbers(subject, samples, count, parts)
     numbers |= latent_numbers(subject, codes)
     generated, pairs = generated_numbers(subject)
     numbers |= generated
@@ -68,6 +68,7 @@ def evaluate_fully(
             pairs, rows, [str(i + 1) for i in range(pairs.shape[1])], f"Closest pairs: {title}"
         )
         save_figure(closest, folder / f"{name}-pairs.png")
+    parts.unlink(missing_ok=True)
     return found
 
 

@@ -1,6 +1,7 @@
 """A prior fitted after training, --prior=gmm."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
+from vae_jax.families.reports import GREY
+from vae_jax.likelihoods import BINARY
 from vae_jax.pretrained import Pretrained
 from vae_jax.priors import Prior
 from vae_jax.run.evaluate import as_seen, map_examples
@@ -22,11 +25,15 @@ def fit_prior(vae: Pretrained, dataset: Dataset) -> Prior:
 
 
 def compare_bounds(vae: Pretrained, mixture: Prior, dataset: Dataset) -> list[str]:
-    """Lines with the negative ELBO of the test images under p(z) and under the mixture."""
+    """Lines with the negative ELBO of the test images under p(z) and under the mixture, with the likelihood's constant."""
     priors = {"the model's prior": vae.model.prior, "the mixture": mixture}
     bounds = _map_split(vae, dataset, "test", functools.partial(bound_under, vae.model, priors))
+    p_x = vae.model.likelihood
+    constant = math.prod(vae.image_shape) * p_x.constant
+    what = GREY if p_x.support == BINARY and not dataset.is_binary("test") else f"-log of a {p_x.support}"
     return [
-        f"-ELBO of the test images under {name}: {np.mean(nats, dtype=np.float64):.6g}" for name, nats in bounds.items()
+        f"bound on the test images under {name}: {np.mean(nats, dtype=np.float64) + constant:.6g} nats ({what})"
+        for name, nats in bounds.items()
     ]
 
 

@@ -178,8 +178,8 @@ class Loop:
         ended = 0 < self.job.patience <= waited
         last, final = ended or epoch == self.job.epochs, {}
         if last:
-            self.progress.doing("the last measurements")
-            final = self.job.evaluate_finally(state.eval_variables, state.key, self.devices)
+            with self.progress.reported("the last measurements"):
+                final = self.job.evaluate_finally(state.eval_variables, state.key, self.devices)
         if self.devices.is_primary:
             trained = self.mean_over_epoch(epoch)
             self.progress.epoch_done(epoch, trained | tested, last)
