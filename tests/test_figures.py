@@ -43,6 +43,8 @@ def test_a_film_shows_the_rows_side_by_side_and_goes_there_and_back():
         expected = np.round(255 * figures.mosaic(image[:, i], 2, margin=1, fill=0.5))
         np.testing.assert_array_equal(frame[::48, ::48], expected)
     assert figures.film(np.zeros((1, 1, 200, 100, 1)))[0].shape == (202, 102, 1)
+    wide, within = figures.film(image * 1.2 - 0.1)[3], figures.film((image * 1.2 - 0.1).clip(0, 1))[3]
+    np.testing.assert_array_equal(wide, within)  # means outside [0, 1] do not wrap around
 
 
 def test_a_film_is_saved_frame_by_frame_and_loops(tmp_path):

@@ -197,7 +197,7 @@ def test_pixels_and_components_are_drawn_with_keys_of_their_own(monkeypatch):
 def test_a_damaged_line_of_an_earlier_evaluation_is_named(run):
     folder = full_path(run[0])
     folder.mkdir(exist_ok=True)
-    (folder / "evaluation-step5-test-samples3-count2.jsonl").write_text("{}\n")
+    (folder / "evaluation-step5-test-samples3-count2.jsonl").write_text('{"first": 1, "nll": [2.0]}\n')
     with pytest.raises(OSError, match="line 1 of .*samples3-count2.jsonl is damaged: remove that line to continue"):
         commands.evaluate(*run, "latest", **QUICK | {"samples": 3, "count": 2})
 
@@ -276,6 +276,14 @@ def test_the_verdict_follows_from_the_numbers(given, state):
     assert ("what to change" in said) == (not state.startswith("healthy"))
 
 
+def test_a_model_that_learns_its_training_images_is_not_undertrained():
+    """The images of a small test set vary more about the mean training image than the training images do."""
+    trained = {"train/loss": 12.0, "train/bound": 12.0}
+    said = verdict(numbers(loss=27.0, bound=27.0) | trained, "test", BASELINES)
+    assert said["verdict"].endswith("but the bound on test is 15.00 nats above that of training")
+    assert said["what to change"] == "use more images, or fewer epochs"
+
+
 def test_a_bound_below_the_floor_is_impossible():
     said = verdict(numbers(bound=30.0), "test", {"collapsed model": 200.0, "floor: the entropy of the pixels": 45.5})
     assert said["verdict"] == "impossible: the bound 30.00 is below 45.50, the floor of the training images"
@@ -297,6 +305,8 @@ def test_images_that_come_class_by_class_are_mixed():
     label = np.repeat(np.arange(3, dtype=np.int32), 20)
     assert set(label[mixed_order(label)[:12]]) == {0, 1, 2}
     np.testing.assert_array_equal(np.sort(mixed_order(label)), np.arange(60))
+    hidden = np.where(np.arange(60) % 4, -1, label)  # few labels, still class by class
+    assert set(label[mixed_order(hidden)[:12]]) == {0, 1, 2}
     shuffled = np.roll(label, 1)
     np.testing.assert_array_equal(mixed_order(shuffled), np.arange(60))
     image = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)

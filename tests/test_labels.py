@@ -11,6 +11,7 @@ import vae_jax
 from vae_jax import data
 from vae_jax.batch import Batch, Split, example_keys
 from vae_jax.families import semisupervised, sparse_labels
+from vae_jax.likelihoods import unit_gaussian
 from vae_jax.objectives import marginalize_label
 from vae_jax.run.job import check_data
 from vae_jax.steps import init_state, make_train_step
@@ -46,6 +47,8 @@ def test_all_and_no_labels():
     split = split_of([2, 3])
     assert data.hide_labels(split, -1, 0, 2) is split
     assert (data.hide_labels(split, 0, 0, 2).label == -1).all()
+    unlabelled = split._replace(label=np.full(5, -1, np.int32))
+    assert data.hide_labels(unlabelled, 0, 0, 0) is unlabelled
 
 
 @pytest.mark.parametrize(
@@ -159,6 +162,14 @@ def test_one_soft_label_is_another_number(model, variables):
     assert (np.abs(published["loss"] - charged["loss"]) > 1e-3).any()
     evaluated = metrics_of(model, variables, batch, train=False, charge=False)
     assert (evaluated["loss"] < evaluated["bound"]).all()
+
+
+def test_a_likelihood_brings_its_own_variables(monkeypatch):
+    monkeypatch.setitem(
+        sparse_labels.LIKELIHOODS, "mine", lambda: unit_gaussian()._replace(init=lambda key: {"scale": 2.0})
+    )
+    model = sparse_labels.make((4, 4, 1), 3, **SMALL | {"likelihood": "mine"})
+    assert model.init(jax.random.key(0))["params"]["likelihood"] == {"scale": 2.0}
 
 
 @pytest.mark.parametrize("charge", [True, False])

@@ -58,6 +58,8 @@ def test_photos_of_mixed_sizes_formats_and_marks_become_one_array(tmp_path):
         r"photo001.png is 147x214, but .*photo000.jpg is 107x95: .* which --config.data.size=64 does",
         name=f"{tmp_path}/",
     )
+    with pytest.raises(ValueError, match="is 107x95: resize all images to the size that the model takes"):
+        data.read_images(str(tmp_path), data.Preparation(0, "grey"))
 
 
 def test_the_centre_is_kept(tmp_path):

@@ -43,6 +43,9 @@ def test_every_field_is_described():
     assert set(described) == {name for config in configs for name in flatten(config)}
     assert all(described.values()), described
     assert described["model.latent_dim"] == "size of z."
+    of_conditional = dict(session.describe("conditional"))
+    assert of_conditional["model.prior"].startswith("p(z | c)") and described["model.prior"].startswith("p(z):")
+    assert of_conditional["model.likelihood"] == described["model.likelihood"]
     assert inspect.Parameter.empty not in [v for name in FAMILIES for v in flatten(defaults(name)).values()]
 
 

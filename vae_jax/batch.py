@@ -121,7 +121,7 @@ def mixed_order(label: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """An order of a split in which the first images represent all: its own, or a fixed random one if the images come
     class by class, as from folders.
     """
-    if (np.diff(label) < 0).any():
+    if (np.diff(label[label >= 0]) < 0).any():
         return np.arange(len(label))
     return np.random.default_rng(0).permutation(len(label))
 

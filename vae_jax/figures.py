@@ -180,6 +180,7 @@ def film(
     """Frames of a film that shows all rows at once, tiled in a square, from the first frame to the last and back."""
     columns = int(np.ceil(np.sqrt(len(image))))
     there_and_back = [*range(image.shape[1]), *range(image.shape[1] - 2, 0, -1)]
+    image = image.clip(0, 1)
     frames = [np.round(255 * mosaic(image[:, i], columns, margin=1, fill=0.5)) for i in there_and_back]
     enlarged = max(1, SMALL // max(image.shape[2:4]))
     return [frame.astype(np.uint8).repeat(enlarged, axis=0).repeat(enlarged, axis=1) for frame in frames]

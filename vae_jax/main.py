@@ -263,7 +263,7 @@ def print_help(argv: list[str]) -> None:
         entry(name, FLAGS[name].help)
     print(f"\nFields of {'this' if FLAGS.config else 'a'} config:")
     values = flatten(FLAGS.config.to_dict()) if FLAGS.config else {}
-    for field, text in describe():
+    for field, text in describe(values.get("model.name", "")):
         if not values:
             entry(f"config.{field}", text)
         elif field in values:

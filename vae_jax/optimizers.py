@@ -80,7 +80,7 @@ def scale_of_rate(batch_size: int, base_batch_size: int, scaling: str) -> float:
 
 
 def adam_with(
-    rate: Callable, beta1: float, beta2: float, eps: float, weight_decay: float, clip_norm: float
+    rate: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
     """Adam with a learning-rate schedule, and with weight decay and clipping unless they are 0."""
     adam = optax.adam(rate, beta1, beta2, eps)
@@ -116,7 +116,7 @@ def make_schedule(
     warmup: float,
     boundaries: Sequence[float],
     factors: Sequence[float],
-) -> Callable:
+) -> optax.Schedule:
     """The learning rate as a function of the step; arguments as in `make_adam`. Raises ValueError for a value out of
     range.
     """
@@ -144,7 +144,7 @@ def is_increasing(values: Sequence[float]) -> bool:
     return all(before < after for before, after in itertools.pairwise(values))
 
 
-def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> Callable:
+def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> optax.Schedule:
     """`rate` times the factors of all boundaries passed so far; `cuts` is {boundary as a share of the steps: factor}."""
     at: dict[int, float] = {}
     for share, factor in cuts.items():
@@ -153,7 +153,7 @@ def piecewise(rate: float, steps: int, cuts: Mapping[float, float]) -> Callable:
     return optax.piecewise_constant_schedule(rate, at)
 
 
-def warmed_up(schedule: Callable) -> Callable:
+def warmed_up(schedule: Callable[..., optax.Schedule]) -> Callable[..., optax.Schedule]:
     """Precede `schedule(rate, steps, cuts)` by a linear rise from zero over the first `warmup` share of the steps."""
 
     def with_warmup(rate, steps, warmup, cuts):

@@ -120,7 +120,9 @@ def mixture(latent_dim: int, components: int = 100) -> Prior:
     return mixture_of(init, parts)
 
 
-def vamp(latent_dim: int, encode: Callable, image_shape: tuple[int, int, int], components: int = 100) -> Prior:
+def vamp(
+    latent_dim: int, encode: Callable[..., Any], image_shape: tuple[int, int, int], components: int = 100
+) -> Prior:
     """The VampPrior: 1/C sum_c q(z | u_c), the mean of the posteriors of C learned pseudo-images in [0, 1].
 
     Its gradient reaches the encoder. The pseudo-images are initialised from N(0.05, 0.01^2), as in the authors' code.

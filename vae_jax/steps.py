@@ -146,7 +146,9 @@ def jit_train_step(
     return jax.jit(make_train_step(objective, optimizer), donate_argnums=0)
 
 
-def make_run_steps(train_step: Callable, batch_size: int, max_steps: int, shards: int = 1) -> Callable:
+def make_run_steps(
+    train_step: Callable[[Any, Batch], Any], batch_size: int, max_steps: int, shards: int = 1
+) -> Callable[..., Any]:
     """`run_steps(state, order, first, count, image, label, shard=0) -> (state, history)`, to be jitted.
 
     It runs the steps `first` to `first + count - 1` of an epoch. `order` holds the positions of the epoch's examples in

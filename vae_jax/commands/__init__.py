@@ -227,7 +227,7 @@ def traverse(
         order = order[:used]
         notes = [f"left out: {len(use) - used} of {len(use)} latents, below {USED[unit]} {unit}; --all shows them"]
     values = np.linspace(-LIMIT, LIMIT, count, dtype=np.float32)
-    marks = np.interp(mean[index[0]][order], values, np.arange(count))
+    marks = np.interp(mean[index[0]][order], values, np.arange(count), left=np.nan, right=np.nan)
     z = generate.traverse(mean[index[0]], jnp.asarray(values))[order]
     conditions = vae.condition_of(examples.image[index], examples.label[index[0]])
     image = vae.decode(z.reshape(-1, z.shape[-1]), **conditions)

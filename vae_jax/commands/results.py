@@ -41,6 +41,6 @@ def save_each(workdir: str, name: str, image: np.ndarray) -> list[Any]:
     """Write images in [0, 1] to generated/NAME/00000.png and so on."""
     folder = generated(workdir) / name
     folder.mkdir(exist_ok=True)
-    for i, pixels in enumerate(np.round(image * 255).astype(np.uint8)):
+    for i, pixels in enumerate(np.round(255 * image.clip(0, 1)).astype(np.uint8)):
         save_image(pixels, folder / f"{i:05}.png")
     return [folder, f"{len(image)} files"]

@@ -139,7 +139,7 @@ def hide_labels(split: Split, labelled: int, seed: int, num_classes: int) -> Spl
     Every class keeps the same number, or one more if they do not divide evenly. `seed` chooses them at random.
     """
     known = int(np.sum(split.label >= 0))
-    if labelled == -1:
+    if labelled == -1 or labelled == known == 0:
         return split
     if labelled and not num_classes <= labelled <= known:
         raise ValueError(

@@ -115,12 +115,12 @@ def is_grey(image: Any) -> bool:
 
 
 def read_files(
-    files: Sequence[Path], name: str, wanted: Preparation, skip_unreadable: bool, way_out: str
+    files: Sequence[Path], name: str, wanted: Preparation, skip_unreadable: bool, way_out: str, resize: str
 ) -> tuple[list[int], UInt8[np.ndarray, "n height width channel"], list[str]]:
     """Read image files; returns the positions of those read, their images, and notes on what was done.
 
     Grey images among coloured ones become coloured. Raises ValueError, naming the files, for images of different sizes,
-    and for files that cannot be read unless `skip_unreadable` leaves them out.
+    and for files that cannot be read unless `skip_unreadable` leaves them out; `resize` and `way_out` are its advice.
     """
     shapes: dict[int, tuple[int, ...]] = {}  # of those read
     problems: dict[int, ValueError] = {}
@@ -139,10 +139,7 @@ def read_files(
             first = next(iter(shapes))
             if pixels.shape[:2] != shapes[first][:2]:
                 sizes = [f"{width}x{height}" for height, width, _ in (pixels.shape, shapes[first])]
-                raise ValueError(
-                    f"{path} is {sizes[0]}, but {files[first]} is {sizes[1]}: bring all images to one size, which "
-                    "--config.data.size=64 does"
-                )
+                raise ValueError(f"{path} is {sizes[0]}, but {files[first]} is {sizes[1]}: {resize}")
             stream.write(pixels)
         bad = [files[i] for i in problems]
         if problems and not (skip_unreadable and shapes):

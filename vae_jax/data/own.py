@@ -21,6 +21,8 @@ TEST_SHARE = 0.2  # of images that come without a test set
 LARGEST_LABEL = 65_535
 PARTS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 KINDS = ", ".join(FORMATS[:-1]) + f" or {FORMATS[-1]}"
+RESIZE = "bring all images to one size, which --config.data.size=64 does"
+TO_THE_MODEL = "resize all images to the size that the model takes"
 LEAVE_OUT = "replace it, or leave such files out by --config.data.skip_unreadable=true"
 
 
@@ -98,7 +100,7 @@ def read_images(
     missing = [str(file) for file in files if not file.exists()]
     if missing:
         raise ValueError(f"there is no file {', '.join(missing)}")
-    kept, image, notes = read_files(files, path, wanted, skip_unreadable, "give one that can be read")
+    kept, image, notes = read_files(files, path, wanted, skip_unreadable, "give one that can be read", TO_THE_MODEL)
     names = [str(files[i].relative_to(folder)) if folder else str(files[i]) for i in kept]
     return names, image, notes + ignored
 
@@ -164,7 +166,7 @@ def _read_folder(name, folder, wanted, skip_unreadable):
     found = {part: _find_images(str(path), path) for part, path in parts.items()}
     label = [_number(one, found["train"].classes, parts[part]) for part, one in found.items()]
     files = [file for one in found.values() for file in one.files]
-    kept, image, notes = read_files(files, name, wanted, skip_unreadable, LEAVE_OUT)
+    kept, image, notes = read_files(files, name, wanted, skip_unreadable, LEAVE_OUT, RESIZE)
     notes += [note for one in found.values() for note in one.notes]
     part_of = np.repeat(np.arange(len(found)), [len(one.files) for one in found.values()])[kept]
     label = np.concatenate(label)[kept]

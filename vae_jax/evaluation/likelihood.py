@@ -24,7 +24,7 @@ LEAST_TAIL = 5  # fewest weights for a Pareto fit
 SMALLEST = 1e-300  # the fit would overflow with a smaller quartile
 
 
-def make_log_weights(model: Model, samples: int, chunk: int = SAMPLES_AT_ONCE) -> Callable:
+def make_log_weights(model: Model, samples: int, chunk: int = SAMPLES_AT_ONCE) -> Callable[..., Array]:
     """`measure(variables, batch, keys)`: log w_k of `samples` draws for each image, [batch, samples].
 
     They omit the likelihood's constant. At most `chunk` draws per image are decoded at once, to bound the memory. Draw

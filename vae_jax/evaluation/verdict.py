@@ -100,7 +100,7 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
             f"few latents used: {used} of {len(by_latent)} carry more than {UNUSED} nats",
             f"lower model.latent_dim to {max(used, 1)}, which changes little, or lower objective.beta",
         )
-    if collapsed is not None and loss is not None and loss > collapsed:
+    if collapsed is not None and loss is not None and min(loss, numbers.get("train/loss", loss)) > collapsed:
         return (
             f"undertrained: the loss {loss:.2f} is above {collapsed:.2f}, the loss of a model without latents",
             "train longer, or raise optimizer.learning_rate",

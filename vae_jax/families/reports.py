@@ -166,8 +166,8 @@ def ledger(
 
 
 def figures_of_codes(
-    model: Model, decode: Callable, mean: Float[np.ndarray, "n latent"], label: np.ndarray, title: str
-) -> dict[str, Callable]:
+    model: Model, decode: Callable[[Any], Any], mean: Float[np.ndarray, "n latent"], label: np.ndarray, title: str
+) -> dict[str, Callable[[], Any]]:
     """The codes coloured by label, and images decoded over a plane: the two latents, or two principal axes if there are
     more.
     """
@@ -222,6 +222,9 @@ def make_figures(
     def grid(variables):
         return figures.image_grid(np.asarray(sample(variables)), f"Images decoded from the prior: {title}")
 
+    def of_codes(variables, mean):
+        return figures_of_codes(model, functools.partial(decode, variables), mean, test.label, title)
+
     def draw(variables, arrays, history, baselines):
         return {
             "training": lambda: figures.training_curve(history, baselines, f"Training progress: {title}", panels),
@@ -232,7 +235,7 @@ def make_figures(
                 f"Test images and their reconstructions: {title}",
             ),
             "samples": lambda: (samples or grid)(variables),
-            **figures_of_codes(model, functools.partial(decode, variables), arrays["mean"], test.label, title),
+            **(of_codes(variables, arrays["mean"]) if "mean" in arrays else {}),
         }
 
     return draw

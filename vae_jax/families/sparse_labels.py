@@ -29,7 +29,7 @@ from vae_jax.families.labels import (  # noqa: F401
     weight_of_labels,
 )
 from vae_jax.families.reports import ledger, make_final_probes, make_probes  # noqa: F401
-from vae_jax.families.vae import check_objective
+from vae_jax.families.vae import check_objective, with_parts
 from vae_jax.likelihoods import LIKELIHOODS, distortion
 from vae_jax.model import ABSENT, Model
 from vae_jax.nn.networks import PRECISIONS, check_sizes, choose, configure, make_autoencoder
@@ -62,6 +62,7 @@ def make(
     """
     check_sizes(latent_dim=(latent_dim,))
     p_x = configure(LIKELIHOODS, "likelihood", likelihood, {}, scale=(scale, 1.0))
+    p_z = standard_normal(latent_dim)
     check_classes(num_classes, p_x.update, likelihood)
     autoencoder = make_autoencoder(
         *(network, image_shape, latent_dim + num_classes, p_x.channels, choose(PRECISIONS, "precision", precision)),
@@ -80,12 +81,14 @@ def make(
         return autoencoder.apply(variables, jnp.concatenate([z, pi], axis=-1), method="decode")
 
     model = Model(
-        init=lambda key, pixel_mean=None: dict(autoencoder.init(key, jnp.zeros((1, *image_shape)))),
+        init=lambda key, pixel_mean=None: with_parts(
+            autoencoder.init(key, jnp.zeros((1, *image_shape))), p_x, p_z, key
+        ),
         latent_dim=latent_dim,
         encode=lambda variables, image: parts(variables, image)[:2],
         decode_raw=needs_condition,
         likelihood=p_x,
-        prior=standard_normal(latent_dim),
+        prior=p_z,
         probabilities=lambda variables, image: jax.nn.softmax(parts(variables, image)[2]),
         num_classes=num_classes,
         condition_on="label",

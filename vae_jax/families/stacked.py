@@ -26,7 +26,7 @@ from vae_jax.families.labels import baselines, check_classes, check_data, of_lab
 from vae_jax.families.reports import ledger, make_probes  # noqa: F401
 from vae_jax.likelihoods import HALF_LOG_2PI, Likelihood, align
 from vae_jax.model import ABSENT, Model
-from vae_jax.nn.networks import Autoencoder, DenseDecoder, DenseEncoder, check_sizes
+from vae_jax.nn.networks import PRECISIONS, Autoencoder, DenseDecoder, DenseEncoder, check_sizes
 from vae_jax.objectives import reparameterize
 from vae_jax.priors import Prior, log_normal
 
@@ -77,8 +77,9 @@ def make(
     )
     check_classes(num_classes)
     code_shape = (1, 1, latent_dim)
+    of_codes = tuple(code_hidden), PRECISIONS[precision]
     networks = Autoencoder(
-        DenseEncoder(2 * code_latent_dim, tuple(code_hidden)), DenseDecoder((1, 1, 2 * latent_dim), tuple(code_hidden))
+        DenseEncoder(2 * code_latent_dim, *of_codes), DenseDecoder((1, 1, 2 * latent_dim), *of_codes)
     )
     m2 = semisupervised.infer_label(networks, code_latent_dim, density_of_codes(), code_shape, num_classes)
     return stack(m1, m2)

@@ -84,18 +84,25 @@ def weigh(subject: Subject, samples: int, count: int, path: Path) -> dict[str, n
     vae = subject.vae
     log_weights = make_log_weights(vae.model, samples)
     blocks = map_blocks(log_weights, subject.first(count), batch_size=WEIGHED, devices=subject.devices)
-    rows = read_json_lines(path, lambda row, before: len(row["nll"]))
+    rows = read_json_lines(path, check_follows)
     done = sum(len(row["nll"]) for row in rows)
     write_atomically(path, "".join(map(json_line, rows)))  # without a line that a killed process left incomplete
     label = f"likelihood of {count:,} images, {samples:,} samples each"
     with open(path, "a", encoding="utf-8") as file, progress(label, count, done) as bar:
         for log_w in blocks(vae.variables, subject.root, done):
-            row = {name: values.tolist() for name, values in summarize(log_w).items()}
+            row = {"first": done} | {name: values.tolist() for name, values in summarize(log_w).items()}
+            done += len(log_w)
             file.write(json_line(row))
             file.flush()
             rows.append(row)
             bar.update(len(log_w))
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != "first"}
+
+
+def check_follows(row: dict, before: dict) -> None:
+    """Raise ValueError unless a block of images begins where the one before ends."""
+    if row["first"] != (before["first"] + len(before["nll"]) if before else 0):
+        raise ValueError("a block is missing")
 
 
 def progress(label: str, total: int, done: int = 0) -> tqdm:

@@ -204,7 +204,7 @@ def init_output_bias(params: Mapping[str, Any], pixel_mean: Float[np.ndarray, "h
     return {**params, "decoder": decoder}
 
 
-NETWORKS: dict[str, Callable] = {"conv": conv_autoencoder, "mlp": mlp_autoencoder}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"conv": conv_autoencoder, "mlp": mlp_autoencoder}
 
 
 class Classifier(nn.Module):
@@ -247,7 +247,9 @@ def choose(choices: Mapping[str, Any], field: str, name: str) -> Any:
     return choices[name]
 
 
-def configure(choices: Mapping[str, Callable], field: str, name: str, known: Mapping[str, Any], **fields: Any) -> Any:
+def configure(
+    choices: Mapping[str, Callable[..., Any]], field: str, name: str, known: Mapping[str, Any], **fields: Any
+) -> Any:
     """Call the function `choices[name]` with those of `known` and `fields` that it takes.
 
     `fields` are fields of the config, each as (value, default). Raises ValueError for an unknown name, and for a field
@@ -269,7 +271,7 @@ def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:
     if height % scale or width % scale:
         near = tuple(math.ceil(size / scale) * scale for size in (height, width))
         how = ", as data.size does" if near[0] == near[1] else ""
-        fewer = "give model.decoder_features fewer entries" if times > 1 else "take model.network=mlp"
+        fewer = "give model.decoder_features fewer entries" if times > 1 else "take dense networks (model.network=mlp)"
         raise ValueError(
             f"images of {height}x{width} are not divisible by {scale}, as a decoder with {times} "
             f"doublings needs: bring them to {near[0]}x{near[1]}{how}, or {fewer}"

@@ -172,19 +172,20 @@ def direction_of(best: str, family: Family) -> str:
     return known[best]
 
 
-def describe() -> list[tuple[str, str]]:
-    """Every config field, with its description by the function that takes it."""
+def describe(family: str = "") -> list[tuple[str, str]]:
+    """Every config field, with its description by the first function that takes it; those of `family` come first."""
     docs = argument_docs(make_job)
     described = {name: docs[name] for name, taken in fields(make_job).items() if taken.annotation is not Mapping}
     names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
+    families = sorted(FAMILIES, key=family.__ne__)
     for section in SECTIONS:
         if section in names:
             described[f"{section}.name"] = f"one of {', '.join(names[section])}"
-        for family, optimizer in itertools.product(FAMILIES.values(), OPTIMIZERS):
-            for function in signatures(family, optimizer)[section]:
+        for one, optimizer in itertools.product(families, OPTIMIZERS):
+            for function in signatures(FAMILIES[one], optimizer)[section]:
                 docs = argument_docs(function)
                 for name in fields(function):
-                    described.setdefault(f"{section}.{name}", docs.get(name, ""))
+                    described[f"{section}.{name}"] = described.get(f"{section}.{name}") or docs.get(name, "")
     return [*described.items()]
 
 
