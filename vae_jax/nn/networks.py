@@ -271,7 +271,9 @@ def check_doublings(image_shape: tuple[int, int, int], times: int) -> None:
     if height % scale or width % scale:
         near = tuple(math.ceil(size / scale) * scale for size in (height, width))
         how = ", as data.size does" if near[0] == near[1] else ""
-        fewer = "give model.decoder_features fewer entries" if times > 1 else "take dense networks (model.network=mlp)"
+        fewer = (
+            "give model.decoder_features fewer entries" if times > 1 else "take model.network=mlp, if the family has it"
+        )
         raise ValueError(
             f"images of {height}x{width} are not divisible by {scale}, as a decoder with {times} "
             f"doublings needs: bring them to {near[0]}x{near[1]}{how}, or {fewer}"
