@@ -196,6 +196,8 @@ def test_unreadable_files_are_named_counted_and_refused_or_left_out(tmp_path):
     for path in tmp_path.glob("photo00*"):
         path.unlink()
     refused("cannot read the image .*photo100.heic", name=name, size=16, skip_unreadable=True)
+    for other in ("digits", "own.npz"):
+        refused(f"skip_unreadable is true, but {other} is not a folder", name=other, skip_unreadable=True)
 
 
 @pytest.mark.parametrize("size", [1, SMALLEST - 1, -5])
@@ -368,6 +370,23 @@ def test_explained_variance_is_0_for_the_mean_image_and_1_without_error(scale):
     assert mean_square_distance(image, np.zeros((8, 8, 1), np.float32)) == pytest.approx(
         np.mean(np.sum((image / 255) ** 2, axis=(1, 2, 3))), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "optimal_gaussian"])
+def test_the_squared_error_under_a_learned_scale(likelihood):
+    """The reconstruction is error / (2 s^2) + D ln s. Of several seeds only the mean scale is known, which is not enough."""
+    model = families.vae.make(
+        (8, 8, 1), latent_dim=2, network="mlp", likelihood=likelihood, learn_scale=likelihood == "gaussian"
+    )
+    error, s = 3.0, 0.2
+    numbers = {"test/reconstruction": error / (2 * s**2) + 64 * np.log(s), "test/bound": 1.0, "test/scale": s}
+    said = families.vae.ledger(model, numbers, "test", 64, False, 12.0, likelihood=likelihood)
+    assert said["test/squared error of an image"] == pytest.approx(error)
+    assert said["test/explained variance"] == pytest.approx(1 - error / 12)
+    several = families.vae.ledger(
+        model, numbers | {"test/scale/interval": 0.1}, "test", 64, False, likelihood=likelihood
+    )
+    assert "test/squared error of an image" not in several
 
 
 def test_the_verdict_says_what_is_explained():

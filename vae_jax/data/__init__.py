@@ -60,6 +60,8 @@ def load(
         raise ValueError(f"data.size is {size}, but must be 0, for images of one size, or at least {SMALLEST}")
     if colour not in COLOURS:
         raise ValueError(f"data.colour is {colour!r}, but must be one of {', '.join(COLOURS)}")
+    if skip_unreadable and name and (not is_own(name) or name.lower().endswith(".npz")):
+        raise ValueError(f"data.skip_unreadable is true, but {name} is not a folder of images: leave it at false")
     splits, notes = load_prepared(name, manual_dir, Preparation(size, colour), skip_unreadable, validation)
     if binarize != "none" and splits["train"].image.shape[-1] != 1:
         raise ValueError(

@@ -122,7 +122,6 @@ def ledger(
     *,
     likelihood: str = "unit_gaussian",
     scale: float = 1.0,
-    learn_scale: bool = False,
 ) -> dict[str, Any]:
     """What the numbers measure, and their values on a split in other applicable conventions.
 
