@@ -13,7 +13,7 @@ python -m vae_jax.main --config=configs/vae.py:sigma    a Gaussian with the opti
                                                         :continuous_bernoulli and :logistic (256 grey levels)
 python -m vae_jax.main --config=configs/vae.py:iwae_paper   the dense network, data and schedule of Burda et al. 2016, five
                                                         samples; Adam starts its second moment at 0, theirs at 1, and
-                                                       400 images are held out at random, there the last ones
+                                                        the 400 images held out are random, theirs the last ones
 python -m vae_jax.main --config=configs/vae.py:own --config.data.name=photos/   your own images of any size, at least ten
 python -m vae_jax.main --config=configs/vae.py:smoke    two steps on the bundled digits, for tests
 """

@@ -92,7 +92,7 @@ def differing(runs: Sequence[Run]) -> list[str]:
 def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
     """The loss, and the other metrics with a better direction that some run has logged on the test images.
 
-    If the runs' likelihoods are of different kinds, their numbers do not belong into one column and are left out.
+    If the runs' likelihoods are of different kinds, their numbers do not belong in one column and are left out.
     """
     known = {}
     for run in runs:

@@ -96,7 +96,9 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
         if one in found and other in found:
             both = [n for n in labels if n in found[one] and n in found[other]]
             values = {n: difference(found[one][n], found[other][n]) for n in both}
-            pairs.append([f"{one} - {other}", *(cell(values.get(n), signed=True) for n in labels)])
+            pairs.append(
+                [f"{one} - {other}", *(cell(values.get(n), signed=True, draws=settings["draws"]) for n in labels)]
+            )
     minutes = [["method", "minutes"]]
     for name in found:
         seconds = sum(row["seconds"] for row in rows if row["stage"] == name)
@@ -133,7 +135,7 @@ def draw(rows: list[dict], settings: dict) -> Figure:
 
 def plot(ax: Axes, found: dict[str, dict[int, np.ndarray]]) -> None:
     """Plot one line per method, with its name at its end and intervals where there are several draws; dotted for a
-    method that is trained on all labels.
+    method that is trained on all labels alone.
     """
     generative = [name for name in found if is_generative(name)]
     ends = []  # of each line: the error, the name, the colour

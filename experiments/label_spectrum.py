@@ -116,7 +116,7 @@ class Spectrum:
         """Multinomial logistic regression on the labelled images."""
         train, test = self._codes() if codes else self._pixels()
         accuracy = []
-        for draw in self._draws:
+        for draw in self._draws if labels != ALL else range(1):
             label = self.hidden(labels, draw)
             known = label >= 0
             accuracy.append(linear_probe((train[known], label[known]), (test, self._test.label)))
@@ -170,10 +170,9 @@ class Spectrum:
         run = self._path / f"{family.folder}-{labels}-{draw}"
         fields = {"epochs": self._settings["epochs"][method], "seed": draw}
         own = {"model.precision": self._settings["precision"]}
-        if labels != ALL:
-            each = min(MOST_LABELLED, labels)
-            fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
         if family.uses_unlabelled:
+            each = 0 if labels == ALL else min(MOST_LABELLED, labels)
+            fields |= {"data.labelled": labels, "data.label_seed": draw, "data.labelled_per_batch": each}
             own["objective.alpha"] = self._settings["alpha"]
         self._run(family.config, run, {**fields, **own, **family.fields})
         last = launch.last_test(run)

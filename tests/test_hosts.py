@@ -1,5 +1,6 @@
 """Several hosts: the real program as two processes with two devices each, on this machine."""
 
+import io
 import json
 import shutil
 import signal
@@ -307,9 +308,11 @@ def test_an_unreachable_remote_directory_is_refused(monkeypatch, error, message)
         files.check_reachable("gs://no-such/run")
 
 
-def test_a_signal_that_a_library_handles_stops_nothing(monkeypatch, capfd):
+def test_a_signal_that_a_library_handles_stops_nothing(monkeypatch):
     """Otherwise the first Ctrl-C after it would count as the second one."""
-    ended = []
+    ended, terminal = [], io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(hosts.sys, "stderr", terminal)
     monkeypatch.setattr(hosts, "exit_now", lambda *reason: ended.append(reason))
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # keep pytest's own handlers
     before = signal.set_wakeup_fd(-1)
@@ -317,7 +320,7 @@ def test_a_signal_that_a_library_handles_stops_nothing(monkeypatch, capfd):
     signal.set_wakeup_fd(before)
     for number in (signal.SIGUSR1, signal.SIGINT):
         stop._writer.send(bytes([number]))
-    while "stopping after these steps; Ctrl-C again ends at once" not in capfd.readouterr().err:
+    while "stopping after these steps; Ctrl-C again ends at once" not in terminal.getvalue():
         time.sleep(0.01)
     assert stop.signal == signal.SIGINT and not ended
 

@@ -126,7 +126,7 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     }
     assert {cells[0]: cells[1] for cells in minutes[1:]}["M2"] == "3.0"
     _, _, pairs, *_ = report.tables([*rows, row("classifier", [0.7])], SETTINGS).values()
-    assert ["M2 - classifier", "-20.00", ""] in pairs
+    assert ["M2 - classifier", "-20.00 (1 of 3 draws)", ""] in pairs
     begun = report.tables(rows[:4], SETTINGS)["Test accuracy in %, images as they are"]
     assert ["M2", "55.00 ± 63.53 (2 of 3 draws)", "", ""] in begun
     figure = report.draw(rows, SETTINGS)
@@ -165,7 +165,8 @@ def test_a_family_hides_labels_and_keeps_its_own_fields(spectrum, monkeypatch, l
     row = spectrum.family("sparse labels, published loss", labels, 2)
     assert row["accuracy"] == 0.5 and row["objective.alpha"] == 10.0
     assert given["objective.charge"] is False and given["seed"] == 2
-    assert [given.get(f"data.{name}") for name in ("labelled", "label_seed")] == ([4, 2] if labels == 4 else [None] * 2)
+    assert [given.get(f"data.{name}") for name in ("labelled", "label_seed")] == [labels, 2]
+    assert given["data.labelled_per_batch"] == max(labels, 0)
 
 
 def test_methods_with_a_generative_model_are_known():

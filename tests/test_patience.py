@@ -15,6 +15,7 @@ from configs import vae
 from vae_jax.families import Probes
 from vae_jax.run import session
 from vae_jax.run.config import changes
+from vae_jax.run.job import Job
 from vae_jax.run.log import read_rows
 from vae_jax.run.loop import Loop
 from vae_jax.run.stored import select, steps
@@ -136,3 +137,18 @@ def test_more_epochs_do_not_continue_a_training_without_patience(ended, tmp_path
 def test_bad_values_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         small_job(changes)
+
+
+@pytest.mark.slow
+def test_last_measurements_that_fail_are_reported_and_the_training_ends(tmp_path, capsys, monkeypatch):
+    """Otherwise each start would repeat the last epoch and fail again."""
+
+    def fail(*_):
+        raise TypeError("this prior has no density")
+
+    monkeypatch.setattr(Job, "evaluate_finally", fail)
+    _, config = patient_job(epochs=1)
+    outcome = session.run(config, str(tmp_path / "run"), 1, lambda: Mock(return_value=False, signal=0))
+    assert outcome.step == outcome.steps and (tmp_path / "run" / "summary.md").exists()
+    assert "the last measurements could not be made (TypeError: this prior has no density)" in capsys.readouterr().err
+    assert session.run(config, str(tmp_path / "run"), 1, lambda: Mock(return_value=False, signal=0)) is None

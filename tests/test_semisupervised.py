@@ -307,7 +307,7 @@ def test_a_trained_model_predicts_and_generates(name, tmp_path):
     _, directory = run_job(job, config, tmp_path)
     assert "train/accuracy" in directory.history[0] and "test/bound" in directory.history[-1]
     model = vae_jax.load(str(tmp_path))
-    image = model.sample(3, label=[0, 1, 2])
+    image = np.round(255 * model.sample(3, label=[0, 1, 2])).astype(np.uint8)
     label, probability = model.predict(image)
     assert image.shape == (3, 28, 28, 1) and label.shape == probability.shape == (3,)
     np.savez(tmp_path / "own.npz", image=image)

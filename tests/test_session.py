@@ -122,7 +122,7 @@ def test_every_variant_builds_and_traces_its_step(name, variant):
 def take_two_steps(job, batch):
     root = jax.random.key(job.seeds[0])
     state = steps.init_state(jax.jit(job.init)(root), job.optimizer, root)
-    step = jax.jit(steps.make_train_step(job.objective, job.optimizer, job.prepare))
+    step = jax.jit(steps.make_train_step(job.objective, job.optimizer, prepare=job.prepare))
     for _ in range(2):
         state, metrics = step(state, batch)
     assert state.step == 2 and np.isfinite(metrics["loss"].mean)

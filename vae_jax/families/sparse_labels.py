@@ -37,7 +37,7 @@ from vae_jax.objectives import reparameterize, warm_up
 from vae_jax.priors import standard_normal
 
 NAME = "VAE with sparse labels"
-LOSS = "loss: U(x), or the published loss without `charge`, and the cross-entropy of labelled training images"
+LOSS = "loss: U(x), or L(x, y) + alpha' CE for a labelled training image; the published loss without `charge`"
 METRICS = labels.METRICS | {"loss": Metric(LOSS, "nats", "lower")}
 TERMS = ("reconstruction", "kl", "cross_entropy")
 

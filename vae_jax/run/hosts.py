@@ -42,9 +42,6 @@ class NotPrimary:
     def log_digest(self):
         return None
 
-    def reported(self, what):
-        return contextlib.suppress(Exception)
-
     def save(self, *_): ...
     def mark_saved(self, step): ...
     def insert(self, row): ...
@@ -194,7 +191,7 @@ class Stop:
             if self.signal and number == signal.SIGINT:
                 exit_now("interrupted", 128 + number)
             self.signal = number
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and sys.stderr.isatty():
                 print("\nvae_jax: stopping after these steps; Ctrl-C again ends at once", file=sys.stderr)
 
     def __call__(self) -> bool:

@@ -3,6 +3,7 @@
 A step's logs reach the disk before its checkpoint does, so a resumed run equals an uninterrupted one.
 """
 
+import contextlib
 from collections.abc import Callable
 from contextlib import closing
 from functools import cache, partial
@@ -178,7 +179,9 @@ class Loop:
         ended = 0 < self.job.patience <= waited
         last, final = ended or epoch == self.job.epochs, {}
         if last:
-            with self.progress.reported("the last measurements"):
+            # A failure of one of several hosts must end them all.
+            reported = self.progress.reported if jax.process_count() == 1 else contextlib.nullcontext
+            with reported("the last measurements"):
                 final = self.job.evaluate_finally(state.eval_variables, state.key, self.devices)
         if self.devices.is_primary:
             trained = self.mean_over_epoch(epoch)

@@ -173,7 +173,7 @@ def direction_of(best: str, family: Family) -> str:
 
 
 def describe(family: str = "") -> list[tuple[str, str]]:
-    """Every config field, with its description by the first function that takes it; those of `family` come first."""
+    """Every config field, as the first function that takes it describes it; those of `family` come first."""
     docs = argument_docs(make_job)
     described = {name: docs[name] for name, taken in fields(make_job).items() if taken.annotation is not Mapping}
     names = {"model": FAMILIES, "optimizer": OPTIMIZERS}
