@@ -82,6 +82,7 @@ def test_a_batch_holds_so_many_labelled_images_and_each_image_once():
     [
         ({"labelled": 100, "labelled_per_batch": 101}, "of 64 must hold 1 to 100 labelled and 1 to 1337 unlabelled"),
         ({"labelled": 100, "labelled_per_batch": 64}, "of 64 must hold 1 to 100 labelled and 1 to 1337 unlabelled"),
+        ({"labelled": 0}, "no training image has a label, but this family needs some: raise data.labelled"),
         ({"labelled": 0, "labelled_per_batch": 3}, "which needs data.labelled above 0 and shuffled images"),
         ({"labelled": 50, "labelled_per_batch": 3, "shuffle": False}, "which needs data.labelled above 0 and shuffled"),
     ],

@@ -68,8 +68,10 @@ def check_classes(num_classes: int, update: Any = None, likelihood: str = "") ->
 
 
 def check_data(dataset) -> None:
-    """Accept unlabelled training images. Raises ValueError for an unlabelled image in another split."""
+    """Accept unlabelled training images. Raises ValueError if all are, and for an unlabelled image in another split."""
     check_labelled(dataset, ", but accuracy needs all", but="train")
+    if (dataset.splits["train"].label < 0).all():
+        raise ValueError("no training image has a label, but this family needs some: raise data.labelled")
 
 
 def check_labelled(dataset, need: str, but: str = "") -> None:
