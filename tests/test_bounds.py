@@ -225,7 +225,7 @@ def test_free_bits_are_paid_by_the_mean_over_the_batch():
 
 
 def test_free_bits_count_in_the_training_loss_alone():
-    model = vae.make((8, 8, 1), latent_dim=3, encoder_features=(4,), decoder_features=(4,))
+    model = vae.make((8, 8, 1), latent_dim=3, network="mlp", hidden=(8,))
     variables = model.init(jax.random.key(0))
     image = jax.random.uniform(jax.random.key(1), (6, 8, 8, 1))
     batch = Batch(image, -jnp.ones(6, jnp.int32), jnp.ones(6), jnp.arange(6))
