@@ -94,14 +94,14 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
 
     If the runs' likelihoods are of different kinds, their numbers do not belong in one column and are left out.
     """
-    known = {}
+    known, of_one_kind = {}, len(kinds(runs)) <= 1
     for run in runs:
         family = FAMILIES.get(run.config["model.name"])
         known |= {name: metric for name, metric in getattr(family, "METRICS", {"loss": Metric("loss", "")}).items()}
     return {
         name: metric
         for name, metric in known.items()
-        if not (name in MEASURED and len(kinds(runs)) > 1)
+        if (of_one_kind or name not in MEASURED)
         and (name == "loss" or (metric.better and any(is_number(row, name) for run in runs for row in run.rows)))
     }
 

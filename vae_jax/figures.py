@@ -174,16 +174,20 @@ def mosaic(
     return grid.reshape(rows * height, columns * width, channels)
 
 
+def as_bytes(image: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
+    """Pixels in [0, 1] as bytes. Those outside are clipped, since the mean of p(x | z) may leave [0, 1]."""
+    return np.round(255 * image.clip(0, 1)).astype(np.uint8)
+
+
 def film(
     image: Float[np.ndarray, "row frame height width channel"],
 ) -> list[UInt8[np.ndarray, "frame_height frame_width channel"]]:
     """Frames of a film that shows all rows at once, tiled in a square, from the first frame to the last and back."""
     columns = int(np.ceil(np.sqrt(len(image))))
     there_and_back = [*range(image.shape[1]), *range(image.shape[1] - 2, 0, -1)]
-    image = image.clip(0, 1)
-    frames = [np.round(255 * mosaic(image[:, i], columns, margin=1, fill=0.5)) for i in there_and_back]
+    frames = [as_bytes(mosaic(image[:, i], columns, margin=1, fill=0.5)) for i in there_and_back]
     enlarged = max(1, SMALL // max(image.shape[2:4]))
-    return [frame.astype(np.uint8).repeat(enlarged, axis=0).repeat(enlarged, axis=1) for frame in frames]
+    return [frame.repeat(enlarged, axis=0).repeat(enlarged, axis=1) for frame in frames]
 
 
 def image_grid(image: Float[np.ndarray, "n height width channel"], title: str) -> "Figure":

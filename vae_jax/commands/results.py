@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_jax import weights
+from vae_jax import figures, weights
 from vae_jax.run.files import atomic_file, explained, local_path, save_figure, save_film, save_image
 
 
@@ -41,6 +41,6 @@ def save_each(workdir: str, name: str, image: np.ndarray) -> list[Any]:
     """Write images in [0, 1] to generated/NAME/00000.png and so on."""
     folder = generated(workdir) / name
     folder.mkdir(exist_ok=True)
-    for i, pixels in enumerate(np.round(255 * image.clip(0, 1)).astype(np.uint8)):
+    for i, pixels in enumerate(figures.as_bytes(image)):
         save_image(pixels, folder / f"{i:05}.png")
     return [folder, f"{len(image)} files"]

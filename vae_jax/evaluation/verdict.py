@@ -53,7 +53,12 @@ def trains_an_encoder(numbers: Mapping[str, Any], split: str) -> bool:
     encoder.
     """
     has_latents = f"{split}/kl" in numbers and numbers.get(f"{split}/kl_by_latent") != []
-    return has_latents and (f"{split}/adversarial" not in numbers or f"{split}/feature_reconstruction" in numbers)
+    return has_latents and not is_plain_gan(numbers, split)
+
+
+def is_plain_gan(numbers: Mapping[str, Any], split: str) -> bool:
+    """Whether the numbers are those of a GAN that compares no reconstructions: nothing trains its encoder."""
+    return f"{split}/adversarial" in numbers and f"{split}/feature_reconstruction" not in numbers
 
 
 def discriminator_wins(numbers: Mapping[str, Any], split: str) -> tuple[str, str] | None:
@@ -72,9 +77,11 @@ def judge(numbers: Mapping[str, Any], split: str, baselines: Mapping[str, float]
     kl, loss = numbers.get(f"{split}/kl"), numbers.get(f"{split}/loss")
     by_latent = kl_by_latent(numbers, split)
     copies = numbers.get(f"{split}/nearest_training_distance/closer_than_1_percent", 0.0)
-    collapsed = next((value for name, value in baselines.items() if name.startswith("collapsed")), None)
+    collapsed, floor = (
+        next((value for name, value in baselines.items() if name.startswith(kind)), None)
+        for kind in ("collapsed", "floor")
+    )
     active, bound = numbers.get(f"{split}/active_units"), numbers.get(f"{split}/bound")
-    floor = next((value for name, value in baselines.items() if name.startswith("floor")), None)
     if won := discriminator_wins(numbers, split):
         return won
     if floor is not None and bound is not None and bound < FLOOR * floor:

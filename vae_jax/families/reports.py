@@ -16,6 +16,7 @@ from vae_jax.batch import Batch, first_of_each_label, has_grey
 from vae_jax.evaluation.baselines import convert, cross_entropy_baselines, histogram_loss, linear_vae_baselines
 from vae_jax.evaluation.latents import Axes, active_units, decompose_kl, principal_axes
 from vae_jax.evaluation.likelihood import effective_sample_size, log_mean_exp, make_log_weights
+from vae_jax.evaluation.verdict import is_plain_gan
 from vae_jax.families import Metric, Model, Probes
 from vae_jax.likelihoods import BINARY, DENSITY
 from vae_jax.objectives import reparameterize
@@ -129,6 +130,11 @@ def ledger(
     image.
     """
     p_x = model.likelihood
+    if is_plain_gan(numbers, split):
+        return {
+            "the numbers measure": "adversarial terms; KL, reconstruction, bound, nll and codes are those of an encoder "
+            "that nothing trains"
+        }
     if p_x.support == BINARY and not is_binary:
         return {
             "the numbers measure": f"{GREY}: the mean over binary images drawn from the grey ones, not a likelihood"

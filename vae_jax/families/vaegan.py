@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from vae_jax.batch import named_key
 from vae_jax.families import Metric, Model, reports
-from vae_jax.families.reports import make_final_probes, make_probes  # noqa: F401
+from vae_jax.families.reports import ledger, make_final_probes, make_probes  # noqa: F401
 from vae_jax.families.vae import check_data, check_objective, with_parts  # noqa: F401
 from vae_jax.likelihoods import LIKELIHOODS, distortion, sigmoid_mean
 from vae_jax.model import ABSENT
@@ -264,27 +264,6 @@ def baselines(
     if method != "vae":
         return {}
     return reports.baselines(model, image, likelihood=likelihood, scale=scale, beta=beta, binarize=binarize)
-
-
-def ledger(
-    model: Model,
-    numbers: dict,
-    split: str,
-    pixels: int,
-    is_binary: bool,
-    variance: float = 0.0,
-    *,
-    method: str = "vaegan",
-    likelihood: str = "unit_gaussian",
-    scale: float = 1.0,
-) -> dict[str, Any]:
-    """That of the family vae; a plain GAN has only a warning, since nothing trains its encoder."""
-    if method == "gan":
-        untrained = (
-            "adversarial terms; KL, reconstruction, bound, nll and codes are those of an encoder that nothing trains"
-        )
-        return {"the numbers measure": untrained}
-    return reports.ledger(model, numbers, split, pixels, is_binary, variance, likelihood=likelihood, scale=scale)
 
 
 def make_figures(model: Model, test, key, title: str) -> Any:

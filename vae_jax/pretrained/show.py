@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vae_jax.figures import mosaic
+from vae_jax.figures import as_bytes, mosaic
 from vae_jax.run.files import as_pillow
 
 COLUMNS, ROWS, GAP = 8, 2, 2
@@ -50,7 +50,7 @@ def describe_in_html(pretrained: Any) -> str:
 def png(images: np.ndarray) -> str:
     """Tile images in [0, 1], [n, height, width, channel], on white; returns the picture as a data URI."""
     framed = np.pad(images, ((0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=1.0)
-    pixels = np.round(255 * mosaic(framed.clip(0, 1), COLUMNS)).astype(np.uint8)
+    pixels = as_bytes(mosaic(framed, COLUMNS))
     file = io.BytesIO()
     as_pillow(pixels).save(file, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -3,9 +3,8 @@
 A step's logs reach the disk before its checkpoint does, so a resumed run equals an uninterrupted one.
 """
 
-import contextlib
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -180,7 +179,7 @@ class Loop:
         last, final = ended or epoch == self.job.epochs, {}
         if last:
             # A failure of one of several hosts must end them all.
-            reported = self.progress.reported if jax.process_count() == 1 else contextlib.nullcontext
+            reported = self.progress.reported if jax.process_count() == 1 else nullcontext
             with reported("the last measurements"):
                 final = self.job.evaluate_finally(state.eval_variables, state.key, self.devices)
         if self.devices.is_primary:
