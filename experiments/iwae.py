@@ -1,11 +1,11 @@
 """The table of Burda et al. 2016: one layer, dynamically binarized MNIST, trained with 1, 5 and 50 samples.
 
-    python -m experiments.iwae --workdir=runs/iwae [--samples=1,5,50] [--epochs=60] [--seeds=3]
+    python -m experiments.iwae --workdir=runs/iwae [--samples=1,5,50] [--epochs=60] [--seeds=0,1,2]
 
 Network, data and evaluation are the paper's: 5,000 samples on all 10,000 test images. The training is shorter and
 modern: batches of 128, shuffled, and a one-cycle schedule; the paper's own 3,280 epochs are configs/vae.py:iwae_paper.
-Each finished number of samples is one line of results.jsonl, so the same command resumes an interrupted experiment, its
-evaluation included.
+Each finished model is one line of results.jsonl, so the same command resumes an interrupted experiment, its evaluation
+included.
 """
 
 from pathlib import Path
@@ -47,12 +47,12 @@ PUBLISHED = {
 }
 
 
-def evaluate(run: Path, seed: int, dataset: Dataset, samples: int, count: int) -> dict[str, float]:
-    """The test numbers of one seed: NLL, effective sample size and active units."""
-    vae = vae_jax.load(str(run), seed=seed)
-    seen = as_seen(dataset.splits["test"], vae.config["data"]["binarize"], seed)
+def evaluate(run: Path, dataset: Dataset, samples: int, count: int) -> dict[str, float]:
+    """The test numbers of a run: NLL, effective sample size and active units."""
+    vae = vae_jax.load(str(run))
+    seen = as_seen(dataset.splits["test"], vae.config["data"]["binarize"], vae.config["seed"])
     subject = Subject(vae, dataset, "test", seen, dataset.splits["test"], Devices())
-    each = weigh(subject, samples, count, run / f"likelihood-seed{seed}-samples{samples}-count{count}.jsonl")
+    each = weigh(subject, samples, count, run / f"likelihood-samples{samples}-count{count}.jsonl")
     return {
         "nll": float(each["nll"].mean()),
         "effective_sample_size": float(np.median(each["effective_sample_size"])),
@@ -64,36 +64,43 @@ def table(rows: list[dict], data_name: str) -> list[list[str]]:
     """One row per k: means over the seeds, and the published results on MNIST."""
     published = PUBLISHED if data_name == "mnist" else {}
     cells = [["samples k", "-log p(x), nats", "active units", "effective sample size", *published]]
-    for row in sorted(rows, key=lambda row: row["k"]):
-        k, nll = row["k"], row["nll"]
+    for k in sorted({row["k"] for row in rows}):
+        nll, *others = (
+            [row[name] for row in rows if row["k"] == k] for name in ("nll", "active_units", "effective_sample_size")
+        )
         mean, interval = mean_and_interval(nll) if len(nll) > 1 else (nll[0], None)
-        others = (np.mean(row[name]) for name in ("active_units", "effective_sample_size"))
         known = [f"{values[k]:.2f}" if k in values else "" for values in published.values()]
-        cells.append([str(k), with_interval(mean, interval), *(f"{value:.1f}" for value in others), *known])
+        cells.append([str(k), with_interval(mean, interval), *(f"{np.mean(values):.1f}" for values in others), *known])
     return cells
+
+
+def integers(name: str, least: int) -> list[int]:
+    """The flag --`name`, a list of integers. Raises ValueError for anything else, and for one below `least`."""
+    given = flags.FLAGS[name].value
+    if not given or not all(text.isdecimal() and int(text) >= least for text in given):
+        raise ValueError(f"--{name} is {','.join(given)!r}, but must be integers of at least {least}, such as 1,5")
+    return [int(text) for text in given]
 
 
 def main() -> None:
     given = flags.FLAGS
+    samples, seeds = integers("samples", least=1), integers("seeds", least=0)
     dataset = data.load(name=given.data, manual_dir=given.manual_dir, binarize="dynamic")
     count = min(given.count, len(dataset.splits["test"].label))
-    if not given.samples or not all(k.isdecimal() and int(k) for k in given.samples):
-        raise ValueError(f"--samples is {','.join(given.samples)!r}, but must be integers above 0, such as 1,5")
-    own = {"epochs": given.epochs, "seeds": given.seeds}
-    settings = settings_of(given.data, dataset) | own | {"recipe": RECIPE}
+    settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "recipe": RECIPE}
     settings |= {"importance_samples": given.importance_samples, "count": count}
     study = open_study(local_path(given.workdir), settings)
 
-    def train_and_evaluate(k):
-        run = study.path / f"k{k}"
-        fields = own | {"data.name": given.data, "objective.samples": k} | RECIPE
+    def train_and_evaluate(k, seed):
+        run = study.path / f"k{k}-seed{seed}"
+        fields = {"data.name": given.data, "objective.samples": k, "seed": seed, "epochs": given.epochs} | RECIPE
         launch.run(launch.make_command("configs/vae.py", run, fields, given.manual_dir))
-        seeds = [evaluate(run, seed, dataset, given.importance_samples, count) for seed in range(given.seeds)]
-        return {name: [numbers[name] for numbers in seeds] for name in seeds[0]}
+        return evaluate(run, dataset, given.importance_samples, count)
 
-    for k in map(int, given.samples):
-        compute_once(study, "model", train_and_evaluate, k=k)
-    title = f"Importance-weighted autoencoders: {given.data}, {given.epochs} epochs, {given.seeds} seeds"
+    for seed in seeds:
+        for k in samples:
+            compute_once(study, "model", train_and_evaluate, k=k, seed=seed)
+    title = f"Importance-weighted autoencoders: {given.data}, {given.epochs} epochs"
     note = (
         f"{given.importance_samples} samples of z for each of {count} test images. Intervals are 95 %, over the seeds."
     )
@@ -104,7 +111,7 @@ if __name__ == "__main__":
     launch.define_data_flags("runs/iwae")
     flags.DEFINE_list("samples", "1,5,50", "Samples of the objective, one training each.")
     flags.DEFINE_integer("epochs", 60, "Epochs of each training.", lower_bound=1)
-    flags.DEFINE_integer("seeds", 3, "Seeds, trained together.", lower_bound=1)
+    flags.DEFINE_list("seeds", "0,1,2", "Seeds, one training each.")
     flags.DEFINE_integer("importance_samples", 5000, "Draws of z for each image's likelihood.", lower_bound=1)
     flags.DEFINE_integer("count", 10_000, "Test images.", lower_bound=1)
     launch.start("iwae", main)

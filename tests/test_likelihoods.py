@@ -24,6 +24,7 @@ from vae_jax.likelihoods import (
     optimal_gaussian,
     unit_gaussian,
 )
+from vae_jax.nn.layers import softplus
 
 RAW = np.array([-30.0, -2.0, 0.0, 0.7, 5.0], np.float32)
 
@@ -169,6 +170,14 @@ def test_the_continuous_bernoulli_is_the_cross_entropy_less_its_constant():
             raw, at = scipy.special.logit(l), np.array([x])
             difference = negative_log(bernoulli(), raw, at) - negative_log(continuous_bernoulli(), raw, at)
             assert difference[0] == pytest.approx(log_c, abs=2e-5)
+
+
+def test_softplus_and_its_derivatives():
+    x = jnp.asarray([-np.inf, *EXTREME, np.inf], jnp.float32)
+    np.testing.assert_allclose(softplus(x), np.logaddexp(0, np.float64(x)), rtol=1e-6, atol=1e-30)
+    p = scipy.special.expit(np.float64(x))
+    np.testing.assert_allclose(jax.vmap(jax.grad(softplus))(x), p, rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(jax.vmap(jax.hessian(softplus))(x), p * (1 - p), rtol=1e-5, atol=1e-30)
 
 
 def test_bernoulli_on_grey_pixels_is_its_mean_over_binary_images():

@@ -255,13 +255,15 @@ def test_no_two_kinds_of_numbers_share_a_column():
 
 @pytest.mark.slow
 def test_the_importance_weighted_autoencoders(forks, tmp_path):
-    """Numbers of samples that were computed are kept, and their likelihoods left alone."""
-    arguments = ["--data=digits", "--epochs=1", "--seeds=2", f"--workdir={tmp_path}", "--importance_samples=20"]
-    arguments += ["--count=20", "--samples=1,2"]
-    assert forks("-m", "experiments.iwae", *arguments[:-1], "--samples=1").ends(0).count("likelihood of 20") == 2
-    assert forks("-m", "experiments.iwae", *arguments).ends(0).count("likelihood of 20") == 2
+    """Models that were computed are kept, and their likelihoods left alone."""
+    arguments = ["--data=digits", "--epochs=1", f"--workdir={tmp_path}", "--importance_samples=20", "--count=20"]
+    first = forks("-m", "experiments.iwae", *arguments, "--samples=1", "--seeds=3,4")
+    assert first.ends(0).count("likelihood of 20") == 2
+    second = forks("-m", "experiments.iwae", *arguments, "--samples=1,2", "--seeds=4")
+    assert second.ends(0).count("likelihood of 20") == 1
     rows = read_json_lines(tmp_path / "results.jsonl")
-    assert [row["k"] for row in rows] == [1, 2] and all(len(row["nll"]) == 2 for row in rows)
+    assert [(row["k"], row["seed"]) for row in rows] == [(1, 3), (1, 4), (2, 4)]
+    assert rows[0]["nll"] != rows[1]["nll"]
     assert "| 2 | " in (tmp_path / "summary.md").read_text()
 
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from vae_jax.batch import weighted_mean
+from vae_jax.nn.layers import softplus
 
 BINARY, DENSITY, LEVELS = "mass on {0, 1}", "density on [0, 1]", "mass on 0..255"
 ABSENT: Any = None
@@ -36,7 +37,8 @@ class Likelihood(NamedTuple):
         support: the kind of number: "density on [0, 1]", "mass on {0, 1}" or "mass on 0..255".
         channels: raw decoder channels per image channel.
         init: key -> the parameters, {} if there are none.
-        energy: (variables, raw, image) -> -log p(image | raw) - `constant` per pixel in nats; raw may have sample axes.
+        energy: (variables, raw, image) -> -log p(image | raw) - `constant` per pixel in nats; raw may have sample axes,
+            and all pixels of an image may be in one row.
         constant: nats per pixel. Reports add it; a loss never does, because that would cost float32 precision.
         mean: (variables, raw) -> mean image, in [0, 1].
         sample: (variables, key, raw) -> image drawn from p(x | raw).
@@ -168,8 +170,7 @@ def bernoulli() -> Likelihood:
     """
 
     def energy(variables, raw, image):
-        # XLA's CPU library is slow to sum a difference and fast to sum a sum; the bits are the same.
-        return jax.nn.softplus(raw) + -align(image, raw) * raw
+        return softplus(raw) - align(image, raw) * raw
 
     def sample(variables, key, raw):
         return (jax.random.uniform(key, raw.shape) < jax.nn.sigmoid(raw)).astype(raw.dtype)
@@ -234,8 +235,8 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
         above, below = (level + 0.5 - location) / s, (level - 0.5 - location) / s
         # F(b) - F(a) = F(b) F(-a) (1 - e^(a - b)). The lowest level is F(b) alone, the highest F(-a) alone.
         lowest, highest = level <= 0, level >= 255
-        low = jnp.where(highest, 0.0, jax.nn.log_sigmoid(above))
-        high = jnp.where(lowest, 0.0, jax.nn.log_sigmoid(-below))
+        low = jnp.where(highest, 0.0, -softplus(-above))
+        high = jnp.where(lowest, 0.0, -softplus(below))
         inside = jnp.where(lowest | highest, 0.0, jnp.log(-jnp.expm1(-1 / s)))
         return -(low + high + inside)
 
@@ -282,6 +283,9 @@ def distortion(
     image: Float[Array, "batch h w c"],
 ) -> Float[Array, "*samples batch"]:
     """-log p(x | z) of each image without the likelihood's constant, in nats: the energy summed over pixels."""
+    if raw.shape[-1] == image.shape[-1]:
+        # XLA's loops on the CPU do not vectorise exp and log if the last axis has one channel.
+        raw, image = (x.reshape(*x.shape[:-3], 1, 1, -1) for x in (raw, image))
     return jnp.sum(likelihood.energy(variables, raw, image), axis=(-3, -2, -1))
 
 

@@ -198,7 +198,7 @@ def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], nam
 
     def energy(variables, raw, image):
         values = p_x.energy(variables, raw, image)
-        return values * hidden.reshape((1,) * (values.ndim - 3) + hidden.shape)
+        return values * hidden.reshape((1,) * (values.ndim - 3) + values.shape[-3:])
 
     share = float(hidden.mean())
     return p_x._replace(energy=energy, constant=p_x.constant * share, covered=share)

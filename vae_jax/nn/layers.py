@@ -59,6 +59,17 @@ def _relu_jvp(primals, tangents):
     return y, jnp.where(y > 0, tangents[0], 0)
 
 
+@jax.custom_jvp
+def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 + e^x), with the derivative sigmoid(x) itself: that of `jax.nn.softplus` takes two more exponentials."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    return softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0]
+
+
 def add_bias(x: Float[Array, "*place c"], bias: Float[Array, " c"]) -> Float[Array, "*place c"]:
     """x + bias in the dtype of x, added in float32 because the gradient of the bias would lose precision in bfloat16."""
     bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
