@@ -113,12 +113,22 @@ def _input_grad(g, kernel, geometry):
     return col2im(g.reshape(-1, weights.shape[1]) @ weights.T, wide)
 
 
+def _contract_rows(a, b):
+    """a^T b, with the wider operand on the right, where XLA's CPU product is up to twice as fast.
+
+    It transposes neither operand; XLA copies the transposed columns for other forms.
+    """
+    rows = (((0,), (0,)), ((), ()))
+    if a.shape[1] <= b.shape[1]:
+        return lax.dot_general(a, b, rows)
+    # Without the barrier XLA exchanges the operands again.
+    return lax.optimization_barrier(lax.dot_general(b, a, rows)).T
+
+
 def _kernel_grad(x, g, geometry):
     channels = x.shape[3], g.shape[3]
     wide, n = _widen(geometry, channels[1])
-    # Contracting over the rows of both operands avoids the transposed copy of the columns that XLA makes for other
-    # forms.
-    product = lax.dot_general(im2col(x, wide), g.reshape(-1, n * channels[1]), (((0,), (0,)), ((), ())))
+    product = _contract_rows(im2col(x, wide), g.reshape(-1, n * channels[1]))
     exact = jnp.promote_types(product.dtype, jnp.float32)
     kernel = jax.ShapeDtypeStruct((*geometry.size, *channels), exact)
     fold = jax.linear_transpose(lambda k: _widen_kernel(k, geometry, n), kernel)
