@@ -14,24 +14,25 @@ from configs import conditional as config_file
 from vae_jax import commands, generate
 from vae_jax.batch import Batch, Dataset, Split, example_keys
 from vae_jax.families import conditional
+from vae_jax.likelihoods import distortion
 from vae_jax.priors import conditional_normal, standard_normal
 from vae_jax.run import session
 
 SMALL = {"latent_dim": 3, "network": "mlp", "hidden": (8,)}
 
 
-def make(**fields):
-    model = conditional.make((4, 4, 1), 3, **SMALL | fields)
+def make(channels=1, **fields):
+    model = conditional.make((4, 4, channels), 3, **SMALL | fields)
     variables = jax.jit(model.init)(jax.random.key(0))
     noise = iter(jax.random.split(jax.random.key(1), 50))
     moved = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(noise), leaf.shape), variables)
     return model, moved
 
 
-def batch_of(n=6):
+def batch_of(n=6, channels=1):
     rng = np.random.default_rng(0)
     index = jnp.arange(n)
-    return Batch(jnp.asarray(rng.random((n, 4, 4, 1), np.float32)), index % 3, jnp.ones(n), index)
+    return Batch(jnp.asarray(rng.random((n, 4, 4, channels), np.float32)), index % 3, jnp.ones(n), index)
 
 
 def test_the_conditional_normal_is_a_density_with_its_kl_and_its_draws():
@@ -145,14 +146,17 @@ def test_the_visible_part(condition, count, seen, hidden):
     assert visible.sum() == count and visible[seen] == 1 and visible[hidden] == 0
 
 
-def test_only_hidden_pixels_count_and_visible_ones_are_kept():
-    model, variables = make(condition="quadrant1", likelihood="gaussian", scale=0.5)
-    batch = batch_of()
-    net, raw = model.of(batch), jnp.zeros((2, 6, 4, 4, 1))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_only_hidden_pixels_count_and_visible_ones_are_kept(channels):
+    model, variables = make(channels, condition="quadrant1", likelihood="gaussian", scale=0.5)
+    batch = batch_of(channels=channels)
+    net, raw = model.of(batch), jnp.zeros((2, 6, 4, 4, channels))
     energy = net.likelihood.energy(variables, raw, batch.image)
     whole = conditional.LIKELIHOODS["gaussian"](0.5)
     assert (energy[:, :, 2:, :2] == 0).all()
     np.testing.assert_array_equal(energy[:, :, :2], whole.energy(variables, raw, batch.image)[:, :, :2])
+    nats = distortion(net.likelihood, variables, raw, batch.image)
+    np.testing.assert_allclose(nats, energy.sum(axis=(-3, -2, -1)), rtol=1e-6)
     assert 16 * net.likelihood.constant == pytest.approx(12 * whole.constant)
     decoded = generate.decode(net, variables, jnp.zeros((6, 3)))
     np.testing.assert_array_equal(decoded[:, 2:, :2], batch.image[:, 2:, :2])

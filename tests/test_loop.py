@@ -193,7 +193,7 @@ def test_a_profile_is_written(tmp_path):
     assert list((tmp_path / "profile").rglob("*.trace.json.gz"))
 
 
-@pytest.mark.parametrize("bad_step", [1, 3, 7])
+@pytest.mark.parametrize("bad_step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3))])
 def test_a_number_that_is_not_finite_stops_with_its_step_and_name(tmp_path, bad_step):
     job, config = small_job(steps_per_call=2)
 
@@ -255,6 +255,15 @@ def test_an_epoch_takes_each_example_once():
     assert run_steps._cache_size() == 1  # another count is not another program
     np.testing.assert_array_equal(np.flatnonzero(seen), np.sort(order[:20]))
     assert seen.max() == 1
+
+
+def test_a_batch_may_have_more_examples_than_the_data():
+    def train_step(state, batch):
+        return state.at[batch.index].add(1), {"first": batch.label[0] * batch.weight[0]}
+
+    image, label = jnp.zeros((3, 2, 2, 1), jnp.uint8), jnp.arange(3)
+    seen, _ = make_run_steps(train_step, 5, 1)(jnp.zeros(3), jnp.arange(5) % 3, 0, 1, image, label)
+    assert seen.tolist() == [2, 2, 1]
 
 
 def test_shares_of_a_batch_are_disjoint_and_make_up_the_batch():

@@ -550,6 +550,15 @@ def test_bad_objectives(fields, message):
         vaegan.make_objective(small()[0], **fields)
 
 
+def test_a_discriminator_takes_no_binary_images():
+    """They would differ from the decoder's grey means in every pixel. The plain VAE of the same networks takes them."""
+    model = vaegan.make(SHAPE, decoder_features=(4, 4), likelihood="bernoulli")
+    for method in ("vaegan", "gan"):
+        with pytest.raises(ValueError, match="data.binarize is 'threshold', but a discriminator"):
+            vaegan.make_objective(model, "threshold", method=method)
+    assert vaegan.make_objective(model, "threshold", method="vae")
+
+
 def test_baselines_of_binary_pixels_are_those_of_what_the_model_sees():
     image = np.array([[0, 100], [255, 128]], np.uint8).reshape(2, 1, 2, 1)
     model = Model(lambda key: {})

@@ -176,8 +176,10 @@ def make_run_steps(
             state, metrics = train_step(state, batch)
             return state, jax.tree.map(lambda values, value: values.at[i].set(value), history, metrics)
 
-        batch = make_batch(image[:share], label[:share], weight, order[:share])
-        shapes = jax.eval_shape(lambda: train_step(state, batch)[1])
+        any_rows = jnp.zeros(share, jnp.int32)
+        shapes = jax.eval_shape(
+            lambda: train_step(state, make_batch(image[any_rows], label[any_rows], weight, any_rows))[1]
+        )
         history = jax.tree.map(lambda leaf: jnp.zeros(max_steps, leaf.dtype), shapes)
         return lax.fori_loop(0, count, one_step, (state, history))
 

@@ -67,13 +67,13 @@ def evaluate(
         split = examples.file
         job.dataset.splits[split] = Split(examples.image, examples.label)
     choose_split(job.dataset, split)
-    numbers, _ = job.evaluate_on(split)(variables, job.root())
-    named = {f"{split}/{name}": value for name, value in numbers.items()}
-    found, judged = {"step": metadata["step"]} | named, {}
+    measured, judged = {}, {}
     if full:
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset))
-        found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
+        measured = evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
+    numbers, _ = job.evaluate_on(split)(variables, job.root())
+    found = {"step": metadata["step"]} | {f"{split}/{name}": value for name, value in numbers.items()} | measured
     ledger = job.ledger(found, split)
     if full and own is None:  # the baselines are those of the training images
         judged = verdict(found | ledger, split, job.baselines())

@@ -106,7 +106,7 @@ def make_given(
     p_x: Likelihood,
     image_shape: tuple[int, int, int],
     num_classes: int,
-    visible: Float[np.ndarray, "height width 1"] | None,
+    visible: Float[np.ndarray, "height width channel"] | None,
 ) -> Model:
     """The model of these networks, conditioned on the `visible` pixels, or on the label if `visible` is None."""
 
@@ -170,12 +170,12 @@ def needs_condition(*arguments):
     raise ValueError("this model needs a condition: use model.given(condition)")
 
 
-def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.ndarray, "height width 1"]:
+def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.ndarray, "height width channel"]:
     """A mask, 1 for visible and 0 for hidden pixels. Raises ValueError for quadrants of an image of odd size."""
     height, width, _ = image_shape
     if condition != "column" and (height % 2 or width % 2):
         raise ValueError(f"model.condition is {condition!r}, but images of {height}x{width} have no equal quadrants")
-    visible = np.zeros((height, width, 1), np.float32)
+    visible = np.zeros(image_shape, np.float32)
     if condition == "column":
         visible[:, width // 2] = 1
     else:
@@ -187,7 +187,7 @@ def visible_part(image_shape: tuple[int, int, int], condition: str) -> Float[np.
     return visible
 
 
-def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], name: str) -> Likelihood:
+def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width channel"], name: str) -> Likelihood:
     """Restrict the likelihood to the hidden pixels, with its constant spread over all pixels.
 
     Raises ValueError if its variance depends on all pixels.
@@ -204,7 +204,7 @@ def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], nam
     return p_x._replace(energy=energy, constant=p_x.constant * share, covered=share)
 
 
-def keep_visible(p_x: Likelihood, visible: Float[np.ndarray, "height width 1"], c: Array) -> Likelihood:
+def keep_visible(p_x: Likelihood, visible: Float[np.ndarray, "height width channel"], c: Array) -> Likelihood:
     """Copy the visible pixels of the conditions into the likelihood's mean images and draws."""
 
     def keep(image):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vae_jax.batch import named_key
 from vae_jax.families import Model
 from vae_jax.families.reports import METRICS, baselines, ledger, make_figures, make_final_probes, make_probes  # noqa: F401
 from vae_jax.likelihoods import BINARY, LIKELIHOODS, Likelihood, distortion, sigmoid_mean
@@ -119,7 +120,7 @@ def init(
 
 def with_parts(variables: dict, p_x: Likelihood, p_z: Prior, key) -> dict:
     """Add the variables of likelihood and prior to those of the networks."""
-    parts = {"likelihood": p_x.init(key), "prior": p_z.init(key)}
+    parts = {"likelihood": p_x.init(named_key(key, "likelihood")), "prior": p_z.init(key)}
     own = {name: part for name, part in parts.items() if part}
     state = {} if p_x.init_state is None else {"likelihood": p_x.init_state()}
     return variables | state | {"params": {**variables["params"], **own}}

@@ -151,6 +151,11 @@ def make_objective(
     """
     check_objective(model, beta, 0, 0.0, 1, "iwae", binarize)
     check_fields(method, beta, gamma, saturating, judge_reconstructions, penalty)
+    if binarize != "none" and method != "vae":
+        raise ValueError(
+            f"data.binarize is {binarize!r}, but a discriminator tells images of 0 and 1 from the decoder's grey means "
+            "at once: leave it at none, or take objective.method=vae"
+        )
 
     def objective(variables, batch, keys, train, step, axis_name=None):
         mean, logvar = model.encode(variables, batch.image)

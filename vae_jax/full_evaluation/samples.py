@@ -57,7 +57,7 @@ def generated_numbers(subject: Subject) -> tuple[dict[str, Any], np.ndarray | No
         numbers |= compare(binary, featurize(draws), "/draws")
         if subject.name != "train":
             floor = Split(training.image[others], training.label[others])
-            seen = as_seen(floor, subject.dataset.binarize, vae.config["seed"])
+            seen = as_seen(floor, subject.dataset.binarize, vae.config["seed"] + 1)  # other noise than the split's
             numbers |= compare(binary, featurize(as_floats(seen.image)), "/draws/floor")
     if subject.name == "train":
         return numbers | {"nearest_training_distance": "left out: the training images themselves are evaluated"}, None
