@@ -53,7 +53,7 @@ def commands(workdir: Path, base: str, fields: dict, manual_dir: str) -> dict[st
 def load(workdir: Path, titles: Mapping[str, str] = VARIANTS) -> list[Variant]:
     """The trained variants {folder: title}, the reference first. Raises ValueError if one is missing or unfinished."""
     return [
-        Variant(title, vae_jax.load(str(workdir / name)), launch.last_test(workdir / name))
+        Variant(title, vae_jax.load(str(workdir / name), "latest"), launch.last_test(workdir / name))
         for name, title in titles.items()
     ]
 
@@ -94,7 +94,7 @@ def main() -> None:
     workdir = local_path(given.workdir)
     test = data.load(name=given.data, manual_dir=given.manual_dir).splits["test"]
     base = launch.config_for("vae", given.data)
-    fields = {"epochs": given.epochs, "data.name": given.data}
+    fields = {"epochs": given.epochs, "data.name": given.data, "run.likelihood_samples": 0}
     for command in commands(workdir, base, fields, given.manual_dir).values():
         launch.run(command)
     title = f"Ablations: {given.data}, {given.epochs} epochs each"

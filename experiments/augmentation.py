@@ -23,9 +23,9 @@ import vae_jax
 from experiments import arms, augmentation_report, launch
 from experiments.arms import ARMS, SCALES, SHARES, SWEEP, Arm
 from experiments.study import compute_once, open_study, settings_of
-from experiments.trainer import Trainer
+from experiments.trainer import RECIPE, Trainer
 from vae_jax import data, generate
-from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label
+from vae_jax.batch import Dataset, Split, example_keys, first_of_each_label, mixed_order
 from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
 from vae_jax.run.files import atomic_file, local_path
@@ -114,9 +114,9 @@ class Experiment:
 
     def sweep(self, share: float, scale: float) -> dict:
         """The share of generated images whose label by the judge differs from the true label of their source."""
-        image = perturb_images(self._vae, self._half_a.image[:SWEPT], share, scale)
-        label, _ = self._judge.predict(image)
-        return {"relabelled": float(np.mean(label != self._half_a.label[:SWEPT]))}
+        rows = mixed_order(self._half_a.label)[:SWEPT]
+        label, _ = self._judge.predict(perturb_images(self._vae, self._half_a.image[rows], share, scale))
+        return {"relabelled": float(np.mean(label != self._half_a.label[rows]))}
 
     def choose(self, percentage: float, share: float, scale: float) -> dict:
         """Train arm f at this noise on a percentage of half B; returns each seed's accuracy on the rest."""
@@ -150,9 +150,9 @@ class Experiment:
 def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) -> None:
     """Train what is missing: the judge on all training images, the two VAEs on half A."""
     judge, vae, sharp = (path / name for name in arms.MODELS)
-    fields = {"data.name": settings["data"]}
+    fields = {"data.name": settings["data"], "run.likelihood_samples": 0}
     launch.run(launch.make_command(settings["classifier"], judge, fields, manual_dir))
-    half_a = {"data.name": str(write_half_a(path, dataset))}
+    half_a = {"data.name": str(write_half_a(path, dataset)), "run.likelihood_samples": 0}
     for workdir, fields in [(vae, {}), (sharp, arms.SHARP_VAE)]:
         launch.run(launch.make_command(settings["vae"], workdir, half_a | fields))
 
@@ -203,6 +203,7 @@ def make_settings(given: flags.FlagValues, dataset: Dataset, models: Sequence[st
         "seeds": given.seeds,
         "steps": given.steps,
         "batch_size": given.batch_size,
+        "recipe": RECIPE,
         **{name: given[name].value or launch.config_for(name, given.data) for name in models},
     }
 

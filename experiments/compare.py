@@ -26,7 +26,13 @@ from vae_jax.run.report import markdown_table
 
 IGNORED = ("run.", "data.manual_dir")  # fields that affect no number
 DECIDE = ("data.", "model.name", "model.likelihood", "model.scale", "model.learn_scale", "model.condition")
-DECIDE += ("objective.samples", "objective.beta", "objective.method", "objective.charge")
+DECIDE += ("objective.samples", "objective.beta", "objective.method", "objective.charge", "objective.gamma")
+DECIDE += (
+    "objective.saturating",
+    "objective.judge_reconstructions",
+    "model.feature_layer",
+    "model.discriminator_features",
+)
 MEASURED = ("loss", "reconstruction", "bound")  # numbers of the likelihood's kind
 MOST_LABELLED = 12  # most runs that a legend can name
 WAY_OUT = ": name another with --workdir"  # advice for a training run, removed from its error messages

@@ -2,7 +2,7 @@
 
     python -m experiments.completions --workdir=runs/completions [--data=mnist] [--epochs=20]
 
-Networks and data are those of Pyro's tutorial "Conditional Variational Auto-encoder": dense layers of 500 units, 200
+Widths and data are those of Pyro's tutorial "Conditional Variational Auto-encoder": dense layers of 500 units, 200
 latents, grey pixels. The regression is the same decoder without latents. Checkpoints are chosen by 5,000 validation
 images. The summary gives -log p(hidden pixels | visible ones) on all test images, by importance samples of z, and one
 picture shows completions by the available models. Each finished model is one line of results.jsonl, so the same command
@@ -121,7 +121,7 @@ def main() -> None:
 if __name__ == "__main__":
     launch.define_data_flags("runs/completions")
     flags.DEFINE_integer("epochs", 20, "Epochs of each model.", lower_bound=1)
-    flags.DEFINE_integer("validation", 5000, "Training images held out to choose the checkpoint.", lower_bound=1)
+    flags.DEFINE_integer("validation", 5000, "Training images held out to choose the checkpoint.", lower_bound=0)
     flags.DEFINE_integer("importance_samples", 100, "Draws of z for each image's likelihood.", lower_bound=1)
     flags.DEFINE_integer("count", 10_000, "Test images.", lower_bound=2)
     launch.start("completions", main)

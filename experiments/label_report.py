@@ -43,6 +43,11 @@ def by_method(rows: list[dict], number: str = "accuracy", scale: float = 100) ->
     for row in sorted(rows, key=lambda row: row.get("draw", 0)):
         if number in row:
             here = found.setdefault(row["stage"], {}).setdefault(row["labels"], [])
+            if row.get("draw", 0) != len(here):
+                raise ValueError(
+                    f"results.jsonl lacks draw {len(here)} of {row['stage']} with {row['labels']} labels: "
+                    f"compute it with --methods={row['stage']!r}"
+                )
             here.extend(row[number] if isinstance(row[number], list) else [row[number]])
     return {
         method: {labels: scale * np.array(values) for labels, values in sorted(of.items())}
@@ -108,7 +113,7 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
         "Test accuracy in %, images shifted and rotated": table(found, [n for n in found if n.startswith(SHIFTED)]),
         "Paired differences over the draws, in points": pairs,
         "Nats of a test image: a bound on -log p(x), or by Bayes' rule an estimate of it": table(nats, nats),
-        "Minutes of all draws and numbers of labels": minutes,
+        "Minutes of all draws and numbers of labels; the first method that needs the VAE or a graph includes it": minutes,
     }
 
 

@@ -3,7 +3,8 @@
     python -m experiments.label_spectrum --workdir=runs/label-spectrum [--data=mnist] [--labels=10,100,600,1000,3000,all] [--draws=5]
 
 Each method sees all training images but few labels, drawn anew for each of `--draws`, and is tested on all test images.
-Nothing is tuned on other labels, except on the digits: `ALPHA` was chosen on their test images. Each result is one line
+The recipe and the confidence threshold of the classifier were found with the labels of MNIST, and `ALPHA` with those of
+the digits' test images; nothing else is tuned. Each result is one line
 of results.jsonl, so the same command resumes an interrupted study; `--methods` computes a part of it. summary.md and
 the figure come last, from the available results.
 """
@@ -24,7 +25,7 @@ from sklearn.exceptions import ConvergenceWarning
 import vae_jax
 from experiments import arms, label_report, launch
 from experiments.study import compute_once, open_study, settings_of
-from experiments.trainer import Trainer
+from experiments.trainer import RECIPE, Trainer
 from vae_jax import data
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.latents import linear_probe
@@ -38,7 +39,8 @@ NEIGHBOURS = 10  # of each image in the graph
 TRAIN, TEST = 0, 1  # given to scikit-learn in place of images; its kernel then returns the precomputed graph
 SPREADING = 0.99  # weight of the neighbours: alpha of Zhou et al. 2004, section 4
 ALPHA = 10.0  # weight of the cross-entropy: of 0.1 (published), 1, 10 and 100 the best on the bundled digits
-MOST_LABELLED = 16  # most labelled images in a batch of 128
+BATCH_SIZE = 128
+MOST_LABELLED = 16  # in a batch
 BAYES_SAMPLES = 1000  # draws of z for each image and label, as in Kingma et al.'s code of M2
 
 
@@ -90,6 +92,7 @@ class Spectrum:
         self._trainer = functools.cache(lambda: Trainer(dataset, trainer))
         self._graph = functools.cache(self._make_graph)
         self._codes = functools.cache(self._encode)
+        self._supervised = functools.cache(self._train_supervised)
 
     def hidden(self, labels: int, draw: int) -> np.ndarray:
         """The training labels, with -1 for those that this draw hides."""
@@ -98,8 +101,7 @@ class Spectrum:
     def classifier(self, labels: int, augmented: bool = False, pseudo_labels: bool = False) -> dict:
         """Train the post's classifier; `pseudo_labels` trains it again with every image that it labels confidently."""
         trainer, train = self._trainer(), self._train
-        rows = [np.flatnonzero(self.hidden(labels, draw) >= 0) for draw in self._draws]
-        variables = trainer(train.image, train.label, rows, augmented)
+        variables = self._supervised(labels, augmented)
         if pseudo_labels:
             found = trainer.make_predict(train)(variables)
             hidden = np.stack([self.hidden(labels, draw) for draw in self._draws])
@@ -107,6 +109,10 @@ class Spectrum:
             confident = (hidden >= 0) | (found["confidence"] >= arms.CONFIDENCE_THRESHOLD)
             variables = trainer(train.image, label, list(map(np.flatnonzero, confident)), augmented)
         return self._count(variables)
+
+    def _train_supervised(self, labels: int, augmented: bool) -> dict:
+        rows = [np.flatnonzero(self.hidden(labels, draw) >= 0) for draw in self._draws]
+        return self._trainer()(self._train.image, self._train.label, rows, augmented)
 
     def _count(self, variables: dict) -> dict:
         prediction = self._trainer().make_predict(self._test)(variables)["prediction"]
@@ -161,7 +167,7 @@ class Spectrum:
         """The posterior means of a VAE trained without labels."""
         run = self._path / "vae"
         self._run("configs/vae.py:bernoulli", run, {"epochs": self._settings["vae_epochs"]})
-        vae = vae_jax.load(str(run))
+        vae = vae_jax.load(str(run), "latest")
         return tuple(vae.encode(split.image)[0] for split in (self._train, self._test))
 
     def family(self, method: str, labels: int, draw: int) -> dict:
@@ -185,7 +191,7 @@ class Spectrum:
 
     def _by_bayes(self, run: Path) -> dict[str, float]:
         """Test accuracy by Bayes' rule, and the mean nats -log p(x | y) and -log p(x) = -log 1/C sum_y p(x | y)."""
-        vae, test = vae_jax.load(str(run)), self._test
+        vae, test = vae_jax.load(str(run), "latest"), self._test
         of_label = [vae.log_likelihood(test.image, BAYES_SAMPLES, label=label) for label in range(self._classes)]
         log_p = np.stack(of_label, axis=1)
         return {
@@ -223,6 +229,19 @@ def run_study(study: OwnedDirectory, settings: dict, dataset: Dataset, manual_di
     label_report.write_summary(study.path, study.rows, settings)
 
 
+def check_chosen(chosen: list[str], labels: list[int], size: int) -> None:
+    """Raise ValueError if the methods and numbers of labels leave nothing to compute, or too few images without label."""
+    if labels == [ALL] and not any(method in FAMILIES or takes_all(method) for method in chosen):
+        raise ValueError("--labels=all leaves nothing to compute: these methods label images that have no label")
+    most = size - (BATCH_SIZE - MOST_LABELLED)
+    generative = [method for method in chosen if method in FAMILIES and FAMILIES[method].uses_unlabelled]
+    if generative and max(labels) > most:
+        raise ValueError(
+            f"--labels has {max(labels)} of {size}, but {generative[0]} takes {size - most} unlabelled images in a batch: "
+            f"give at most {most}, or all, or other --methods"
+        )
+
+
 def main() -> None:
     given = flags.FLAGS
     dataset = data.load(name=given.data, manual_dir=given.manual_dir)
@@ -233,7 +252,8 @@ def main() -> None:
         "alpha": ALPHA,
         "precision": given.precision,
         "steps": given.steps,
-        "batch_size": 128,
+        "batch_size": BATCH_SIZE,
+        "recipe": RECIPE,
         "vae_epochs": given.vae_epochs,
     }
     arms.check_labelled(given.data, dataset)
@@ -249,8 +269,10 @@ def main() -> None:
     methods = {**METHODS, **FAMILIES}
     if unknown := set(given.methods) - {*methods}:
         raise ValueError(f"--methods has {', '.join(sorted(unknown))}, but must be some of: {'; '.join(methods)}")
+    chosen = given.methods or [*methods]
+    check_chosen(chosen, settings["labels"], size)
     study = open_study(local_path(given.workdir), settings)
-    run_study(study, settings, dataset, given.manual_dir, given.methods or [*methods])
+    run_study(study, settings, dataset, given.manual_dir, chosen)
     print((study.path / "summary.md").read_text("utf-8"))
 
 

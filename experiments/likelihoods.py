@@ -41,7 +41,7 @@ def measure(run: Path) -> dict[str, Any]:
 
     -ELBO includes the likelihood's constant. A density has no bits per dimension.
     """
-    vae, last = vae_jax.load(str(run)), launch.last_test(run)
+    vae, last = vae_jax.load(str(run), "latest"), launch.last_test(run)
     p_x = vae.model.likelihood
     bound = convert(last["test/bound"], "loss", math.prod(vae.image_shape), p_x.constant)
     found = {"kind": p_x.support, "bound": bound["nats"]}

@@ -26,7 +26,7 @@ from vae_jax.run.report import markdown_table
 COLUMNS = {  # of the table: metric -> heading
     "kl": "rate: KL, nats",
     "reconstruction": "distortion: half the squared error",
-    "bound": "-ELBO",
+    "bound": "-ELBO, without its constant",
     "nll": "-log p(x), with its constant",
     "mutual_information": "I(n; z)",
     "aggregate_kl": "KL(q(z) to p(z))",
@@ -100,7 +100,8 @@ def main() -> None:
     study = open_study(local_path(given.workdir), settings)
 
     def train_and_evaluate(run):
-        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed} | chosen[run]
+        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed, "run.likelihood_samples": 0}
+        fields |= chosen[run]
         launch.run(launch.make_command(base, study.path / run, fields, given.manual_dir))
         return evaluate(study.path / run, given.samples, count)
 
@@ -112,7 +113,7 @@ def main() -> None:
     latent_dim = max(numbers["latent_dim"] for numbers in found.values())
     save_figure(draw(found, eigenvalues, latent_dim, title), study.path / "rate_distortion.png")
     cells = markdown_table(table(found))
-    note = f"-log p(x) of {count} images from {given.samples} samples each."
+    note = f"-log p(x) is that of {count} test images from {given.samples} samples each; rate, distortion and -ELBO are those of all."
     launch.write_summary(study.path, title, cells, note, "![Rate and distortion](rate_distortion.png)")
 
 

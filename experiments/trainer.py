@@ -18,6 +18,8 @@ from vae_jax.run.evaluate import map_examples
 from vae_jax.run.seeds import map_seeds, root_keys
 from vae_jax.steps import init_state, make_run_steps, make_train_step
 
+RECIPE = {name: value for name, value in classifier_config.get_config().to_dict()["optimizer"].items() if value}
+
 
 class Trainer:
     """Trains the classifier on rows of a pool by the recipe of configs/classifier.py, all seeds in one program."""
@@ -26,8 +28,7 @@ class Trainer:
         self._seeds = range(settings["seeds"])
         self._steps, self._batch_size = settings["steps"], settings["batch_size"]
         self._keys = root_keys(self._seeds)
-        recipe = classifier_config.get_config().to_dict()["optimizer"]
-        del recipe["name"], recipe["ema_decay"]
+        recipe = {name: value for name, value in RECIPE.items() if name not in ("name", "ema_decay")}
         self._optimizer = make_adam(self._steps, **recipe)
         shape = dataset.image_shape
         self._model = classifier.make(shape, dataset.num_classes)

@@ -69,7 +69,7 @@ class Comparison:
         return self._workdir / f"{method}-seed{seed}"
 
     def load(self, method: str, seed: int) -> Any:
-        return vae_jax.load(str(self.folder(method, seed)))
+        return vae_jax.load(str(self.folder(method, seed)), "latest")
 
     def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Compare samples from the prior, and reconstructions if the method trains an encoder, with the test images.
@@ -160,7 +160,8 @@ def main() -> None:
     compute_once(study, "speed", functools.partial(speeds, base))
 
     def train_and_measure(method, seed):
-        fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | METHODS[method]
+        fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data, "run.likelihood_samples": 0}
+        fields |= METHODS[method]
         launch.run(launch.make_command(base, comparison.folder(method, seed), fields, given.manual_dir))
         return comparison.measure(method, seed)
 

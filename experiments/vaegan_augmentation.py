@@ -44,7 +44,7 @@ PAIRS = {
 
 def train_models(path: Path, dataset: Dataset, settings: dict) -> None:
     """Train the sharp VAE and the VAE/GAN on half A."""
-    half_a = {"data.name": str(write_half_a(path, dataset))}
+    half_a = {"data.name": str(write_half_a(path, dataset)), "run.likelihood_samples": 0}
     launch.run(launch.make_command(settings["vae"], path / "sharp", half_a | arms.SHARP_VAE))
     launch.run(launch.make_command(settings["vaegan"], path / "vaegan", half_a))
 

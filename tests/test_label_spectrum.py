@@ -97,7 +97,7 @@ def test_a_conditional_vae_classifies_by_bayes_rule(spectrum, monkeypatch, tmp_p
     """With log p(x | y) of -1 for the image's own label and -3 for the other one, p(x) is their mean."""
     own = two_clusters(30).label
     fake = SimpleNamespace(log_likelihood=lambda image, samples, label: np.where(own == label, -1.0, -3.0))
-    monkeypatch.setattr(label_spectrum.vae_jax, "load", lambda path: fake)
+    monkeypatch.setattr(label_spectrum.vae_jax, "load", lambda path, checkpoint: fake)
     found = spectrum._by_bayes(tmp_path)
     nll = -math.log((math.exp(-1) + math.exp(-3)) / 2)
     assert found == pytest.approx({"accuracy": 1.0, "nll_given_label": 1.0, "nll": nll})
@@ -131,6 +131,32 @@ def test_the_tables_hold_means_intervals_and_paired_differences():
     assert ["M2", "55.00 ± 63.53 (2 of 3 draws)", "", ""] in begun
     figure = report.draw(rows, SETTINGS)
     assert [ax.get_title() for ax in figure.axes] == ["Images as they are", "Images shifted and rotated"]
+
+
+def test_a_missing_draw_is_named_since_differences_are_paired():
+    rows = [{"stage": "M2", "labels": 2, "accuracy": 0.5, "draw": draw, "seconds": 1.0} for draw in (0, 2)]
+    with pytest.raises(ValueError, match="lacks draw 1 of M2 with 2 labels: compute it with --methods='M2'"):
+        report.by_method(rows)
+
+
+def test_choices_that_cannot_be_computed_are_refused_before_the_others_are():
+    label_spectrum.check_chosen([*METHODS, *FAMILIES], [10, 388, -1], 500)
+    label_spectrum.check_chosen([*METHODS], [499], 500)
+    with pytest.raises(
+        ValueError, match="has 389 of 500, but M2 takes 112 unlabelled images in a batch: give at most 388"
+    ):
+        label_spectrum.check_chosen(["classifier", "M2"], [10, 389, -1], 500)
+    with pytest.raises(ValueError, match="--labels=all leaves nothing to compute"):
+        label_spectrum.check_chosen(["label spreading, pixels", "classifier, pseudo-labels"], [-1], 500)
+
+
+def test_pseudo_labels_start_from_the_classifier_of_the_method_before(spectrum, monkeypatch):
+    trained = []
+    train = label_spectrum.Trainer.__call__
+    monkeypatch.setattr(label_spectrum.Trainer, "__call__", lambda *given: (trained.append(given[4]), train(*given))[1])
+    spectrum.classifier(4)
+    spectrum.classifier(4, pseudo_labels=True)
+    assert trained == [False, False]
 
 
 def test_all_labels_are_used_once_and_only_where_they_are_defined(monkeypatch):

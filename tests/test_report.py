@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from small_run import run_job
 
 from configs import classifier
-from experiments import ablations, arms, augmentation_report, launch, likelihoods, reproduce, speed, speed_peers
+from experiments import ablations, arms, augmentation_report, iwae, launch, likelihoods, reproduce, speed, speed_peers
 from vae_jax import data
 from vae_jax.batch import Batch
 from vae_jax.run import session
@@ -253,16 +253,26 @@ def test_no_two_kinds_of_numbers_share_a_column():
     assert found["density on [0, 1]"][2] == ["laplace", "1.00 ± 0.50", "none", "2.00", "3.0", "0.1000"]
 
 
+def test_each_number_of_samples_has_the_mean_of_its_seeds_beside_the_published_result():
+    rows = [
+        {"k": k, "nll": nll, "active_units": 20, "effective_sample_size": 10.0}
+        for k, nll in [(50, 85.0), (1, 87.0), (1, 88.0), (2, 86.0)]
+    ]
+    cells = iwae.table(rows, "mnist")
+    assert cells[1] == ["1", "87.50 ± 6.35", "20.0", "10.0", "86.76", "87.75", "87.75"]  # t(1) = 12.706
+    assert [row[:2] for row in cells[2:]] == [["2", "86.00"], ["50", "85.00"]] and cells[2][4:] == ["", "", ""]
+    assert iwae.table(rows, "digits")[0][-1] == "effective sample size"
+
+
 @pytest.mark.slow
 def test_the_importance_weighted_autoencoders(forks, tmp_path):
     """Models that were computed are kept, and their likelihoods left alone."""
     arguments = ["--data=digits", "--epochs=1", f"--workdir={tmp_path}", "--importance_samples=20", "--count=20"]
-    first = forks("-m", "experiments.iwae", *arguments, "--samples=1", "--seeds=3,4")
-    assert first.ends(0).count("likelihood of 20") == 2
-    second = forks("-m", "experiments.iwae", *arguments, "--samples=1,2", "--seeds=4")
-    assert second.ends(0).count("likelihood of 20") == 1
+    arguments.append("--samples=2")
+    assert forks("-m", "experiments.iwae", *arguments, "--seeds=3").ends(0).count("likelihood of 20") == 1
+    assert forks("-m", "experiments.iwae", *arguments, "--seeds=3,4").ends(0).count("likelihood of 20") == 1
     rows = read_json_lines(tmp_path / "results.jsonl")
-    assert [(row["k"], row["seed"]) for row in rows] == [(1, 3), (1, 4), (2, 4)]
+    assert [(row["k"], row["seed"]) for row in rows] == [(2, 3), (2, 4)]
     assert rows[0]["nll"] != rows[1]["nll"]
     assert "| 2 | " in (tmp_path / "summary.md").read_text()
 
