@@ -1,6 +1,6 @@
 """M2 (Kingma et al. 2014): dense networks of 500 units, 50 latents, binarized images, few labels.
 
-python -m vae_jax.main --config=configs/semisupervised.py           MNIST, 100 labels, 16 of each batch of 128 labelled; 2 hours
+python -m vae_jax.main --config=configs/semisupervised.py           MNIST, 100 labels, 16 of each batch of 128 labelled; 35 min
 python -m vae_jax.main --config=configs/semisupervised.py:digits    scikit-learn's bundled digits, 100 labels
 python -m vae_jax.main --config=configs/semisupervised.py:smoke     two steps on the bundled digits, for tests
 """
