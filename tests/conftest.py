@@ -5,7 +5,7 @@ import contextlib
 import os
 import tempfile
 
-from program import QUICK, Forks
+from program import QUICK, Forks, load_digits_once
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
@@ -25,6 +25,9 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Every call of an annotated function checks shapes and types.
 install_import_hook("vae_jax", "beartype.beartype")
+
+
+load_digits_once()
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +65,12 @@ def forks():
     forks.close()
 
 
+def pytest_collection_modifyitems(items):
+    """The files with the longest tests come first, so that no worker starts one of them last."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+LONGEST = "test_robustness.py", "test_augmentation.py", "test_hosts.py", "test_report.py"
 TRIED, HELD = collections.Counter(), collections.Counter()
 
 

@@ -35,9 +35,12 @@ QUICK = f"--xla_backend_optimization_level=0 {USUAL}"
 DRAWN = "VAE_JAX_TESTS_DRAWN"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",
+    "PIL.Image",
     "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "ml_collections.config_flags",
     "sklearn.datasets",
+    "sklearn.model_selection",
     "tensorflow_datasets",
 )
 
@@ -176,6 +179,16 @@ class _Fork:
         self.send_signal(signal.SIGKILL)
 
 
+def load_digits_once() -> None:
+    """Let every later use of the bundled digits take the same arrays, which nothing may change."""
+    datasets = importlib.import_module("vae_jax.data.named").DATASETS
+    splits = datasets["digits"]("digits", "")
+    for split in splits:
+        for array in split:
+            array.flags.writeable = False
+    datasets["digits"] = lambda name, manual_dir: splits
+
+
 def import_everything() -> None:
     """Import the package and what it uses, but not `vae_jax.main`, which a command line runs as `__main__`."""
     for path in sorted((ROOT / "vae_jax").rglob("*.py")):
@@ -184,6 +197,7 @@ def import_everything() -> None:
             importlib.import_module(".".join([*parents, name]).removesuffix(".__init__"))
     for module in INSIDE_FUNCTIONS:
         importlib.import_module(module)
+    load_digits_once()
     from jax._src import xla_bridge
 
     assert not xla_bridge.backends_are_initialized(), "an import started a JAX backend"

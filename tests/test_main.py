@@ -161,7 +161,6 @@ BAD_FIELDS = [
     ("--config.seed.x=1", "seed is not a section"),
     ("--config.batch_size=-1", "batch_size is -1, but must be at least 0"),
     ("--config.data.name=digit", "did you mean 'digits'"),
-    ("--config.optimizer.learning_rate=1e30", "at step"),
     ("--workdir=/proc/none/run", "cannot write to the work directory /proc/none/run"),
 ]
 BAD_COMMAND_LINES = [
@@ -191,19 +190,16 @@ def test_bad_input_is_refused_in_one_line(tmp_path, forks, arguments, code, mess
     if not any(argument.startswith("--workdir") for argument in arguments):
         arguments = [*arguments, f"--workdir={tmp_path / 'run'}"]
     assert message in forks(*MAIN, *arguments).refuses(code)
-    assert message == "at step" or not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("start", ["fresh", "forks"])
-def test_fresh_processes_and_forks_refuse_with_the_same_words(start, forks):
-    """Without imports, after some of them, and after all of them."""
-    start = {"fresh": fresh, "forks": forks}[start]
-    for flags, code, message in [
-        (["--mode=smaple"], 1, "should be one of <train|"),
-        (["--config=configs/vae.py:smoke", "--config.batch_size=-1"], 1, "batch_size is -1, but must be at least 0\n"),
-        (["--mode=sample", "--workdir=nowhere"], 1, "there is no run in nowhere"),
-    ]:
-        assert message in start(*MAIN, *flags).refuses(code)
+@pytest.mark.parametrize(
+    "flags,message",
+    [("--mode=smaple", "should be one of <train|"), ("--mode=sample --workdir=nowhere", "there is no run in nowhere")],
+)
+def test_a_fresh_process_refuses_as_a_fork_does(flags, message):
+    """Before most imports, and after some of them."""
+    assert message in fresh(*MAIN, *flags.split()).refuses(1)
 
 
 def test_a_large_step_is_printed_whole():
