@@ -73,21 +73,14 @@ def residual(raw: Float[Array, "*samples batch h w c"], image: Float[Array, "bat
     return align(image, raw) - jax.nn.sigmoid(raw)
 
 
-def normal_about(raw: Float[Array, "*samples h w c"], key: Key[Array, ""], scale: Any = 1.0) -> Array:
+def normal_about(raw: Float[Array, "*samples h w c"], key: Key[Array, ""], scale: Any) -> Array:
     """A draw from N(sigmoid(raw), scale^2)."""
     return jax.nn.sigmoid(raw) + scale * jax.random.normal(key, raw.shape, raw.dtype)
 
 
 def unit_gaussian() -> Likelihood:
     """N(x; sigmoid(raw), 1): energy (x - mean)^2 / 2, constant ln(2 pi) / 2 (the post's squared error)."""
-
-    def energy(variables, raw, image):
-        return 0.5 * residual(raw, image) ** 2
-
-    def sample(variables, key, raw):
-        return normal_about(raw, key)
-
-    return Likelihood(DENSITY, energy, sample, constant=HALF_LOG_2PI, elementwise=True)
+    return gaussian(1.0)
 
 
 def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
