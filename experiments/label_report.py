@@ -113,7 +113,7 @@ def tables(rows: list[dict], settings: dict) -> dict[str, list[list[str]]]:
         "Test accuracy in %, images shifted and rotated": table(found, [n for n in found if n.startswith(SHIFTED)]),
         "Paired differences over the draws, in points": pairs,
         "Nats of a test image: a bound on -log p(x), or by Bayes' rule an estimate of it": table(nats, nats),
-        "Minutes of all draws and numbers of labels; the first method that needs the VAE or a graph includes it": minutes,
+        "Minutes of all draws and numbers of labels; what methods share counts for the first of them": minutes,
     }
 
 

@@ -19,6 +19,7 @@ from vae_jax.likelihoods import (
     continuous_bernoulli,
     discretised_logistic,
     distortion,
+    elementwise,
     gaussian,
     laplace,
     optimal_gaussian,
@@ -291,8 +292,23 @@ def test_leading_samples_are_those_of_each_alone(likelihood, samples):
         np.testing.assert_allclose(nats[place], expected, rtol=1e-5)
 
 
+def test_only_an_energy_of_each_pixel_alone_is_given_rows():
+    """A copy with another energy is given images again."""
+    given = []
+
+    def energy(variables, raw, image):
+        given.append(raw.shape)
+        return 0 * raw
+
+    image = jnp.zeros((2, 3, 4, 1))
+    for of_pixels in (energy, elementwise(lambda *arguments: energy(*arguments))):
+        distortion(unit_gaussian()._replace(energy=of_pixels), {}, image, image)
+    assert given == [(2, 3, 4, 1), (2, 1, 1, 12)]
+
+
 def test_each_likelihood_keeps_the_contract(likelihood):
     variables, raw, image = arrays(likelihood, (4,))
+    assert likelihood.energy.is_elementwise
     assert likelihood.support in ("density on [0, 1]", "mass on {0, 1}", "mass on 0..255")
     mean = likelihood.mean(variables, 20 * raw)
     assert 0 <= mean.min() and mean.max() <= 1

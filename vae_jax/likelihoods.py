@@ -46,7 +46,6 @@ class Likelihood(NamedTuple):
             training; ABSENT if there is no state.
         scale: variables -> the learned scale, a standard deviation for Gaussians; ABSENT if none is learned.
         covered: share of the pixels that p covers; the others are given, and their energy is 0.
-        elementwise: whether `energy` accepts an image's pixels in one row, [1, 1, pixels], which is faster on the CPU.
     """
 
     support: str
@@ -60,7 +59,15 @@ class Likelihood(NamedTuple):
     update: Callable[..., tuple[Any, dict]] = ABSENT
     scale: Callable[[Any], Float[Array, ""]] = ABSENT
     covered: float = 1.0
-    elementwise: bool = False
+
+
+def elementwise(energy: Any) -> Any:
+    """Mark an energy that depends on each pixel alone: `distortion` gives it the images as rows, [1, 1, pixels].
+
+    On the CPU XLA does not vectorise exp and log over a last axis of one channel.
+    """
+    energy.is_elementwise = True
+    return energy
 
 
 def align(image: Float[Array, "batch h w c"], raw: Float[Array, "*samples batch h w c"]) -> Array:
@@ -91,6 +98,7 @@ def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
     """
     kind = scaled(scale, learn_scale)
 
+    @elementwise
     def energy(variables, raw, image):
         s, log_s = kind.at(variables)
         return 0.5 * (residual(raw, image) / s) ** 2 + log_s
@@ -99,13 +107,14 @@ def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
         return normal_about(raw, key, kind.at(variables)[0])
 
     constant = HALF_LOG_2PI + kind.constant
-    return Likelihood(DENSITY, energy, sample, constant=constant, elementwise=True, init=kind.init, scale=kind.learned)
+    return Likelihood(DENSITY, energy, sample, constant=constant, init=kind.init, scale=kind.learned)
 
 
 def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
     """Laplace(x; sigmoid(raw), b): energy |x - location| / b, constant ln(2 b); a learned b has its ln b in the energy."""
     kind = scaled(scale, learn_scale)
 
+    @elementwise
     def energy(variables, raw, image):
         b, log_b = kind.at(variables)
         return jnp.abs(residual(raw, image)) / b + log_b
@@ -114,7 +123,7 @@ def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
         return jax.nn.sigmoid(raw) + kind.at(variables)[0] * jax.random.laplace(key, raw.shape, raw.dtype)
 
     constant = math.log(2) + kind.constant
-    return Likelihood(DENSITY, energy, sample, constant=constant, elementwise=True, init=kind.init, scale=kind.learned)
+    return Likelihood(DENSITY, energy, sample, constant=constant, init=kind.init, scale=kind.learned)
 
 
 def optimal_gaussian() -> Likelihood:
@@ -132,6 +141,7 @@ def optimal_gaussian() -> Likelihood:
         known = weight > 0
         return jnp.maximum(jnp.where(known, total / jnp.where(known, weight, 1.0), 1.0), SMALLEST_VARIANCE)
 
+    @elementwise
     def energy(variables, raw, image):
         s2 = variance(variables)
         return 0.5 * (residual(raw, image) ** 2 / s2 + jnp.log(s2))
@@ -157,7 +167,6 @@ def optimal_gaussian() -> Likelihood:
         init_state=lambda: {"total": jnp.zeros(()), "weight": jnp.zeros(())},
         update=update,
         scale=lambda variables: jnp.sqrt(variance(variables)),
-        elementwise=True,
     )
 
 
@@ -167,13 +176,14 @@ def bernoulli() -> Likelihood:
     For grey pixels it is not a likelihood but a cross-entropy: the expected energy of binary images drawn from them.
     """
 
+    @elementwise
     def energy(variables, raw, image):
         return softplus(raw) - align(image, raw) * raw
 
     def sample(variables, key, raw):
         return (jax.random.uniform(key, raw.shape) < jax.nn.sigmoid(raw)).astype(raw.dtype)
 
-    return Likelihood(BINARY, energy, sample, elementwise=True)
+    return Likelihood(BINARY, energy, sample)
 
 
 def continuous_bernoulli() -> Likelihood:
@@ -187,6 +197,7 @@ def continuous_bernoulli() -> Likelihood:
 
     logit = partial(jnp.clip, min=-LARGEST_LOGIT, max=LARGEST_LOGIT)
 
+    @elementwise
     def energy(variables, raw, image):
         a = logit(raw)
         return jnp.maximum(a, 0) + log_one_minus_exp_over(jnp.abs(a)) - align(image, raw) * a
@@ -206,7 +217,7 @@ def continuous_bernoulli() -> Likelihood:
         x = jnp.where(small, u, jnp.log1p(u * jnp.expm1(safe)) / safe)
         return jnp.where(a > 0, 1 - x, x)
 
-    return Likelihood(DENSITY, energy, sample, mean, elementwise=True)
+    return Likelihood(DENSITY, energy, sample, mean)
 
 
 def log_one_minus_exp_over(t: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -226,6 +237,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
     """
     kind = scaled(scale, learn_scale)
 
+    @elementwise
     def energy(variables, raw, image):
         s = 255 * kind.at(variables)[0]
         level = jnp.round(255 * align(image, raw))
@@ -247,7 +259,7 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
         drawn = jax.nn.sigmoid(raw) + s * jax.random.logistic(key, raw.shape, raw.dtype)
         return jnp.clip(jnp.round(255 * drawn), 0, 255) / 255
 
-    return Likelihood(LEVELS, energy, sample, mean, elementwise=True, init=kind.init, scale=kind.learned)
+    return Likelihood(LEVELS, energy, sample, mean, init=kind.init, scale=kind.learned)
 
 
 class Scale(NamedTuple):
@@ -281,8 +293,7 @@ def distortion(
     image: Float[Array, "batch h w c"],
 ) -> Float[Array, "*samples batch"]:
     """-log p(x | z) of each image without the likelihood's constant, in nats: the energy summed over pixels."""
-    if likelihood.elementwise:
-        # On the CPU XLA does not vectorise exp and log over a last axis of one channel.
+    if getattr(likelihood.energy, "is_elementwise", False):
         raw, image = (x.reshape(*x.shape[:-3], 1, 1, -1) for x in (raw, image))
     return jnp.sum(likelihood.energy(variables, raw, image), axis=(-3, -2, -1))
 

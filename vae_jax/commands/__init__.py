@@ -26,7 +26,7 @@ from vae_jax.commands.results import generated, save, save_arrays, save_each
 from vae_jax.evaluation.latents import tsne_plane
 from vae_jax.evaluation.verdict import verdict
 from vae_jax.export import export as export_model
-from vae_jax.full_evaluation import evaluate_fully
+from vae_jax.full_evaluation import check_full, evaluate_fully
 from vae_jax.full_evaluation.prior import compare_bounds, fit_prior
 from vae_jax.pretrained import of_seed
 from vae_jax.pretrained.loading import load_variables
@@ -67,13 +67,15 @@ def evaluate(
         split = examples.file
         job.dataset.splits[split] = Split(examples.image, examples.label)
     choose_split(job.dataset, split)
-    measured, judged = {}, {}
+    if full:
+        check_full(vae, job.dataset, split, samples, count)  # before the work
+    numbers, _ = job.evaluate_on(split)(variables, job.root())
+    named = {f"{split}/{name}": value for name, value in numbers.items()}
+    found, judged = {"step": metadata["step"]} | named, {}
     if full:
         if prior == "gmm":
             vae = vae.with_prior(fit_prior(vae, job.dataset))
-        measured = evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
-    numbers, _ = job.evaluate_on(split)(variables, job.root())
-    found = {"step": metadata["step"]} | {f"{split}/{name}": value for name, value in numbers.items()} | measured
+        found |= evaluate_fully(vae, job.dataset, split, samples, count, generated(workdir), prior)
     ledger = job.ledger(found, split)
     if full and own is None:  # the baselines are those of the training images
         judged = verdict(found | ledger, split, job.baselines())

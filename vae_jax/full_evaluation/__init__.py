@@ -35,19 +35,10 @@ def evaluate_fully(
         prior: name of the prior, for the file names.
         folder: destination of finished parts, figures and numbers; the same call continues an interrupted one.
 
-    Raises ValueError for samples below 1, if the split has fewer images than `count`, if p(z) has no closed form, and
-    for unlabelled images if the model is conditioned on the label.
+    Raises ValueError as `check_full` does.
     """
-    vae.check_has_density()
+    count = check_full(vae, dataset, split, samples, count)
     stored = dataset.splits[split]
-    size = len(stored.label)
-    count = min(1000, size) if count is None else count
-    if not 1 <= samples <= MOST_SAMPLES:
-        raise ValueError(f"--samples is {samples}, but must be from 1 to {MOST_SAMPLES}")
-    if not 1 <= count <= size:
-        raise ValueError(f"--count is {count}, but {split} has {size} images: give 1 to {size}")
-    if vae.model.condition_on == "label":
-        check_all_labelled(split, stored.label)
     seen = as_seen(stored, dataset.binarize, vae.config["seed"])
     subject = Subject(vae, dataset, split, seen, stored, Devices())
     name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (
@@ -70,6 +61,24 @@ def evaluate_fully(
         save_figure(closest, folder / f"{name}-pairs.png")
     parts.unlink(missing_ok=True)
     return found
+
+
+def check_full(vae: Pretrained, dataset: Dataset, split: str, samples: int, count: int | None) -> int:
+    """The number of images for the likelihood.
+
+    Raises ValueError for samples below 1, if the split has fewer images than `count`, if p(z) has no closed form, and
+    for unlabelled images if the model is conditioned on the label.
+    """
+    vae.check_has_density()
+    label = dataset.splits[split].label
+    count = min(1000, len(label)) if count is None else count
+    if not 1 <= samples <= MOST_SAMPLES:
+        raise ValueError(f"--samples is {samples}, but must be from 1 to {MOST_SAMPLES}")
+    if not 1 <= count <= len(label):
+        raise ValueError(f"--count is {count}, but {split} has {len(label)} images: give 1 to {len(label)}")
+    if vae.model.condition_on == "label":
+        check_all_labelled(split, label)
+    return count
 
 
 def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, Any]:
