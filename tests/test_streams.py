@@ -15,7 +15,7 @@ from vae_jax.objectives import reparameterize
 
 ROOT = jax.random.key(0)
 NAMES = ("noise", "shift", "rotation", "binarize", "training", "evaluation", "init", "samples", "generate", "simulate")
-NAMES += ("codes", "prior", "discriminator", "pixels")
+NAMES += ("codes", "prior", "likelihood", "discriminator", "pixels")
 
 
 def bits(keys):
