@@ -150,11 +150,10 @@ class Experiment:
 def train_models(path: Path, settings: dict, dataset: Dataset, manual_dir: str) -> None:
     """Train what is missing: the judge on all training images, the two VAEs on half A."""
     judge, vae, sharp = (path / name for name in arms.MODELS)
-    fields = {"data.name": settings["data"], "run.likelihood_samples": 0}
-    launch.run(launch.make_command(settings["classifier"], judge, fields, manual_dir))
-    half_a = {"data.name": str(write_half_a(path, dataset)), "run.likelihood_samples": 0}
+    launch.train(settings["classifier"], judge, {"data.name": settings["data"]}, manual_dir)
+    half_a = {"data.name": str(write_half_a(path, dataset))}
     for workdir, fields in [(vae, {}), (sharp, arms.SHARP_VAE)]:
-        launch.run(launch.make_command(settings["vae"], workdir, half_a | fields))
+        launch.train(settings["vae"], workdir, half_a | fields)
 
 
 def write_half_a(path: Path, dataset: Dataset) -> Path:

@@ -93,16 +93,11 @@ def main() -> None:
     settings = settings_of(given.data, dataset) | {"epochs": given.epochs, "validation": given.validation}
     settings |= {"importance_samples": given.importance_samples, "count": images}
     study = open_study(local_path(given.workdir), settings)
-    fields = {
-        "epochs": given.epochs,
-        "data.name": given.data,
-        "data.validation": given.validation,
-        "run.likelihood_samples": 0,
-    }
+    fields = {"epochs": given.epochs, "data.name": given.data, "data.validation": given.validation}
 
     def train_and_evaluate(quadrants, model):
         run, config = run_of(study.path, quadrants, model), f"configs/conditional.py:quadrant{quadrants}"
-        launch.run(launch.make_command(config, run, fields | MODELS[model], given.manual_dir))
+        launch.train(config, run, fields | MODELS[model], given.manual_dir)
         return evaluate(run, dataset, given.importance_samples, images)
 
     for quadrants, model in itertools.product(QUADRANTS, MODELS):

@@ -37,7 +37,6 @@ RECIPE = {
     "optimizer.learning_rate": 0.002,
     "optimizer.schedule": "onecycle",
     "optimizer.warmup": 0.1,
-    "run.likelihood_samples": 0,
 }
 # -log p(x) of IWAE in nats after the paper's 3,280 epochs: the paper, and older READMEs of public code with 50 latents
 PUBLISHED = {
@@ -94,7 +93,7 @@ def main() -> None:
     def train_and_evaluate(k, seed):
         run = study.path / f"k{k}-seed{seed}"
         fields = {"data.name": given.data, "objective.samples": k, "seed": seed, "epochs": given.epochs} | RECIPE
-        launch.run(launch.make_command("configs/vae.py", run, fields, given.manual_dir))
+        launch.train("configs/vae.py", run, fields, given.manual_dir)
         return evaluate(run, dataset, given.importance_samples, count)
 
     for seed in seeds:

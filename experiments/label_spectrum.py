@@ -4,9 +4,8 @@
 
 Each method sees all training images but few labels, drawn anew for each of `--draws`, and is tested on all test images.
 The recipe and the confidence threshold of the classifier were found with the labels of MNIST, and `ALPHA` with those of
-the digits' test images; nothing else is tuned. Each result is one line
-of results.jsonl, so the same command resumes an interrupted study; `--methods` computes a part of it. summary.md and
-the figure come last, from the available results.
+the digits' test images; nothing else is tuned. Each result is one line of results.jsonl, so the same command resumes an
+interrupted study; `--methods` computes a part of it. summary.md and the figure come last, from the available results.
 """
 
 import functools
@@ -201,8 +200,7 @@ class Spectrum:
         }
 
     def _run(self, config: str, run: Path, fields: dict) -> None:
-        fields = {"data.name": self._settings["data"], "run.likelihood_samples": 0} | fields
-        launch.run(launch.make_command(config, run, fields, self._manual_dir))
+        launch.train(config, run, {"data.name": self._settings["data"]} | fields, self._manual_dir)
 
 
 def takes_all(method: str) -> bool:

@@ -75,6 +75,11 @@ def shell_line(command: list[str]) -> str:
     return shlex.join(part for part in command if not part.startswith(LOCAL_FLAGS))
 
 
+def train(config: str, workdir: Path, fields: dict, manual_dir: str = "") -> None:
+    """Train a run of a study, as `make_command` says, without the likelihood at its end: a study computes its own."""
+    run(make_command(config, workdir, {"run.likelihood_samples": 0} | fields, manual_dir))
+
+
 def run(command: list[str]) -> None:
     """Run a command to its end; if it fails, or a signal came, exit with the code that a shell would report.
 

@@ -85,9 +85,8 @@ def main() -> None:
 
     def train_and_measure(likelihood):
         run = study.path / likelihood
-        fields = {"data.name": given.data, "model.likelihood": likelihood, "run.likelihood_samples": 0}
-        fields |= own | FIELDS[likelihood]
-        launch.run(launch.make_command("configs/vae.py:best", run, fields, given.manual_dir))
+        fields = {"data.name": given.data, "model.likelihood": likelihood} | own | FIELDS[likelihood]
+        launch.train("configs/vae.py:best", run, fields, given.manual_dir)
         return measure(run)
 
     for name in given.likelihoods:

@@ -100,9 +100,8 @@ def main() -> None:
     study = open_study(local_path(given.workdir), settings)
 
     def train_and_evaluate(run):
-        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed, "run.likelihood_samples": 0}
-        fields |= chosen[run]
-        launch.run(launch.make_command(base, study.path / run, fields, given.manual_dir))
+        fields = {"epochs": given.epochs, "data.name": given.data, "seed": given.seed} | chosen[run]
+        launch.train(base, study.path / run, fields, given.manual_dir)
         return evaluate(study.path / run, given.samples, count)
 
     for name in chosen:

@@ -160,9 +160,8 @@ def main() -> None:
     compute_once(study, "speed", functools.partial(speeds, base))
 
     def train_and_measure(method, seed):
-        fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data, "run.likelihood_samples": 0}
-        fields |= METHODS[method]
-        launch.run(launch.make_command(base, comparison.folder(method, seed), fields, given.manual_dir))
+        fields = {"epochs": given.epochs, "seed": seed, "data.name": given.data} | METHODS[method]
+        launch.train(base, comparison.folder(method, seed), fields, given.manual_dir)
         return comparison.measure(method, seed)
 
     for seed, method in itertools.product(range(given.seeds), METHODS):

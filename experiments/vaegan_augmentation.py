@@ -44,9 +44,9 @@ PAIRS = {
 
 def train_models(path: Path, dataset: Dataset, settings: dict) -> None:
     """Train the sharp VAE and the VAE/GAN on half A."""
-    half_a = {"data.name": str(write_half_a(path, dataset)), "run.likelihood_samples": 0}
-    launch.run(launch.make_command(settings["vae"], path / "sharp", half_a | arms.SHARP_VAE))
-    launch.run(launch.make_command(settings["vaegan"], path / "vaegan", half_a))
+    half_a = {"data.name": str(write_half_a(path, dataset))}
+    launch.train(settings["vae"], path / "sharp", half_a | arms.SHARP_VAE)
+    launch.train(settings["vaegan"], path / "vaegan", half_a)
 
 
 def make_learner(path: Path, dataset: Dataset, settings: dict) -> Learner:

@@ -65,12 +65,14 @@ def forks():
     forks.close()
 
 
+LONGEST = "test_robustness.py", "test_augmentation.py", "test_hosts.py", "test_report.py"
+
+
 def pytest_collection_modifyitems(items):
     """The files with the longest tests come first, so that no worker starts one of them last."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
-LONGEST = "test_robustness.py", "test_augmentation.py", "test_hosts.py", "test_report.py"
 TRIED, HELD = collections.Counter(), collections.Counter()
 
 

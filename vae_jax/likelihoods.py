@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from vae_jax.batch import weighted_mean
 from vae_jax.nn.layers import softplus
@@ -80,11 +80,6 @@ def residual(raw: Float[Array, "*samples batch h w c"], image: Float[Array, "bat
     return align(image, raw) - jax.nn.sigmoid(raw)
 
 
-def normal_about(raw: Float[Array, "*samples h w c"], key: Key[Array, ""], scale: Any) -> Array:
-    """A draw from N(sigmoid(raw), scale^2)."""
-    return jax.nn.sigmoid(raw) + scale * jax.random.normal(key, raw.shape, raw.dtype)
-
-
 def unit_gaussian() -> Likelihood:
     """N(x; sigmoid(raw), 1): energy (x - mean)^2 / 2, constant ln(2 pi) / 2 (the post's squared error)."""
     return gaussian(1.0)
@@ -104,10 +99,11 @@ def gaussian(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
         return 0.5 * (residual(raw, image) / s) ** 2 + log_s
 
     def sample(variables, key, raw):
-        return normal_about(raw, key, kind.at(variables)[0])
+        return jax.nn.sigmoid(raw) + kind.at(variables)[0] * jax.random.normal(key, raw.shape, raw.dtype)
 
-    constant = HALF_LOG_2PI + kind.constant
-    return Likelihood(DENSITY, energy, sample, constant=constant, init=kind.init, scale=kind.learned)
+    return Likelihood(
+        DENSITY, energy, sample, constant=HALF_LOG_2PI + kind.constant, init=kind.init, scale=kind.learned
+    )
 
 
 def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
@@ -122,8 +118,7 @@ def laplace(scale: float = 1.0, learn_scale: bool = False) -> Likelihood:
     def sample(variables, key, raw):
         return jax.nn.sigmoid(raw) + kind.at(variables)[0] * jax.random.laplace(key, raw.shape, raw.dtype)
 
-    constant = math.log(2) + kind.constant
-    return Likelihood(DENSITY, energy, sample, constant=constant, init=kind.init, scale=kind.learned)
+    return Likelihood(DENSITY, energy, sample, constant=math.log(2) + kind.constant, init=kind.init, scale=kind.learned)
 
 
 def optimal_gaussian() -> Likelihood:
@@ -147,16 +142,13 @@ def optimal_gaussian() -> Likelihood:
         return 0.5 * (residual(raw, image) ** 2 / s2 + jnp.log(s2))
 
     def sample(variables, key, raw):
-        return normal_about(raw, key, jnp.sqrt(variance(variables)))
+        return jax.nn.sigmoid(raw) + jnp.sqrt(variance(variables)) * jax.random.normal(key, raw.shape, raw.dtype)
 
     def update(variables, raw, image, weight: Float[Array, " batch"], axis_name: str | None):
-        errors = jnp.mean(residual(raw, image) ** 2, axis=(-3, -2, -1))
-        errors = errors.reshape(-1, len(weight)).mean(axis=0)
+        errors = jnp.mean(residual(raw, image) ** 2, axis=(-3, -2, -1)).reshape(-1, len(weight)).mean(axis=0)
         before, best = variables["likelihood"], lax.stop_gradient(weighted_mean(errors, weight, axis_name))
-        state = {
-            "total": DECAY * before["total"] + (1 - DECAY) * best,
-            "weight": DECAY * before["weight"] + (1 - DECAY),
-        }
+        total = DECAY * before["total"] + (1 - DECAY) * best
+        state = {"total": total, "weight": DECAY * before["weight"] + (1 - DECAY)}
         return {**variables, "likelihood": {"total": best, "weight": jnp.ones(())}}, state
 
     return Likelihood(
@@ -252,11 +244,10 @@ def discretised_logistic(scale: float = 1.0, learn_scale: bool = False) -> Likel
 
     def mean(variables, raw):
         s, m = kind.at(variables)[0], jax.nn.sigmoid(raw)
-        return jnp.clip(s * (jax.nn.softplus(m / s) - jax.nn.softplus((m - 1) / s)), 0, 1)
+        return jnp.clip(s * (softplus(m / s) - softplus((m - 1) / s)), 0, 1)
 
     def sample(variables, key, raw):
-        s, _ = kind.at(variables)
-        drawn = jax.nn.sigmoid(raw) + s * jax.random.logistic(key, raw.shape, raw.dtype)
+        drawn = jax.nn.sigmoid(raw) + kind.at(variables)[0] * jax.random.logistic(key, raw.shape, raw.dtype)
         return jnp.clip(jnp.round(255 * drawn), 0, 255) / 255
 
     return Likelihood(LEVELS, energy, sample, mean, init=kind.init, scale=kind.learned)

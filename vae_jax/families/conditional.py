@@ -196,7 +196,7 @@ def of_hidden(p_x: Likelihood, visible: Float[np.ndarray, "height width channel"
         raise ValueError(f"model.likelihood is {name!r}, whose variance is computed over all pixels: take another")
     hidden = 1 - visible
 
-    @functools.wraps(p_x.energy)
+    @functools.wraps(p_x.energy)  # with its mark `elementwise`
     def energy(variables, raw, image):
         values = p_x.energy(variables, raw, image)
         return values * hidden.reshape((1,) * (values.ndim - 3) + values.shape[-3:])

@@ -150,12 +150,7 @@ def make_objective(
     Raises ValueError for a field out of range or without effect for the method.
     """
     check_objective(model, beta, 0, 0.0, 1, "iwae", binarize)
-    check_fields(method, beta, gamma, saturating, judge_reconstructions, penalty)
-    if binarize != "none" and method != "vae":
-        raise ValueError(
-            f"data.binarize is {binarize!r}, but a discriminator tells images of 0 and 1 from the decoder's grey means "
-            "at once: leave it at none, or take objective.method=vae"
-        )
+    check_fields(method, beta, gamma, saturating, judge_reconstructions, penalty, binarize)
 
     def objective(variables, batch, keys, train, step, axis_name=None):
         mean, logvar = model.encode(variables, batch.image)
@@ -227,9 +222,11 @@ def weight_of_adversarial(gamma: float, features: int) -> float:
 
 
 def check_fields(
-    method: str, beta: float, gamma: float, saturating: bool, judge_reconstructions: bool, penalty: float
+    method: str, beta: float, gamma: float, saturating: bool, judge_reconstructions: bool, penalty: float, binarize: str
 ) -> None:
-    """Raise ValueError for a field of the objective that is out of range, or has no effect for the method."""
+    """Raise ValueError for a field of the objective that is out of range, or has no effect for the method, and for
+    binary images where there is a discriminator.
+    """
     if method not in METHODS:
         raise ValueError(f"objective.method is {method!r}, but must be one of {', '.join(METHODS)}")
     if not 0 < gamma <= 1:
@@ -246,6 +243,11 @@ def check_fields(
     for name, (is_set, is_dead) in dead.items():
         if is_set and is_dead:
             raise ValueError(f"objective.{name} has no effect with objective.method={method}: leave it at its default")
+    if binarize != "none" and method != "vae":
+        raise ValueError(
+            f"data.binarize is {binarize!r}, but a discriminator tells images of 0 and 1 from the decoder's grey means "
+            "at once: leave it at none, or take objective.method=vae"
+        )
 
 
 def decodes_per_example(*, method: str = "vaegan", judge_reconstructions: bool = False) -> int:
