@@ -3,9 +3,8 @@
 import collections
 import contextlib
 import os
-import tempfile
 
-from program import QUICK, Forks, load_digits_once
+from program import QUICK, Forks, load_digits_once, share_compiled_programs
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
@@ -18,16 +17,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# One test's compiled programs serve the next.
-CACHE = tempfile.TemporaryDirectory(prefix="vae_jax")
-jax.config.update("jax_compilation_cache_dir", CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
 # Every call of an annotated function checks shapes and types.
 install_import_hook("vae_jax", "beartype.beartype")
 
 
 load_digits_once()
+
+
+def pytest_configure(config):
+    """Compiled programs are kept beside what pytest keeps, until `pytest --cache-clear`."""
+    share_compiled_programs(str(config.cache.mkdir("compiled")))
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +56,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def forks():
     """`forks(*arguments)` starts `python ARGUMENTS` in a fork that needs no imports; see program.py."""
-    forks = Forks(
-        JAX_COMPILATION_CACHE_DIR=CACHE.name,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",
-    )
+    forks = Forks(jax.config.jax_compilation_cache_dir)
     yield forks
     forks.close()
 

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,9 @@ PATIENCE = 180  # seconds after which a process that should have ended counts as
 # for USUAL. With XLA_FLAGS=--xla_backend_optimization_level=3 pytest runs all of them as for a user. Its workers
 # inherit what conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.
 USUAL = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
-QUICK = f"--xla_backend_optimization_level=0 {USUAL}"
+QUICK = USUAL or "--xla_backend_optimization_level=0"
+if not USUAL and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # newer ones have no others
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # half the time of a small program's compilation
 DRAWN = "VAE_JAX_TESTS_DRAWN"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",
@@ -121,13 +124,13 @@ class Forks:
     quickly.
 
     Args:
-        variables: environment variables that JAX reads when it is imported.
+        compiled: folder of compiled programs, which the forks share.
     """
 
-    def __init__(self, **variables):
+    def __init__(self, compiled: str):
         self._socket, theirs = socket.socketpair()
-        env = environment(OPENBLAS_NUM_THREADS="1", **variables)  # a process with threads must not fork
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        env = environment(OPENBLAS_NUM_THREADS="1")  # a process with threads must not fork
+        command = [sys.executable, __file__, str(theirs.fileno()), compiled]
         with theirs:
             self._server = subprocess.Popen(
                 command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
@@ -187,6 +190,29 @@ def load_digits_once() -> None:
         for array in split:
             array.flags.writeable = False
     datasets["digits"] = lambda name, manual_dir: splits
+
+
+def share_compiled_programs(folder: str) -> None:
+    """Let JAX take compiled programs from this folder, and put its own there.
+
+    Tests compile thousands of small programs, most of them the same in several processes. JAX writes a program's file
+    in place, where another process may read half of it, and a killed one leaves half of it.
+    """
+    import jax
+    from jax._src.lru_cache import LRUCache
+
+    from vae_jax.run.devices import enable_compilation_cache
+
+    def put(cache, key, value):
+        path = cache.path / f"{key}-cache"
+        part = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        part.write_bytes(value)
+        part.replace(path)
+
+    LRUCache.put = put
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    enable_compilation_cache()  # in the format of the command line
 
 
 def import_everything() -> None:
@@ -276,6 +302,7 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     server = socket.socket(fileno=int(sys.argv[1]))
     import_everything()
+    share_compiled_programs(sys.argv[2])
     try:
         execute(serve(server))
     except SystemExit as end:

@@ -9,7 +9,6 @@ import sys
 import termios
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from program import ROOT, environment, fresh
@@ -18,10 +17,6 @@ from vae_jax.main import show
 
 MAIN = ("-m", "vae_jax.main")
 SMOKE = (*MAIN, "--config=configs/vae.py:smoke")
-CACHED = {  # fresh processes with these share their compiled programs with the forks
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
 SMALL = (*SMOKE, "--config.model.encoder_features=4,4", "--config.model.decoder_features=4,4")
 
 
@@ -102,7 +97,7 @@ def test_modes_need_only_the_run_directory(digits, forks):
 def test_a_stopped_program_saves_and_continues(tmp_path, forks):
     command = [*SMALL, "--config.epochs=4", "--config.batch_size=64"]
     command += ["--config.run.steps_per_call=1", f"--workdir={tmp_path}"]
-    process = fresh(*command, **CACHED)
+    process = fresh(*command)
     rows = tmp_path / "metrics.jsonl"
     process.wait_for(lambda: rows.exists() and rows.read_text())
     process.send_signal(signal.SIGINT)
@@ -120,7 +115,7 @@ def test_a_bar_on_a_terminal(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *SMALL, f"--workdir={tmp_path / 'run'}"],
         cwd=ROOT,
-        env=environment(**CACHED),
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=writer,
     )
