@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import scipy.special
+import scipy
 from jaxtyping import Float, UInt8
 
 from vae_jax.batch import chunks, mean_image

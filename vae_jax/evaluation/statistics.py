@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
+import scipy
 
 
 def mean_and_interval(values: Sequence[Any]) -> tuple[Any, Any]:

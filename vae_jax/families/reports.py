@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Float
-from scipy.special import ndtri
 
 from vae_jax import figures, generate
 from vae_jax.batch import Batch, first_of_each_label, has_grey
@@ -198,7 +198,7 @@ def plane_grid(axes: Axes) -> Float[np.ndarray, "count latent"]:
 
     Source: Kingma & Welling 2013, figure 4.
     """
-    at = ndtri((np.arange(MANIFOLD) + 0.5) / MANIFOLD)
+    at = scipy.special.ndtri((np.arange(MANIFOLD) + 0.5) / MANIFOLD)
     along, up = np.meshgrid(at, at[::-1])
     steps = np.stack([along.ravel(), up.ravel()], axis=1) * axes.deviation[None]
     return (axes.centre[None] + steps @ axes.direction).astype(np.float32)
