@@ -25,7 +25,6 @@ from vae_jax.batch import Dataset, first_of_each_label
 from vae_jax.evaluation.statistics import standard_error
 from vae_jax.full_evaluation.likelihood import weigh
 from vae_jax.full_evaluation.subject import Subject
-from vae_jax.run.devices import Devices
 from vae_jax.run.files import local_path, save_figure
 from vae_jax.run.report import markdown_table
 
@@ -45,9 +44,9 @@ def evaluate(run: Path, dataset: Dataset, samples: int, images: int) -> dict[str
 
     The regression needs one sample.
     """
-    vae, test = vae_jax.load(str(run)), dataset.splits["test"]
+    vae = vae_jax.load(str(run))
     samples = samples if vae.model.latent_dim else 1
-    subject = Subject(vae, dataset, "test", test, test, Devices())
+    subject = Subject(vae, dataset, "test")
     nll = weigh(subject, samples, images, run / f"likelihood-samples{samples}-count{images}.jsonl")["nll"]
     return {"nll": float(nll.mean()), "standard_error": float(standard_error(nll))}
 

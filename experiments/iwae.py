@@ -23,8 +23,6 @@ from vae_jax.evaluation.latents import active_units
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.full_evaluation.likelihood import weigh
 from vae_jax.full_evaluation.subject import Subject
-from vae_jax.run.devices import Devices
-from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import local_path
 from vae_jax.run.report import markdown_table
 
@@ -49,13 +47,12 @@ PUBLISHED = {
 def evaluate(run: Path, dataset: Dataset, samples: int, count: int) -> dict[str, float]:
     """The test numbers of a run: NLL, effective sample size and active units."""
     vae = vae_jax.load(str(run))
-    seen = as_seen(dataset.splits["test"], vae.config["data"]["binarize"], vae.config["seed"])
-    subject = Subject(vae, dataset, "test", seen, dataset.splits["test"], Devices())
+    subject = Subject(vae, dataset, "test")
     each = weigh(subject, samples, count, run / f"likelihood-samples{samples}-count{count}.jsonl")
     return {
         "nll": float(each["nll"].mean()),
         "effective_sample_size": float(np.median(each["effective_sample_size"])),
-        "active_units": active_units(subject.encode(seen)["mean"]),
+        "active_units": active_units(subject.encode(subject.seen)["mean"]),
     }
 
 

@@ -53,7 +53,7 @@ def make_peers(model: str, precisions: list[str], work: Work) -> list[Peer]:
         for train in (True, False):
             runs = {}
             ours = speed_peers.ours(model, precision=precision)
-            evaluate = functools.partial(speed_peers.evaluate_split, in_bfloat16=precision == "bfloat16")
+            evaluate = functools.partial(speed_peers.evaluate_split, precision=precision)
             runs["ours"] = (speed_peers.train_in_loop if train else evaluate)(ours, work)
             if precision == "float32":
                 by_steps = speed_peers.train_by_steps if train else speed_peers.evaluate_by_steps

@@ -151,12 +151,12 @@ def train_in_loop(implementation: Implementation, work: Work) -> Callable[[], No
     return run
 
 
-def evaluate_split(implementation: Implementation, work: Work, in_bfloat16: bool = False) -> Callable[[], None]:
+def evaluate_split(implementation: Implementation, work: Work, precision: str | None = None) -> Callable[[], None]:
     """Evaluate as this package does: all batches in one program, arrays copied to the host."""
     state = implementation.state(optax.adam(1e-3))
     split = Split(work.image, work.label)
     metrics = functools.partial(eval_metrics, implementation.objective)
-    evaluate = map_examples(metrics, split, batch_size=work.batch_size, devices=Devices(1, in_bfloat16))
+    evaluate = map_examples(metrics, split, batch_size=work.batch_size, devices=Devices(1, precision))
     return lambda: evaluate(state.variables, state.key)
 
 

@@ -187,6 +187,14 @@ def test_devices_that_are_not_there_are_refused(limit):
         Devices(limit)
 
 
+def test_a_model_is_evaluated_with_the_options_of_its_precision(monkeypatch):
+    job, _ = small_job({"model.precision": "bfloat16"})
+    found = []
+    monkeypatch.setattr("vae_jax.run.devices.compiler_options", lambda *kind: found.append(kind) or {})
+    job.evaluate_on("test")
+    assert found == [(False, "bfloat16")]
+
+
 def test_compiler_options_are_for_cpus_and_change_no_number(monkeypatch):
     def loss(x):
         return jnp.tanh(x @ x).sum()
@@ -194,7 +202,7 @@ def test_compiler_options_are_for_cpus_and_change_no_number(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (64, 64))
     expected = jax.value_and_grad(loss)(x)
     monkeypatch.setattr(bfloat16, "is_fast", lambda: True)
-    every = [compiler_options(*kind) for kind in ((True,), (False,), (False, True))]
+    every = [compiler_options(*kind) for kind in ((True,), (False,), (False, "bfloat16"))]
     assert len(set(map(str, every))) == 3
     for options in every:
         compiled = jax.jit(jax.value_and_grad(loss), compiler_options=options)

@@ -1,8 +1,8 @@
 """`--mode=evaluate --full`: every number or its reason, continued after an interruption, and the verdict in words."""
 
+import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from vae_jax.families import conditional, vae
 from vae_jax.full_evaluation.picture import draw_evaluation
 from vae_jax.full_evaluation.samples import generate, generated_numbers
 from vae_jax.full_evaluation.subject import Subject
+from vae_jax.pretrained import Pretrained
 from vae_jax.run import session
-from vae_jax.run.devices import Devices
 
 QUICK = {"split": "test", "full": True, "samples": 12, "count": 40}
 
@@ -145,21 +145,24 @@ def test_few_latents_are_drawn_too(latent_dim):
     assert len([ax for ax in figure.axes if ax.axison]) == (5 if latent_dim > 1 else 3)
 
 
-def subject_of(model):
-    """A subject with an untrained model and black images."""
-    split = Split(np.zeros((6, 4, 4, 1), np.uint8), np.arange(6, dtype=np.int32) % 3)
-    vae = SimpleNamespace(model=model, variables={}, config={"seed": 0})
-    return Subject(vae, Dataset({"test": split}, 3, True), "test", split, split, Devices())
+BLACK = Split(np.zeros((6, 4, 4, 1), np.uint8), np.arange(6, dtype=np.int32) % 3)
+
+
+def subject_of(model, split=BLACK):
+    """A subject with an untrained model."""
+    config = {"seed": 0, "model": {}, "data": {"binarize": "none"}}
+    pretrained = Pretrained({"config": config, "image_shape": split.image.shape[1:]}, {})
+    vars(pretrained)["model"] = model
+    return Subject(pretrained, Dataset({"test": split}, 3, True), "test")
 
 
 def test_few_training_images_leave_the_distances_out():
-    subject = subject_of(vae.make((28, 28, 1), latent_dim=2, network="mlp"))
     images = {
         name: Split(np.zeros((n, 28, 28, 1), np.uint8), np.zeros(n, np.int32))
         for name, n in (("train", 5), ("test", 6))
     }
-    subject.vae.image_shape = (28, 28, 1)
-    subject = subject._replace(dataset=Dataset(images, 1, True), stored=images["test"], seen=images["test"])
+    subject = subject_of(vae.make((28, 28, 1), latent_dim=2, network="mlp"), images["test"])
+    subject = dataclasses.replace(subject, dataset=Dataset(images, 1, True))
     found, _ = generated_numbers(subject)
     assert found == {"frechet_distance": "left out: 5 neighbours need at least 6 images"}
 
@@ -240,7 +243,7 @@ def test_an_unlabelled_image_has_no_condition(run):
 @pytest.mark.slow
 def test_grey_pixels_have_no_bernoulli_likelihood(tmp_path):
     workdir, config = train(tmp_path, {"model.likelihood": "bernoulli"})
-    subject = full_evaluation.Subject(vae_jax.load(workdir), session.build(config).dataset, "test", None, None, None)
+    subject = full_evaluation.Subject(vae_jax.load(workdir), session.build(config).dataset, "test")
     numbers = full_evaluation.likelihood_numbers(subject, 10, 10, tmp_path / "unused")
     assert numbers == {"nll": "left out: a Bernoulli is not a likelihood of grey pixels"}
 
@@ -310,7 +313,7 @@ def test_images_that_come_class_by_class_are_mixed():
     shuffled = np.roll(label, 1)
     np.testing.assert_array_equal(mixed_order(shuffled), np.arange(60))
     image = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
-    subject = Subject(None, None, "test", Split(image, label), None, None)
+    subject = subject_of(None, Split(image, label))
     np.testing.assert_array_equal(subject.first(12).image, np.round(255 * subject.batch(0, 12).image))
     np.testing.assert_array_equal(subject.batch(50, 20).index, mixed_order(label)[np.arange(50, 70) % 60])
 

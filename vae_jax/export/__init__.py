@@ -17,7 +17,6 @@ from vae_jax.export.card import model_card
 from vae_jax.export.for_jax import jax_programs
 from vae_jax.export.for_onnx import onnx_programs
 from vae_jax.pretrained import Pretrained, load
-from vae_jax.run.config import with_defaults
 from vae_jax.run.environment import versions
 from vae_jax.run.files import explained, local_path
 from vae_jax.run.log import read_rows
@@ -60,7 +59,7 @@ def export(
 def describe(pretrained: Pretrained, workdir: str) -> dict[str, Any]:
     """The content of config.json: the checkpoint's metadata for one seed, without paths, and its test numbers."""
     metadata = pretrained.metadata
-    config = with_defaults(metadata["config"])
+    config = metadata["config"]
     name = config["data"]["name"]
     data = config["data"] | {
         "manual_dir": "",

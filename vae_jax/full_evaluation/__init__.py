@@ -19,7 +19,6 @@ from vae_jax.full_evaluation.samples import generated_numbers
 from vae_jax.full_evaluation.subject import Subject, as_floats
 from vae_jax.pretrained import MOST_SAMPLES, Pretrained
 from vae_jax.pretrained.arguments import check_all_labelled
-from vae_jax.run.devices import Devices
 from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import save_figure, write_atomically
 
@@ -38,13 +37,11 @@ def evaluate_fully(
     Raises ValueError as `check_full` does.
     """
     count = check_full(vae, dataset, split, samples, count)
-    stored = dataset.splits[split]
-    seen = as_seen(stored, dataset.binarize, vae.config["seed"])
-    subject = Subject(vae, dataset, split, seen, stored, Devices())
+    subject = Subject(vae, dataset, split)
     name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (
         "" if prior == "model" else f"-{prior}"
     )
-    codes, parts = subject.encode(seen), folder / f"{name}.jsonl"
+    codes, parts = subject.encode(subject.seen), folder / f"{name}.jsonl"
     numbers = likelihood_numbers(subject, samples, count, parts)
     numbers |= latent_numbers(subject, codes)
     generated, pairs = generated_numbers(subject)

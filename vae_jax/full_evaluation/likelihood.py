@@ -125,7 +125,7 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
 
     z, image = draw(vae.variables, batch, named_key(subject.root, "simulate"))
     batch = batch._replace(image=image)
-    options = compiler_options(training=False)
+    options = compiler_options(training=False, precision=vae.config["model"].get("precision"))
     log_weights = jax.jit(make_log_weights(vae.model, samples), compiler_options=options)
     at_truth = jax.jit(functools.partial(log_weight_at, vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))

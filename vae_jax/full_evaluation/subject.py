@@ -1,6 +1,7 @@
 """The model and the data of a full evaluation."""
 
-from typing import NamedTuple
+import dataclasses
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,29 @@ from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import Pretrained
 from vae_jax.priors import log_normal
 from vae_jax.run.devices import Devices
-from vae_jax.run.evaluate import map_examples
+from vae_jax.run.evaluate import as_seen, map_examples
 
 
-class Subject(NamedTuple):
-    """A model, and a split as the model sees it and as it is stored."""
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, and the split of a data set that it is evaluated on."""
 
     vae: Pretrained
     dataset: Dataset
     name: str  # of the split
-    seen: Split
-    stored: Split
-    devices: Devices
+
+    @property
+    def stored(self) -> Split:
+        return self.dataset.splits[self.name]
+
+    @cached_property
+    def seen(self) -> Split:
+        """The split with the pixels that the model sees."""
+        return as_seen(self.stored, self.vae.config["data"]["binarize"], self.vae.config["seed"])
+
+    @cached_property
+    def devices(self) -> Devices:
+        return Devices(precision=self.vae.config["model"].get("precision"))
 
     def encode(self, split: Split) -> dict[str, np.ndarray]:
         """For each image: mean and logvar of q(z | x), a draw z, the KL, and the KL of each latent if it has a closed

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Float, Int
 
 from vae_jax import generate, weights
 from vae_jax.batch import Batch, binarize_as_evaluated, example_keys
@@ -18,10 +18,11 @@ from vae_jax.families import FAMILIES, Model
 from vae_jax.likelihoods import BINARY
 from vae_jax.objectives import reparameterize
 from vae_jax.pretrained import show
-from vae_jax.pretrained.arguments import check_images, check_integer, check_labels, check_latents
+from vae_jax.pretrained.arguments import check_images, check_integer, check_labels, check_latents, root_key
 from vae_jax.pretrained.loading import load_variables, make_model
 from vae_jax.priors import Prior
 from vae_jax.run.config import make_title
+from vae_jax.run.devices import compiler_options
 
 BATCH_SIZE = 256  # bounds the memory; the results do not depend on it
 MOST_SAMPLES = 1_000_000  # largest `count` of `sample`, and largest `samples` of a likelihood estimate
@@ -275,20 +276,18 @@ class Pretrained:
             "draw_pixels": lambda variables, z, c, keys: generate.draw_pixels(self._given(c), variables, keys[0], z),
             "probabilities": self.model.probabilities,
         }
-        return {name: jax.jit(f) for name, f in functions.items() if f is not None}
+        return {name: self._jit(f) for name, f in functions.items() if f is not None}
 
     @functools.cached_property
     def _log_weights(self):
-        return functools.cache(lambda samples: jax.jit(make_log_weights(self.model, samples)))
+        return functools.cache(lambda samples: self._jit(make_log_weights(self.model, samples)))
+
+    def _jit(self, function):
+        options = compiler_options(training=False, precision=self.config["model"].get("precision"))
+        return jax.jit(function, compiler_options=options)
 
     def _map(self, name, *arrays):
         return in_batches(functools.partial(self._functions[name], self.variables), *arrays)
-
-
-def root_key(seed: int) -> Key[Array, ""]:
-    """The key of a seed. Raises ValueError unless it is an integer from 0 to 2**32 - 1."""
-    check_integer("seed", seed, 0, 2**32 - 1)
-    return jax.random.key(seed)
 
 
 def in_batches(function: Callable, *arrays: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 LARGEST_LATENT = 1e4  # far outside any prior; beyond it the decoder's float32 would overflow
 
@@ -78,3 +79,9 @@ def check_integer(name: str, value: Any, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
         shown = repr(value).splitlines()[0][:60]
         raise ValueError(f"{name} is {shown}, but must be an integer from {least} to {most}")
+
+
+def root_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed. Raises ValueError unless it is an integer from 0 to 2**32 - 1."""
+    check_integer("seed", seed, 0, 2**32 - 1)
+    return jax.random.key(seed)

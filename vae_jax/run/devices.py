@@ -32,7 +32,7 @@ class Devices:
 
     Args:
         limit: number of devices on each host; 0 means all.
-        in_bfloat16: whether the programs without gradients compute layers in bfloat16; only their speed depends on it.
+        precision: that of the models' layers, for which programs without gradients get the fastest options.
 
     Attributes:
         count: number of devices on all hosts together.
@@ -42,7 +42,7 @@ class Devices:
     Raises ValueError if a host has fewer devices, or if several hosts are not connected.
     """
 
-    def __init__(self, limit: int = 0, in_bfloat16: bool = False):
+    def __init__(self, limit: int = 0, precision: str | None = None):
         hosts, host = jax.process_count(), jax.process_index()
         if hosts > 1 and not jax.distributed.is_initialized():
             raise ValueError(f"there are {hosts} hosts: start the same command on each with --distributed")
@@ -53,7 +53,7 @@ class Devices:
         self._all = [device for process in range(hosts) for device in jax.local_devices(process_index=process)[:each]]
         self._local = self._all[host * each : (host + 1) * each]
         self._shards = np.arange(host * each, (host + 1) * each, dtype=np.int32)
-        self._in_bfloat16 = in_bfloat16
+        self._precision = precision
         self.count = len(self._all)
         self.is_primary = host == 0
         self.axis_name = AXIS if self.count > 1 else None
@@ -83,7 +83,7 @@ class Devices:
             return jax.jit(
                 lambda first, *others: function(first, *others, 0),
                 donate_argnums=donated,
-                compiler_options=compiler_options(training, self._in_bfloat16),
+                compiler_options=compiler_options(training, self._precision),
             )
         mapped = jax.pmap(
             lambda first, others, shard: function(first, *others, shard),
@@ -127,15 +127,15 @@ class Devices:
         return jax.tree.map(lambda leaf, shape: jax.random.wrap_key_data(leaf) if _is_key(shape) else leaf, sent, like)
 
 
-def compiler_options(training: bool, in_bfloat16: bool = False) -> dict[str, str]:
-    """The options of `jax.jit` that make a training, or a program without gradients, fastest on the CPU; none
-    elsewhere.
+def compiler_options(training: bool, precision: str | None = None) -> dict[str, str]:
+    """The options of `jax.jit` that make a training, or a program without gradients whose layers have this precision,
+    fastest on the CPU; none elsewhere.
     """
     if jax.default_backend() != "cpu":
         return {}
     if training:
         return WIDE_VECTORS
-    return WIDE_VECTORS | (YNNPACK_PRODUCTS if in_bfloat16 and bfloat16.is_fast() else WITHOUT_YNNPACK)
+    return WIDE_VECTORS | (YNNPACK_PRODUCTS if precision == "bfloat16" and bfloat16.is_fast() else WITHOUT_YNNPACK)
 
 
 def unwrap_keys(tree: Any) -> Any:

@@ -140,7 +140,8 @@ class Job(NamedTuple):
         return About(self.metrics, images, layers)
 
     def evaluate_on(self, split: str, devices: Devices | None = None) -> Callable:
-        """`make_evaluate` for one of the data set's splits."""
+        """`make_evaluate` for one of the data set's splits, by default on one device."""
+        devices = devices or Devices(1, self.metadata["config"]["model"].get("precision"))
         return make_evaluate(
             self.objective,
             self.probes,

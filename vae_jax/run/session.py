@@ -4,7 +4,7 @@ import itertools
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -208,7 +208,7 @@ def run(config: Mapping, workdir: str, device_limit: int, make_stop: Callable[[]
     hosts.check_hosts_agree(hosts.host_facts(config, device_limit))
     with hosts.raise_on_all_hosts():
         bind("", make_job, config)  # names a missing section or field before anything reads it
-        devices = Devices(device_limit, config["model"].get("precision") == "bfloat16")
+        devices = Devices(device_limit, config["model"].get("precision"))
         check_reachable(workdir)
         folder = epath.Path(workdir).expanduser() / "checkpoints"
         if devices.is_primary and (stored := read_config(workdir)) is not None:
@@ -263,9 +263,11 @@ def is_finished(job: Job, workdir: str, folder) -> bool:
 def open_run(job: Job, workdir: str, folder, config: Mapping, devices: int) -> tuple:
     """Open the run directory, its checkpoints and the progress display."""
     command = shlex.join(["python", "-m", "vae_jax.main", *sys.argv[1:]])
-    directory = RunDirectory(workdir, config, command)
     metadata = job.metadata | {"environment": environment(devices)}
-    checkpoints = Checkpoints(folder, metadata, job.run.keep, job.best)
+    with ExitStack() as undone:
+        directory = undone.enter_context(closing(RunDirectory(workdir, config, command)))
+        checkpoints = Checkpoints(folder, metadata, job.run.keep, job.best)
+        undone.pop_all()
     progress = Progress(job.steps * job.batch_size * len(job.seeds), job.epochs)
     if job.dataset.notes:
         progress.note(f"the images of {config['data']['name']}: {'; '.join(job.dataset.notes)}")

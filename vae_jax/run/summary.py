@@ -23,9 +23,9 @@ class About(NamedTuple):
         routing: lines in Markdown: which term of the loss trains which network.
     """
 
-    metrics: Mapping[str, Metric] = {}
-    images: Mapping[str, int] = {}
-    layers: Sequence[Sequence[str]] = ()
+    metrics: Mapping[str, Metric]
+    images: Mapping[str, int]
+    layers: Sequence[Sequence[str]]
     routing: Sequence[str] = ()
 
 
@@ -43,8 +43,8 @@ def summarize(
     said = [
         f"command: `{command}`",
         f"code: {code}",
-        f"images: {', '.join(f'{count:,} {split}' for split, count in about.images.items())}" if about.images else "",
-        f"parameters: {about.layers[-1][-1]}" if about.layers else "",
+        f"images: {', '.join(f'{count:,} {split}' for split, count in about.images.items())}",
+        f"parameters: {about.layers[-1][-1]}",
         f"time: {minutes} min {rest} s",
         f"device: {facts['devices']}; {facts['CPU cores']} cores of {facts['processor']}, {platform.platform()}",
         f"versions: {', '.join(map(' '.join, versions().items()))}",
@@ -57,10 +57,9 @@ def summarize(
     if about.routing:
         what = "Which term of the loss trains which network: gradient norms on the first batch, terms unweighted."
         parts += [what, "\n".join(about.routing)]
-    parts.append(bullets([line for line in said if line]))
+    parts.append(bullets(said))
     parts += [f"![{name.rpartition('/')[2].partition('.')[0]}]({name})" for name in figures]
-    if about.layers:
-        parts += ["## Layers", markdown_table([list(row) for row in about.layers])]
+    parts += ["## Layers", markdown_table([list(row) for row in about.layers])]
     return "\n\n".join(parts) + "\n"
 
 
