@@ -43,7 +43,8 @@ class Variant(NamedTuple):
 
 
 def commands(workdir: Path, base: str, fields: dict, manual_dir: str) -> dict[str, list[str]]:
-    """{variant: command} for the config `base`, with `fields` overridden in all of them."""
+    """{variant: command} for the config `base`, with `fields` overridden in all of them, without a likelihood at the end."""
+    fields = {"run.likelihood_samples": 0} | fields
     return {
         name: launch.make_command(base, workdir / name, fields | vae_config.VARIANTS[name], manual_dir)
         for name in VARIANTS
@@ -94,7 +95,7 @@ def main() -> None:
     workdir = local_path(given.workdir)
     test = data.load(name=given.data, manual_dir=given.manual_dir).splits["test"]
     base = launch.config_for("vae", given.data)
-    fields = {"epochs": given.epochs, "data.name": given.data, "run.likelihood_samples": 0}
+    fields = {"epochs": given.epochs, "data.name": given.data}
     for command in commands(workdir, base, fields, given.manual_dir).values():
         launch.run(command)
     title = f"Ablations: {given.data}, {given.epochs} epochs each"

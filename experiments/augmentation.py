@@ -213,7 +213,6 @@ def main() -> None:
     settings = make_settings(given, dataset)
     study = open_study(local_path(given.workdir), settings)
     run_study(study, settings, dataset, given.manual_dir)
-    print((study.path / "summary.md").read_text("utf-8"))
 
 
 def define_flags(workdir: str, percentages: list[str] | None = None, models: Sequence[str] = MODELS) -> None:

@@ -13,11 +13,11 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments import arms
+from experiments import arms, launch
 from experiments.arms import ARMS, PAIRS, SHARES, SWEEP, Arm
 from vae_jax.evaluation.statistics import mean_and_interval
 from vae_jax.figures import mosaic, show_image
-from vae_jax.run.files import read_json_lines, save_figure, write_atomically
+from vae_jax.run.files import read_json_lines, save_figure
 from vae_jax.run.report import bullets, markdown_table
 
 REAL, GENERATED, NEUTRAL = "#1b4f8a", "#c05a00", "#8a93a0"
@@ -152,23 +152,17 @@ def results(rows: list[dict], settings: dict) -> str:
 def write_summary(
     path: Path, rows: list[dict], settings: dict, variations: UInt8[np.ndarray, "row column height width channel"]
 ) -> None:
-    """Write summary.md and its figures; `variations` as in `draw_noise`."""
+    """Write and print summary.md, with its figures; `variations` as in `draw_noise`."""
     folder = path / "figures"
     folder.mkdir(exist_ok=True)
     save_figure(draw_arms(rows, settings), folder / "arms.png")
     save_figure(draw_noise(rows, settings, variations), folder / "noise.png")
-    text = SUMMARY.format(data=settings["data"], results=results(rows, settings))
-    write_atomically(path / "summary.md", text)
-
-
-SUMMARY = """# Does generated training data help? {data}
-
-{results}
-
-![Test accuracy of each arm, and differences between arms](figures/arms.png)
-
-![Generated images by noise](figures/noise.png)
-"""
+    images = (
+        "![Test accuracy of each arm, and differences between arms](figures/arms.png)",
+        "![Generated images by noise](figures/noise.png)",
+    )
+    title = f"Does generated training data help? {settings['data']}"
+    launch.write_summary(path, title, results(rows, settings), *images)
 
 
 def draw_arms(rows: list[dict], settings: dict) -> Figure:

@@ -102,7 +102,7 @@ def metrics_of(runs: Sequence[Run]) -> dict[str, Metric]:
     """
     known, of_one_kind = {}, len(kinds(runs)) <= 1
     for run in runs:
-        family = FAMILIES.get(run.config["model.name"])
+        family = FAMILIES.get(run.config.get("model.name"))
         known |= {name: metric for name, metric in getattr(family, "METRICS", {"loss": Metric("loss", "")}).items()}
     return {
         name: metric

@@ -11,8 +11,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import launch
 from vae_jax.evaluation.statistics import mean_and_interval
-from vae_jax.run.files import save_figure, write_atomically
+from vae_jax.run.files import save_figure
 from vae_jax.run.report import markdown_table
 
 PUBLISHED = {  # test accuracy in %: Pyro's tutorial "The Semi-Supervised VAE", five draws; Kingma et al. 2014, at 100 and 1,000
@@ -177,10 +178,9 @@ def title_of(settings: dict) -> str:
 
 
 def write_summary(path: Path, rows: list[dict], settings: dict) -> None:
-    """Write summary.md and the figure from the available results."""
+    """Write and print summary.md, with its figure, from the available results."""
     save_figure(draw(rows, settings), path / "labels.png")
     parts = [
-        f"## {title}\n\n{markdown_table(cells)}\n" for title, cells in tables(rows, settings).items() if len(cells) > 1
+        f"## {title}\n\n{markdown_table(cells)}" for title, cells in tables(rows, settings).items() if len(cells) > 1
     ]
-    summary = "\n".join([f"# {title_of(settings)}\n", "![Test error](labels.png)\n", *parts])
-    write_atomically(path / "summary.md", summary)
+    launch.write_summary(path, title_of(settings), "![Test error](labels.png)", *parts)

@@ -1,5 +1,6 @@
 """A study as a directory: settings that decide its numbers, and one JSON line per finished result."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -26,12 +27,11 @@ def open_study(path: Path, settings: dict) -> OwnedDirectory:
     Raises OSError if another process works there, or if it holds other files or a study with other settings.
     """
     study = OwnedDirectory(path, "results.jsonl")
-    try:
+    with contextlib.ExitStack() as undone:
+        undone.callback(study.close)
         write_settings(path, settings)
-    except OSError:
-        study.close()
-        raise
-    study.keep(read_json_lines(path / "results.jsonl"))
+        study.keep(read_json_lines(path / "results.jsonl"))
+        undone.pop_all()
     return study
 
 
