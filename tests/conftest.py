@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import tempfile
 
 from program import QUICK, Forks, load_digits_once, share_compiled_programs
 
@@ -24,9 +25,11 @@ install_import_hook("vae_jax", "beartype.beartype")
 load_digits_once()
 
 
-def pytest_configure(config):
-    """Compiled programs are kept beside what pytest keeps, until `pytest --cache-clear`."""
-    share_compiled_programs(str(config.cache.mkdir("compiled")))
+# All processes of a session share their compiled programs, and several sessions if the variable names a folder.
+if "VAE_JAX_TESTS_COMPILED" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="vae_jax")
+    os.environ["VAE_JAX_TESTS_COMPILED"] = COMPILED.name
+share_compiled_programs(os.environ["VAE_JAX_TESTS_COMPILED"])
 
 
 @pytest.fixture(scope="session")
