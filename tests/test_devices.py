@@ -10,7 +10,9 @@ import pytest
 from small_run import run_job, small_job, stop_after
 
 from configs import classifier, vae, vaegan
+from vae_jax.full_evaluation.subject import Subject
 from vae_jax.nn import bfloat16
+from vae_jax.pretrained import Pretrained
 from vae_jax.run import session
 from vae_jax.run.devices import Devices, compiler_options
 from vae_jax.run.evaluate import map_examples
@@ -187,12 +189,28 @@ def test_devices_that_are_not_there_are_refused(limit):
         Devices(limit)
 
 
-def test_a_model_is_evaluated_with_the_options_of_its_precision(monkeypatch):
+@pytest.mark.parametrize(
+    "compile_it",
+    [
+        lambda job, loaded: job.evaluate_on("test"),
+        lambda job, loaded: loaded._functions,
+        lambda job, loaded: loaded._log_weights(3),
+        lambda job, loaded: Subject(loaded, job.dataset, "test").devices.compile(np.sin),
+    ],
+    ids=["--mode=evaluate", "methods", "log_likelihood", "--full"],
+)
+def test_a_model_is_evaluated_with_the_options_of_its_precision(monkeypatch, compile_it):
+    def options(training, precision=None):
+        found.add((training, precision))
+        return {}
+
     job, _ = small_job({"model.precision": "bfloat16"})
-    found = []
-    monkeypatch.setattr("vae_jax.run.devices.compiler_options", lambda *kind: found.append(kind) or {})
-    job.evaluate_on("test")
-    assert found == [(False, "bfloat16")]
+    found = set()
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr("vae_jax.run.devices.compiler_options", options)
+    monkeypatch.setattr("vae_jax.pretrained.compiler_options", options)
+    compile_it(job, Pretrained(job.metadata, {}))
+    assert found == {(False, "bfloat16")}
 
 
 def test_compiler_options_are_for_cpus_and_change_no_number(monkeypatch):

@@ -360,7 +360,7 @@ def test_a_missing_package_is_named(package, format, monkeypatch):
     if package == "onnxruntime":
         need("onnx")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"the format {format} needs {package}: pip install -e '\.\[export\]'"):
+    with pytest.raises(ValueError, match=f"the format {format} needs {package}: pip install .*{package}"):
         export.FORMATS[format](pretrained("vae", (8, 8, 1), encoder_features=(4,), decoder_features=(4,)))
 
 

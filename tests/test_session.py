@@ -15,6 +15,7 @@ import psutil
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
+from small_run import small_job
 
 from configs import classifier, vae
 from vae_jax import data, families, steps
@@ -531,3 +532,17 @@ def test_options_of_a_run_are_those_of_its_section(config):
     config["run"] |= {"steps_per_call": 3, "keep": 5}
     assert isinstance(session.build(config), Job)
     assert session.build(config).run == RunOptions(steps_per_call=3, keep=5, likelihood_samples=0)
+
+
+def test_a_run_directory_is_released_if_its_checkpoints_cannot_be_opened(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no disk")
+
+    job, config = small_job()
+    given = job, str(tmp_path / "run"), tmp_path / "run" / "checkpoints", config, 1
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="no disk"):
+        broken.setattr(session, "Checkpoints", fail)
+        session.open_run(*given)
+    directory, _, progress = session.open_run(*given)
+    progress.close()
+    directory.close()

@@ -63,7 +63,7 @@ def jax_programs(pretrained: Pretrained) -> dict[str, bytes]:
     try:
         import flatbuffers  # noqa: F401
     except ImportError:
-        raise ValueError("the format jax needs flatbuffers: pip install -e '.[export]'") from None
+        raise ValueError("the format jax needs flatbuffers: pip install flatbuffers") from None
     contents = {}
     for name, program in programs_of(pretrained).items():
         (batch,) = jax.export.symbolic_shape("batch")

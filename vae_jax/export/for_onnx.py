@@ -26,7 +26,7 @@ def onnx_programs(pretrained: Pretrained) -> dict[str, bytes]:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise ValueError(f"the format onnx needs {error.name}: pip install -e '.[export]'") from None
+        raise ValueError(f"the format onnx needs {error.name}: pip install onnx onnxruntime") from None
     if pretrained.model.layers is None:
         raise ValueError("the format onnx needs a model's layers, which this one does not give: take the format jax")
     contents, programs = {}, programs_of(in_float32(pretrained))

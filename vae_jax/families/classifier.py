@@ -1,4 +1,4 @@
-"""The post's convolutional classifier (its Table 4), trained with the cross-entropy, on shifted and rotated images if asked.
+"""The post's convolutional classifier (its Table 4), trained with the cross-entropy, optionally on shifted and rotated images.
 
 loss = -sum_k t_k log p_k,    t = (1 - s) onehot(label) + s / classes,    p = softmax(logits)
 """

@@ -5,16 +5,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from vae_jax.batch import Dataset
 from vae_jax.evaluation.aggregate import bound_under, draw_posterior, fit_gmm
 from vae_jax.families.reports import GREY
+from vae_jax.full_evaluation.subject import Subject
 from vae_jax.likelihoods import BINARY
 from vae_jax.pretrained import Pretrained
 from vae_jax.priors import Prior
-from vae_jax.run.evaluate import as_seen, map_examples
+from vae_jax.run.evaluate import map_examples
 
 
 def fit_prior(vae: Pretrained, dataset: Dataset) -> Prior:
@@ -39,6 +39,5 @@ def compare_bounds(vae: Pretrained, mixture: Prior, dataset: Dataset) -> list[st
 
 def _map_split(vae: Pretrained, dataset: Dataset, split: str, function: Callable) -> Any:
     """`function(variables, batch, keys)` on all images of a split, with the noise of the run's evaluation."""
-    seed = vae.config["seed"]
-    seen = as_seen(dataset.splits[split], dataset.binarize, seed)
-    return map_examples(function, seen)(vae.variables, jax.random.key(seed))
+    subject = Subject(vae, dataset, split)
+    return map_examples(function, subject.seen, devices=subject.devices)(vae.variables, subject.root)

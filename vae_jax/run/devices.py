@@ -32,7 +32,7 @@ class Devices:
 
     Args:
         limit: number of devices on each host; 0 means all.
-        precision: that of the models' layers, for which programs without gradients get the fastest options.
+        precision: `model.precision`. It selects the compiler options of programs without gradients, for speed.
 
     Attributes:
         count: number of devices on all hosts together.
@@ -128,9 +128,7 @@ class Devices:
 
 
 def compiler_options(training: bool, precision: str | None = None) -> dict[str, str]:
-    """The options of `jax.jit` that make a training, or a program without gradients whose layers have this precision,
-    fastest on the CPU; none elsewhere.
-    """
+    """Compiler options of `jax.jit` for the CPU, and {} elsewhere; `precision` matters only without gradients."""
     if jax.default_backend() != "cpu":
         return {}
     if training:
