@@ -115,6 +115,15 @@ def test_results_are_stored_and_never_computed_again(tmp_path):
     assert [row["p"] for row in rows] == [0.5, 0.7]
 
 
+def test_a_study_with_damaged_results_is_named_and_can_be_opened_once_restored(tmp_path):
+    open_study(tmp_path, SETTINGS).close()
+    (tmp_path / "results.jsonl").write_text("damaged\n")
+    with pytest.raises(OSError, match="line 1 of .*results.jsonl"):
+        open_study(tmp_path, SETTINGS)
+    (tmp_path / "results.jsonl").write_text("")
+    open_study(tmp_path, SETTINGS).close()
+
+
 def test_a_study_is_refused_a_directory_that_is_not_its_own(tmp_path):
     open_study(tmp_path / "s", SETTINGS).close()
     with pytest.raises(OSError, match=r"another study \(seeds is 3 there, 4 here\): name another with --workdir"):

@@ -95,6 +95,13 @@ def test_a_run_of_an_older_version_lacks_fields(tmp_path, runs):
     assert compare.differing([runs[0], *compare.read_runs([write_run(tmp_path / "old", old, [1.0])])]) == []
 
 
+def test_a_config_may_name_no_model(tmp_path):
+    config = small()
+    del config["model"]["name"]
+    runs = compare.read_runs([write_run(tmp_path / "run", config, [1.0])])
+    assert [*compare.metrics_of(runs)] == ["loss"]
+
+
 def test_curves_are_overlaid(runs):
     figure = compare.draw(runs)
     loss, kl = figure.axes

@@ -64,7 +64,7 @@ def test_commands_name_the_variants_fields(tmp_path):
     commands = ablations.commands(tmp_path, "configs/vae.py", {"epochs": 10}, "files")
     assert commands["latent5"][-2:] == ["--config.model.latent_dim=5", "--config.data.manual_dir=files"]
     shown = launch.shell_line(commands["pooling"])
-    assert shown.endswith("--config.epochs=10 --config.model.pooling=True")
+    assert shown.endswith("--config.run.likelihood_samples=0 --config.epochs=10 --config.model.pooling=True")
 
 
 @pytest.fixture(scope="module")
