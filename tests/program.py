@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +32,6 @@ PATIENCE = 180  # seconds after which a process that should have ended counts as
 # inherit what conftest.py makes of XLA_FLAGS, so the flags from outside have a variable of their own.
 USUAL = os.environ.setdefault("XLA_FLAGS_FROM_OUTSIDE", os.environ.get("XLA_FLAGS", ""))
 QUICK = f"--xla_backend_optimization_level=0 {USUAL}"
-if "optimization_level" not in USUAL and version("jaxlib").startswith("0.10."):
-    # Halves the time to compile a small program. jaxlib 0.12 does not know this flag, and exits on an unknown one.
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
 DRAWN = "VAE_JAX_TESTS_DRAWN"
 INSIDE_FUNCTIONS = (  # what the package imports there
     "jax.experimental.multihost_utils",

@@ -1,15 +1,12 @@
 """The study of generated training data: its halves and arms, its findings, and that no result is computed twice."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from program import QUICK
+from program import PATIENCE
 
 from experiments import arms, vaegan_augmentation
 from experiments import augmentation_report as report
@@ -230,15 +227,10 @@ def test_copies_of_an_image_are_shifted_independently():
 
 
 @pytest.mark.slow
-def test_the_real_study(tmp_path):
+def test_the_real_study(tmp_path, forks):
     """From nothing to its summary on the bundled digits; a second start computes nothing."""
-    env = os.environ | {"XLA_FLAGS": QUICK}  # one device
-
-    def run(command, check=True):
-        return subprocess.run(command, check=check, capture_output=True, text=True, env=env)
-
     study = [
-        *(sys.executable, "-m", "experiments.augmentation"),
+        *("-m", "experiments.augmentation"),
         "--data=digits",
         f"--workdir={tmp_path / 's'}",
         "--classifier=configs/classifier.py:smoke",
@@ -247,12 +239,15 @@ def test_the_real_study(tmp_path):
         "--vae=configs/vae.py:smoke",
         "--steps=3",
     ]
-    first = run(study).stdout
+    process = forks(*study)
+    process.wait(5 * PATIENCE)
+    assert process.ends() == ""
+    first = process.stdout
     assert first.count("stage arm") == len(ARMS)
     assert "Does generated training data help? digits" in first
     assert {path.name for path in (tmp_path / "s" / "figures").iterdir()} == {"arms.png", "noise.png"}
-    second = run(study).stdout
-    assert "stage" not in second and "Does generated training data help? digits" in second
-    bad = run([*study[:-1], "--steps=4"], check=False)
-    assert bad.returncode == 1 and "steps is 3 there, 4 here" in bad.stderr
-    assert bad.stderr.splitlines()[-1].startswith("augmentation: ")
+    process = forks(*study)
+    assert process.ends() == ""
+    assert "stage" not in process.stdout and "Does generated training data help? digits" in process.stdout
+    complaint = forks(*study[:-1], "--steps=4").ends(1)
+    assert complaint.startswith("augmentation: ") and "steps is 3 there, 4 here" in complaint
