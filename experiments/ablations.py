@@ -72,7 +72,7 @@ def table(variants: list[Variant], test: Split) -> list[list[str]]:
 
 def draw(variants: list[Variant], test: Split, title: str) -> Figure:
     """Draw each variant's samples above test images as it sees them, each followed by its reconstruction."""
-    figure = Figure(figsize=(3 * len(variants), 7.6), layout="constrained")
+    figure = Figure(figsize=(max(9, 3 * len(variants)), 7.6), layout="constrained")  # wide enough for the title
     above, below = figure.subplots(2, len(variants), squeeze=False)
     for samples, below_it, (what, vae, _) in zip(above, below, variants):
         seen = as_seen(test, vae.config["data"]["binarize"], vae.config["seed"])
