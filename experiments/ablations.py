@@ -43,10 +43,9 @@ class Variant(NamedTuple):
 
 
 def commands(workdir: Path, base: str, fields: dict, manual_dir: str) -> dict[str, list[str]]:
-    """{variant: command} for the config `base`, with `fields` overridden in all of them, without a likelihood at the end."""
-    fields = {"run.likelihood_samples": 0} | fields
+    """{variant: command} for the config `base`, with `fields` overridden in all of them."""
     return {
-        name: launch.make_command(base, workdir / name, fields | vae_config.VARIANTS[name], manual_dir)
+        name: launch.train_command(base, workdir / name, fields | vae_config.VARIANTS[name], manual_dir)
         for name in VARIANTS
     }
 

@@ -52,7 +52,7 @@ def evaluate(run: Path, dataset: Dataset, samples: int, count: int) -> dict[str,
     return {
         "nll": float(each["nll"].mean()),
         "effective_sample_size": float(np.median(each["effective_sample_size"])),
-        "active_units": active_units(subject.encode(subject.seen)["mean"]),
+        "active_units": active_units(subject.encode()["mean"]),
     }
 
 

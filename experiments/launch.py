@@ -75,9 +75,14 @@ def shell_line(command: list[str]) -> str:
     return shlex.join(part for part in command if not part.startswith(LOCAL_FLAGS))
 
 
+def train_command(config: str, workdir: Path, fields: dict, manual_dir: str = "") -> list[str]:
+    """`make_command` for a run of a study, without the likelihood at its end: a study computes its own."""
+    return make_command(config, workdir, {"run.likelihood_samples": 0} | fields, manual_dir)
+
+
 def train(config: str, workdir: Path, fields: dict, manual_dir: str = "") -> None:
-    """Train a run of a study, as `make_command` says, without the likelihood at its end: a study computes its own."""
-    run(make_command(config, workdir, {"run.likelihood_samples": 0} | fields, manual_dir))
+    """Train a run of a study, as `train_command` says."""
+    run(train_command(config, workdir, fields, manual_dir))
 
 
 def run(command: list[str]) -> None:

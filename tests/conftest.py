@@ -29,7 +29,7 @@ load_digits_once()
 if "VAE_JAX_TESTS_COMPILED" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="vae_jax")
     os.environ["VAE_JAX_TESTS_COMPILED"] = COMPILED.name
-share_compiled_programs(os.environ["VAE_JAX_TESTS_COMPILED"])
+share_compiled_programs()
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def forks():
     """`forks(*arguments)` starts `python ARGUMENTS` in a fork that needs no imports; see program.py."""
-    forks = Forks(jax.config.jax_compilation_cache_dir)
+    forks = Forks()
     yield forks
     forks.close()
 

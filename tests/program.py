@@ -119,15 +119,12 @@ def fresh(*arguments, cwd=ROOT, **variables) -> Process:
 class Forks:
     """`forks(*arguments)` starts the command line that `fresh(*arguments)` starts, without its imports, and compiles it
     quickly.
-
-    Args:
-        compiled: folder of compiled programs, which the forks share.
     """
 
-    def __init__(self, compiled: str):
+    def __init__(self):
         self._socket, theirs = socket.socketpair()
         env = environment(OPENBLAS_NUM_THREADS="1")  # a process with threads must not fork
-        command = [sys.executable, __file__, str(theirs.fileno()), compiled]
+        command = [sys.executable, __file__, str(theirs.fileno())]
         with theirs:
             self._server = subprocess.Popen(
                 command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
@@ -189,8 +186,8 @@ def load_digits_once() -> None:
     datasets["digits"] = lambda name, manual_dir: splits
 
 
-def share_compiled_programs(folder: str) -> None:
-    """Let JAX take compiled programs from this folder, and put its own there.
+def share_compiled_programs() -> None:
+    """Let JAX take compiled programs from the folder `VAE_JAX_TESTS_COMPILED`, and put its own there.
 
     Tests compile thousands of small programs, most of them the same in several processes. JAX writes a program's file
     in place, where another process may read half of it, and a killed one leaves half of it.
@@ -207,7 +204,7 @@ def share_compiled_programs(folder: str) -> None:
         part.replace(path)
 
     LRUCache.put = put
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", os.environ["VAE_JAX_TESTS_COMPILED"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     enable_compilation_cache()  # in the format of the command line
 
@@ -299,7 +296,7 @@ def leave(code: int) -> None:
 if __name__ == "__main__":
     server = socket.socket(fileno=int(sys.argv[1]))
     import_everything()
-    share_compiled_programs(sys.argv[2])
+    share_compiled_programs()
     try:
         execute(serve(server))
     except SystemExit as end:

@@ -194,7 +194,7 @@ def test_devices_that_are_not_there_are_refused(limit):
     [
         lambda job, loaded: job.evaluate_on("test"),
         lambda job, loaded: loaded._functions,
-        lambda job, loaded: loaded._log_weights(3),
+        lambda job, loaded: loaded.log_weights(3),
         lambda job, loaded: Subject(loaded, job.dataset, "test").devices.compile(np.sin),
     ],
     ids=["--mode=evaluate", "methods", "log_likelihood", "--full"],

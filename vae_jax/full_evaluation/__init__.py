@@ -19,7 +19,6 @@ from vae_jax.full_evaluation.samples import generated_numbers
 from vae_jax.full_evaluation.subject import Subject, as_floats
 from vae_jax.pretrained import MOST_SAMPLES, Pretrained
 from vae_jax.pretrained.arguments import check_all_labelled
-from vae_jax.run.evaluate import as_seen
 from vae_jax.run.files import save_figure, write_atomically
 
 
@@ -41,7 +40,7 @@ def evaluate_fully(
     name = f"evaluation-step{vae.step}-{split}-samples{samples}-count{count}" + (
         "" if prior == "model" else f"-{prior}"
     )
-    codes, parts = subject.encode(subject.seen), folder / f"{name}.jsonl"
+    codes, parts = subject.encode(), folder / f"{name}.jsonl"
     numbers = likelihood_numbers(subject, samples, count, parts)
     numbers |= latent_numbers(subject, codes)
     generated, pairs = generated_numbers(subject)
@@ -94,8 +93,7 @@ def latent_numbers(subject: Subject, codes: dict[str, np.ndarray]) -> dict[str, 
         return numbers | {"linear_probe_accuracy": "left out: a probe is fitted to the training images"}
     if (label < 0).any() or (training.label < 0).any() or len(np.unique(training.label)) < 2:
         return numbers | {"linear_probe_accuracy": "left out: a probe needs labels of at least two classes"}
-    seen = as_seen(training, subject.dataset.binarize, subject.vae.config["seed"])
-    trained = subject.encode(seen)["mean"]
+    trained = Subject(subject.vae, subject.dataset, "train").encode()["mean"]
     return numbers | probe_labels((trained, training.label), (codes["mean"], label))
 
 

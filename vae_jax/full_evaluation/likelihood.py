@@ -25,7 +25,6 @@ from vae_jax.evaluation.likelihood import (
 from vae_jax.evaluation.statistics import standard_error
 from vae_jax.full_evaluation.subject import Subject
 from vae_jax.likelihoods import BINARY, DENSITY
-from vae_jax.run.devices import compiler_options
 from vae_jax.run.evaluate import map_blocks
 from vae_jax.run.files import json_line, read_json_lines, write_atomically
 
@@ -125,8 +124,6 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
 
     z, image = draw(vae.variables, batch, named_key(subject.root, "simulate"))
     batch = batch._replace(image=image)
-    options = compiler_options(training=False, precision=vae.config["model"].get("precision"))
-    log_weights = jax.jit(make_log_weights(vae.model, samples), compiler_options=options)
     at_truth = jax.jit(functools.partial(log_weight_at, vae.model))
     keys = example_keys(subject.root, None, jnp.arange(SIMULATED))
     parts = []
@@ -134,7 +131,7 @@ def simulated_bounds(subject: Subject, samples: int) -> tuple[np.ndarray, np.nda
         for start in range(0, SIMULATED, WEIGHED):
             rows = slice(start, start + WEIGHED)
             some = jax.tree.map(itemgetter(rows), batch)
-            log_w = log_weights(vae.variables, some, keys[rows])
+            log_w = vae.log_weights(samples)(vae.variables, some, keys[rows])
             true = at_truth(vae.variables, some, z[rows])
             parts.append(sandwich(np.asarray(log_w), np.asarray(true)))
             bar.update(WEIGHED)

@@ -36,9 +36,9 @@ class Subject:
     def devices(self) -> Devices:
         return Devices(precision=self.vae.config["model"].get("precision"))
 
-    def encode(self, split: Split) -> dict[str, np.ndarray]:
-        """For each image: mean and logvar of q(z | x), a draw z, the KL, and the KL of each latent if it has a closed
-        form.
+    def encode(self) -> dict[str, np.ndarray]:
+        """For each image of `seen`: mean and logvar of q(z | x), a draw z, the KL, and the KL of each latent if it has a
+        closed form.
         """
 
         def measure(variables, batch, keys):
@@ -51,7 +51,7 @@ class Subject:
             by_latent = model.prior.kl(variables, mean, logvar)
             return found | {"kl": by_latent.sum(axis=-1), "kl_by_latent": by_latent}
 
-        return map_examples(measure, split, devices=self.devices)(self.vae.variables, self.root)
+        return map_examples(measure, self.seen, devices=self.devices)(self.vae.variables, self.root)
 
     def first(self, count: int) -> Split:
         """The first `count` images in `mixed_order`, as the model sees them."""

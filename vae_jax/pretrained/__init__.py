@@ -202,7 +202,7 @@ class Pretrained:
         if self.model.likelihood.support == BINARY and ((seen > 0) & (seen < 1)).any():
             raise ValueError("these images have grey pixels, but a Bernoulli is a likelihood of 0 and 1: binarize them")
         label = self._labels(len(seen), label)
-        measure, parts = self._log_weights(samples), []
+        measure, parts = self.log_weights(samples), []
         for start in range(0, len(seen), WEIGHED):
             index = start + jnp.arange(WEIGHED)  # the last batch is padded, so that nothing is compiled twice
             rows = np.minimum(index, len(seen) - 1)
@@ -279,7 +279,8 @@ class Pretrained:
         return {name: self._jit(f) for name, f in functions.items() if f is not None}
 
     @functools.cached_property
-    def _log_weights(self):
+    def log_weights(self) -> Callable[[int], Callable]:
+        """`log_weights(samples)` is `evaluation.likelihood.make_log_weights` of this model, compiled once."""
         return functools.cache(lambda samples: self._jit(make_log_weights(self.model, samples)))
 
     def _jit(self, function):
