@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -38,6 +39,12 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(run):
     return commands.evaluate(*run, "latest", **QUICK)
+
+
+@pytest.fixture
+def copied(run, found, tmp_path):
+    """A copy of the evaluated run, for a test that writes to it."""
+    return str(shutil.copytree(run[0], tmp_path / "copied")), run[1]
 
 
 @pytest.mark.slow
@@ -95,11 +102,11 @@ def test_the_numbers_are_those_of_the_loaded_model(run, found):
 
 
 @pytest.mark.slow
-def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkeypatch):
+def test_an_interrupted_evaluation_continues_with_what_it_has(copied, found, monkeypatch):
     """Also on another number of devices, whose blocks hold other numbers of images. A finished one leaves no parts that a
     later call would take for its own.
     """
-    folder = full_path(run[0])
+    folder = full_path(copied[0])
     assert not [*folder.glob("*.jsonl")]
 
     def kill(subject):
@@ -107,18 +114,18 @@ def test_an_interrupted_evaluation_continues_with_what_it_has(run, found, monkey
 
     monkeypatch.setattr(full_evaluation, "generated_numbers", kill)
     with pytest.raises(KeyboardInterrupt):
-        commands.evaluate(*run, "latest", **QUICK)
+        commands.evaluate(*copied, "latest", **QUICK)
     file = next(folder.glob("*.jsonl"))
     whole = file.read_text()
     row = {name: values if name == "first" else values[:30] for name, values in json.loads(whole).items()}
     file.write_text(json.dumps(row) + "\n" + whole[:50])  # the process was killed while it wrote a line
     with pytest.raises(KeyboardInterrupt):
-        commands.evaluate(*run, "latest", **QUICK)
+        commands.evaluate(*copied, "latest", **QUICK)
     first, second = map(json.loads, file.read_text().splitlines())
     assert first == row and len(second["nll"]) == 10
     np.testing.assert_allclose(row["nll"] + second["nll"], json.loads(whole)["nll"], rtol=1e-6)
     monkeypatch.setattr(full_evaluation, "generated_numbers", lambda subject: ({}, None))
-    again = commands.evaluate(*run, "latest", **QUICK)
+    again = commands.evaluate(*copied, "latest", **QUICK)
     assert again["test/nll"] == pytest.approx(found["test/nll"], rel=1e-6) and not file.exists()
 
 
@@ -197,23 +204,24 @@ def test_pixels_and_components_are_drawn_with_keys_of_their_own(monkeypatch):
     assert abs(means[0, 0, 0, 0] - draws[0, 0, 0, 0]) > 1e-3
 
 
-def test_a_damaged_line_of_an_earlier_evaluation_is_named(run):
-    folder = full_path(run[0])
+def test_a_damaged_line_of_an_earlier_evaluation_is_named(run, tmp_path):
+    workdir = str(shutil.copytree(run[0], tmp_path / "copied"))
+    folder = full_path(workdir)
     folder.mkdir(exist_ok=True)
     (folder / "evaluation-step5-test-samples3-count2.jsonl").write_text('{"first": 1, "nll": [2.0]}\n')
     with pytest.raises(OSError, match="line 1 of .*samples3-count2.jsonl is damaged: remove that line to continue"):
-        commands.evaluate(*run, "latest", **QUICK | {"samples": 3, "count": 2})
+        commands.evaluate(workdir, run[1], "latest", **QUICK | {"samples": 3, "count": 2})
 
 
 @pytest.mark.slow
-def test_a_fitted_mixture_takes_the_place_of_the_prior(run, found):
+def test_a_fitted_mixture_takes_the_place_of_the_prior(copied, found):
     """The likelihood, the samples and the KL are those under the mixture; the same draws of q serve both."""
-    numbers = commands.evaluate(*run, "latest", **QUICK, prior="gmm")
+    numbers = commands.evaluate(*copied, "latest", **QUICK, prior="gmm")
     assert numbers["test/aggregate_kl"] < found["test/aggregate_kl"]
     assert numbers["test/nll"] != found["test/nll"]
     assert numbers["test/mutual_information"] == pytest.approx(found["test/mutual_information"], rel=1e-5)
     assert numbers["test/bound, p(z) of the model"] == found["test/bound"] and "test/bound" not in numbers
-    assert len([*full_path(run[0]).glob("*-gmm.json")]) == 1
+    assert len([*full_path(copied[0]).glob("*-gmm.json")]) == 1
 
 
 @pytest.mark.slow
